@@ -1,0 +1,1 @@
+"""Federated prompt methods behind one interface."""

@@ -1,0 +1,324 @@
+"""A client in one round, as a state machine without I/O.
+
+    start(party, plan) -> Advertised -> Shared -> Ready -> Uploaded -> Agreed -> Revealed
+
+``state.on(message)`` returns the next state and the frames to send, or raises a named error and
+changes nothing. Randomness and the journal (what must survive a crash) are arguments. A state
+knows only what it needs from there on; no state can upload, sign or reveal twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from secure_fedprompt.protocol import fixedpoint, masking, shamir
+from secure_fedprompt.protocol import messages as m
+from secure_fedprompt.protocol.errors import (
+    AdvertMismatchError,
+    OverlapError,
+    ReplayError,
+    RosterMismatchError,
+    SecondUnmaskError,
+    SurvivorError,
+    ThresholdError,
+    UnexpectedMessageError,
+)
+from secure_fedprompt.protocol.expand import Purpose, add_masks
+from secure_fedprompt.protocol.keys import Identity, seal, unseal, verify
+from secure_fedprompt.protocol.layout import CONTRIBUTORS, WEIGHT
+from secure_fedprompt.protocol.plan import RoundPlan
+from secure_fedprompt.protocol.policy import Policy
+from secure_fedprompt.protocol.roster import Roster
+from secure_fedprompt.protocol.shamir import Entropy
+
+Replies = list[m.Message]
+Step = tuple["State", Replies]
+
+
+class Journal(Protocol):
+    """What a client must not forget. Every method returns only after the record is durable."""
+
+    def begin_round(self, run: bytes, round: int) -> None:
+        """Raises ReplayError unless (run, round) grows."""
+
+    def claim_upload(self, run: bytes, round: int, update: bytes | None) -> None:
+        """Raises UpdateReusedError if this round or this update (a digest) was uploaded before."""
+
+    def record_survivors(self, run: bytes, round: int, survivors: tuple[str, ...]) -> None:
+        """Store a survivor list before its signature leaves."""
+
+    def survivor_lists(self, run: bytes) -> Iterable[tuple[str, ...]]:
+        """All lists of this run so far."""
+
+
+@dataclass(frozen=True)
+class Party:
+    """Who the client is, for the whole run."""
+
+    name: str
+    identity: Identity
+    roster: Roster
+    policy: Policy
+    journal: Journal
+    entropy: Entropy
+
+
+@dataclass(frozen=True, repr=False)
+class State:
+    party: Party
+    plan: RoundPlan
+
+    def on(self, message: m.Message) -> Step:
+        """Take one message.
+
+        Raises:
+            ProtocolError: the message is refused; the state is unchanged.
+        """
+        run, round_ = getattr(message, "run", None), getattr(message, "round", None)
+        kind, here = type(message).__name__, type(self).__name__
+        if run != self.plan.run or (isinstance(round_, int) and round_ < self.plan.round):
+            raise ReplayError(f"{kind} belongs to another run or an earlier round than {self}")
+        if round_ != self.plan.round:
+            raise UnexpectedMessageError(f"{kind} for round {round_} during {self}")
+        handler = getattr(self, f"_on_{kind}", None)
+        if handler is None:
+            raise UnexpectedMessageError(f"{kind} is out of place in state {here} of {self}")
+        step: Step = handler(message)
+        return step
+
+    def __repr__(self) -> str:
+        return f"round {self.plan.round} of run {self.plan.run.hex()[:8]}"
+
+
+def start(party: Party, plan: RoundPlan) -> Step:
+    """Check a plan against itself, the roster, the policy and the journal, and begin.
+
+    Raises:
+        PlanError, PolicyError, RosterMismatchError, ReplayError: the plan is refused.
+    """
+    plan.check()
+    if plan.roster_digest != party.roster.digest:
+        raise RosterMismatchError(
+            f"server's roster {plan.roster_digest.hex()[:16]} is not ours "
+            f"{party.roster.digest.hex()[:16]}: copy the same roster file to every machine"
+        )
+    for name in plan.cohort:
+        party.roster.identity_of(name)
+    if party.name not in plan.cohort:
+        raise UnexpectedMessageError(f"plan's cohort does not contain {party.name!r}")
+    party.policy.check_plan(plan)
+    party.journal.begin_round(plan.run, plan.round)
+    if plan.protection == "none":
+        return Ready(party, plan, masking.RoundSecrets.fresh(party.entropy), {}, b"", {}), []
+    secrets = masking.RoundSecrets.fresh(party.entropy)
+    advert = m.Advert(
+        plan.run,
+        plan.round,
+        party.name,
+        secrets.seal.public_key().public_bytes_raw(),
+        secrets.mask.public_key().public_bytes_raw(),
+        masking.commitment(plan, party.name, secrets.self_seed),
+        bytes(64),
+    )
+    signature = party.identity.sign(Purpose.ADVERT, advert.body(plan))
+    advert = replace(advert, signature=signature)
+    return Advertised(party, plan, secrets, advert), [advert]
+
+
+@dataclass(frozen=True, repr=False)
+class Advertised(State):
+    secrets: masking.RoundSecrets
+    advert: m.Advert
+
+    def _on_Adverts(self, message: m.Adverts) -> Step:
+        plan, own = self.plan, self.party.name
+        names = [a.name for a in message.adverts]
+        if names != sorted(set(names)) or not set(names) <= set(plan.cohort):
+            raise AdvertMismatchError("adverts are doubled, unsorted or from outside the cohort")
+        by_name = {a.name: a for a in message.adverts}
+        if by_name.get(own) != self.advert:
+            raise AdvertMismatchError("our own advert is missing or altered")
+        if len(names) < plan.quorum:
+            raise ThresholdError(f"{len(names)} adverts, quorum is {plan.quorum}")
+        keys = [key for a in message.adverts for key in (a.seal_key, a.mask_key)]
+        if len(set(keys)) != len(keys):
+            raise AdvertMismatchError("two adverts share a key")
+        for advert in message.adverts:
+            if (advert.run, advert.round) != (plan.run, plan.round):
+                raise ReplayError(f"advert of {advert.name} belongs to another round")
+            identity = self.party.roster.identity_of(advert.name)
+            verify(identity, Purpose.ADVERT, advert.body(plan), advert.signature, advert.name)
+        peers = [n for n in masking.neighbourhoods(plan)[own] if n in by_name]
+        if len(peers) < plan.threshold:
+            raise ThresholdError(f"{len(peers)} neighbours advertised, threshold {plan.threshold}")
+        points = [masking.point(plan, peer) for peer in peers]
+        mask_shares, self_shares = (
+            shamir.split(secret, points, plan.threshold, self.party.entropy)
+            for secret in (self.secrets.mask_bytes, self.secrets.self_seed)
+        )
+        boxes, incoming, own_shares = [], {}, b""
+        for peer, mask_share, self_share in zip(peers, mask_shares, self_shares, strict=True):
+            if peer == own:
+                own_shares = mask_share + self_share
+                continue
+            shared = masking.agree(self.secrets.seal, by_name[peer].seal_key, peer)
+            key = masking.seal_key(plan, own, peer, shared)
+            context = masking.seal_context(plan, own, peer)
+            boxes.append(seal(key, mask_share + self_share, context))
+            incoming[peer] = masking.seal_key(plan, peer, own, shared)
+        listed = m.adverts_digest(message.adverts)
+        mask_keys = {peer: by_name[peer].mask_key for peer in incoming}
+        reply = m.Shares(plan.run, plan.round, b"".join(boxes))
+        after = Shared(
+            self.party, plan, self.secrets, own_shares, incoming, mask_keys, listed, tuple(names)
+        )
+        return after, [reply]
+
+
+@dataclass(frozen=True, repr=False)
+class Shared(State):
+    secrets: masking.RoundSecrets
+    own_shares: bytes
+    incoming: Mapping[str, bytes]  # peer -> key of the box it sealed for us
+    mask_keys: Mapping[str, bytes]
+    adverts: bytes
+    advertised: tuple[str, ...]
+
+    def _on_Inbox(self, message: m.Inbox) -> Step:
+        plan, own = self.plan, self.party.name
+        senders = message.senders
+        if list(senders) != sorted(set(senders)) or not set(senders) <= set(self.incoming):
+            raise AdvertMismatchError("inbox names a sender that is doubled or never advertised")
+        if len(message.boxes) != m.BOX * len(senders):
+            raise AdvertMismatchError(f"inbox of {len(message.boxes)} bytes, {len(senders)} senders")
+        if len(senders) + 1 < plan.threshold:
+            raise ThresholdError(
+                f"{len(senders) + 1} clients shared keys, threshold is {plan.threshold}"
+            )
+        shares = {own: self.own_shares}
+        for i, peer in enumerate(senders):
+            box = bytes(message.boxes[m.BOX * i : m.BOX * (i + 1)])
+            context = masking.seal_context(plan, peer, own)
+            shares[peer] = unseal(self.incoming[peer], box, context, peer)
+        pairs = {
+            peer: self.secrets.pair_key(plan, own, peer, self.mask_keys[peer]) for peer in senders
+        }
+        return Ready(self.party, plan, self.secrets, pairs, self.adverts, shares), []
+
+
+@dataclass(frozen=True, repr=False)
+class Ready(State):
+    """Keys are agreed; the round waits for the local training to end."""
+
+    secrets: masking.RoundSecrets
+    pairs: Mapping[str, bytes]
+    adverts: bytes
+    shares: Mapping[str, bytes]
+
+    def upload(self, values: Mapping[str, NDArray[np.floating]], weight: float) -> Step:
+        """Encode, mask and send a contribution, once.
+
+        Args:
+            values: update tensors and metric counters by field name; ``weight``,
+                ``contributors`` and ``clipped`` are filled in.
+            weight: n_k, or 1 under uniform weights.
+
+        Raises:
+            UpdateError: NaN, out of bounds, wrong shape; UpdateReusedError: sent before.
+        """
+        plan, journal = self.plan, self.party.journal
+        values = {**values, WEIGHT: np.float64(weight), CONTRIBUTORS: np.float64(1)}
+        vector = fixedpoint.weighted(plan.layout, values, weight=weight, clip=plan.clip)
+        journal.claim_upload(plan.run, plan.round, _fingerprint(plan, values))
+        if plan.protection == "none":
+            upload = m.PlainUpload(plan.run, plan.round, vector.astype("<f8").tobytes())
+            return Revealed(self.party, plan), [upload]
+        own, words = self.party.name, fixedpoint.encode(plan.layout, vector, self.secrets.rounding)
+        plus = [masking.self_key(plan, own, self.secrets.self_seed)]
+        plus += [key for peer, key in self.pairs.items() if peer > own]
+        minus = [key for peer, key in self.pairs.items() if peer < own]
+        add_masks(words, plus, minus)
+        reply = m.MaskedUpload(plan.run, plan.round, fixedpoint.to_wire(plan.layout, words))
+        return Uploaded(self.party, plan, self.adverts, self.shares), [reply]
+
+
+def _fingerprint(plan: RoundPlan, values: Mapping[str, NDArray[np.floating]]) -> bytes | None:
+    """Digest of the update tensors, or None if the round carries counters only."""
+    updates = [field.name for field in plan.layout if field.update]
+    h = hashlib.sha256()
+    for name in updates:
+        h.update(np.asarray(values[name], "<f8").tobytes())
+    return h.digest() if updates else None
+
+
+@dataclass(frozen=True, repr=False)
+class Uploaded(State):
+    adverts: bytes
+    shares: Mapping[str, bytes]
+
+    def _on_SurvivorList(self, message: m.SurvivorList) -> Step:
+        plan, party, survivors = self.plan, self.party, message.survivors
+        if list(survivors) != sorted(set(survivors)) or not set(survivors) <= set(plan.cohort):
+            raise SurvivorError("survivor list is doubled, unsorted or from outside the cohort")
+        if party.name not in survivors:
+            raise SurvivorError(f"survivor list leaves out {party.name!r}, who uploaded")
+        if len(survivors) < plan.quorum:
+            raise ThresholdError(f"{len(survivors)} survivors, quorum is {plan.quorum}")
+        near = set(masking.neighbourhoods(plan)[party.name])
+        if strangers := (set(survivors) & near) - set(self.shares):
+            raise SurvivorError(
+                f"survivor list names {sorted(strangers)}, who shared no keys with us"
+            )
+        party.policy.check_survivors(survivors, party.journal.survivor_lists(plan.run))
+        body = m.survivors_body(plan, self.adverts, survivors)
+        party.journal.record_survivors(plan.run, plan.round, survivors)
+        signature = party.identity.sign(Purpose.SURVIVORS, body)
+        after = Agreed(party, plan, self.shares, survivors, body)
+        return after, [m.Consistent(plan.run, plan.round, signature)]
+
+
+@dataclass(frozen=True, repr=False)
+class Agreed(State):
+    shares: Mapping[str, bytes]
+    survivors: tuple[str, ...]
+    body: bytes
+
+    def _on_UnmaskRequest(self, message: m.UnmaskRequest) -> Step:
+        plan, party = self.plan, self.party
+        if both := set(message.dropped) & set(self.survivors):
+            raise OverlapError(f"{sorted(both)} asked for as dropped, but on the survivor list")
+        dropped = set(self.shares) - set(self.survivors)
+        near = set(masking.neighbourhoods(plan)[party.name])
+        if set(message.dropped) & near != dropped:
+            raise SurvivorError("dropped clients are not those that shared keys and then vanished")
+        names = [s.name for s in message.signers]
+        if len(set(names)) != len(names) or not set(names) <= set(self.survivors):
+            raise SurvivorError("survivor list is signed twice by one client, or by a non-survivor")
+        if len(names) < plan.quorum:
+            raise ThresholdError(f"{len(names)} signed the survivor list, quorum is {plan.quorum}")
+        for signed in message.signers:
+            identity = party.roster.identity_of(signed.name)
+            verify(identity, Purpose.SURVIVORS, self.body, signed.signature, signed.name)
+        parts = [
+            share[:32] if name in dropped else share[32:]
+            for name, share in sorted(self.shares.items())
+        ]
+        reply = m.Reveal(plan.run, plan.round, b"".join(parts))
+        return Revealed(party, plan), [reply]
+
+
+@dataclass(frozen=True, repr=False)
+class Revealed(State):
+    """Done; nothing secret is left."""
+
+    def _on_UnmaskRequest(self, message: m.UnmaskRequest) -> Step:
+        raise SecondUnmaskError(f"a second unmask request in {self}")
+
+    def _on_RoundEnd(self, message: m.RoundEnd) -> Step:
+        return self, []

@@ -1,0 +1,268 @@
+"""Bytes <-> typed messages. The dataclass is the schema; there is exactly one encoding.
+
+A frame is ``version (1) | type (1) | fields in order``, all little-endian:
+
+    U8 U16 U32 U64 F64        fixed width
+    Exact(n) bytes            n bytes, no prefix
+    UpTo(n) Blob              u32 length, at most n; decoded as a view of the frame, not a copy
+    Text(n) str               u16 length, UTF-8, at most n bytes, no control characters
+    tuple[T, ...] + Many(n)   u32 count, at most n
+    a frozen dataclass        its fields in order
+
+Decoding consumes every byte or raises: there are no optional fields, no padding and no
+second encoding of the same value, so a digest of the bytes is a digest of the message.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import struct
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
+
+from secure_fedprompt.protocol.errors import (
+    FieldError,
+    TooLargeError,
+    TrailingBytesError,
+    TruncatedError,
+    UnknownTypeError,
+    UnknownVersionError,
+)
+
+VERSION = 1
+MAX_FRAME = 1 << 28
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Number:
+    format: str
+
+
+@dataclass(frozen=True)
+class Exact:
+    size: int
+
+
+@dataclass(frozen=True)
+class UpTo:
+    limit: int
+
+
+@dataclass(frozen=True)
+class Text:
+    limit: int
+
+
+@dataclass(frozen=True)
+class Many:
+    limit: int
+
+
+U8 = Annotated[int, Number("<B")]
+U16 = Annotated[int, Number("<H")]
+U32 = Annotated[int, Number("<I")]
+U64 = Annotated[int, Number("<Q")]
+F64 = Annotated[float, Number("<d")]
+Digest = Annotated[bytes, Exact(32)]
+PublicKey = Annotated[bytes, Exact(32)]
+Signature = Annotated[bytes, Exact(64)]
+RunId = Annotated[bytes, Exact(16)]
+Blob = bytes | memoryview
+Name = Annotated[str, Text(64)]
+Line = Annotated[str, Text(512)]
+
+Writer = Callable[[Any, list[bytes]], None]
+Reader = Callable[["Cursor"], Any]
+
+
+class Cursor:
+    """A read position in a frame; ``take`` never returns fewer bytes than asked for."""
+
+    def __init__(self, data: bytes | memoryview) -> None:
+        self.data = memoryview(data).toreadonly()
+        self.at = 0
+
+    def take(self, size: int, what: str) -> memoryview:
+        if self.at + size > len(self.data):
+            left = len(self.data) - self.at
+            raise TruncatedError(f"{what}: {size} bytes needed, {left} left")
+        self.at += size
+        return self.data[self.at - size : self.at]
+
+
+def _number(where: str, kind: Number) -> tuple[Writer, Reader]:
+    packer = struct.Struct(kind.format)
+
+    def write(value: Any, out: list[bytes]) -> None:
+        try:
+            out.append(packer.pack(value))
+        except struct.error:
+            raise FieldError(f"{where}: {value!r} does not fit {kind.format}") from None
+
+    def read(cursor: Cursor) -> Any:
+        (value,) = packer.unpack(cursor.take(packer.size, where))
+        if isinstance(value, float) and not math.isfinite(value):
+            raise FieldError(f"{where}: {value} is not finite")
+        return value
+
+    return write, read
+
+
+def _exact(where: str, size: int) -> tuple[Writer, Reader]:
+    def write(value: bytes, out: list[bytes]) -> None:
+        if len(value) != size:
+            raise FieldError(f"{where}: {len(value)} bytes, must be {size}")
+        out.append(value)
+
+    return write, lambda cursor: bytes(cursor.take(size, where))
+
+
+def _prefixed(where: str, limit: int, width: Number) -> tuple[Writer, Reader]:
+    write_size, read_size = _number(where, width)
+
+    def write(value: bytes, out: list[bytes]) -> None:
+        if len(value) > limit:
+            raise TooLargeError(f"{where}: {len(value)} bytes, at most {limit}")
+        write_size(len(value), out)
+        out.append(value)
+
+    def read(cursor: Cursor) -> memoryview:
+        size = read_size(cursor)
+        if size > limit:
+            raise TooLargeError(f"{where}: {size} bytes announced, at most {limit}")
+        return cursor.take(size, where)
+
+    return write, read
+
+
+def _text(where: str, limit: int) -> tuple[Writer, Reader]:
+    write_bytes, read_bytes = _prefixed(where, limit, Number("<H"))
+
+    def read(cursor: Cursor) -> str:
+        try:
+            value = str(read_bytes(cursor), "utf-8")
+        except UnicodeDecodeError:
+            raise FieldError(f"{where}: not UTF-8") from None
+        if not value.isprintable():
+            raise FieldError(f"{where}: holds control characters")
+        return value
+
+    def write(value: str, out: list[bytes]) -> None:
+        if not value.isprintable():
+            raise FieldError(f"{where}: holds control characters")
+        write_bytes(value.encode(), out)
+
+    return write, read
+
+
+def _many(where: str, limit: int, item: tuple[Writer, Reader]) -> tuple[Writer, Reader]:
+    write_count, read_count = _number(where, Number("<I"))
+    write_item, read_item = item
+
+    def write(values: tuple[Any, ...], out: list[bytes]) -> None:
+        if len(values) > limit:
+            raise TooLargeError(f"{where}: {len(values)} items, at most {limit}")
+        write_count(len(values), out)
+        for value in values:
+            write_item(value, out)
+
+    def read(cursor: Cursor) -> tuple[Any, ...]:
+        count = read_count(cursor)
+        if count > limit:
+            raise TooLargeError(f"{where}: {count} items announced, at most {limit}")
+        return tuple(read_item(cursor) for _ in range(count))
+
+    return write, read
+
+
+def _coder(annotation: Any, where: str) -> tuple[Writer, Reader]:
+    kind = None
+    if get_origin(annotation) is Annotated:
+        annotation, kind = get_args(annotation)
+    match kind:
+        case Number():
+            return _number(where, kind)
+        case Exact(size):
+            return _exact(where, size)
+        case UpTo(limit):
+            return _prefixed(where, limit, Number("<I"))
+        case Text(limit):
+            return _text(where, limit)
+        case Many(limit):
+            return _many(where, limit, _coder(get_args(annotation)[0], where))
+    if is_dataclass(annotation):
+        return _struct(typing.cast(type, annotation))
+    raise TypeError(f"{where}: no wire form for {annotation!r}")
+
+
+@functools.cache
+def _struct(cls: type) -> tuple[Writer, Reader]:
+    hints = get_type_hints(cls, include_extras=True)
+    parts = [(f.name, *_coder(hints[f.name], f"{cls.__name__}.{f.name}")) for f in fields(cls)]
+
+    def write(value: Any, out: list[bytes]) -> None:
+        for name, put, _ in parts:
+            put(getattr(value, name), out)
+
+    def read(cursor: Cursor) -> Any:
+        return cls(*(get(cursor) for _, _, get in parts))
+
+    return write, read
+
+
+def encode_fields(value: object) -> bytes:
+    """Canonical bytes of a dataclass, without version and type: the form that digests use."""
+    out: list[bytes] = []
+    _struct(type(value))[0](value, out)
+    return b"".join(out)
+
+
+def decode_fields(cls: type[T], data: bytes | memoryview) -> T:
+    """Inverse of ``encode_fields``.
+
+    Raises:
+        CodecError: bytes are missing, left over, or out of a field's domain.
+    """
+    cursor = Cursor(data)
+    value: T = _struct(cls)[1](cursor)
+    if cursor.at != len(cursor.data):
+        left = len(cursor.data) - cursor.at
+        raise TrailingBytesError(f"{cls.__name__}: {left} bytes after the last field")
+    return value
+
+
+class Catalogue:
+    """The closed list of message types of one version of the protocol."""
+
+    def __init__(self, *types: type) -> None:
+        self.types = dict(enumerate(types, start=1))
+        self._codes = {cls: code for code, cls in self.types.items()}
+
+    def encode(self, message: object) -> bytes:
+        out = [bytes((VERSION, self._codes[type(message)]))]
+        _struct(type(message))[0](message, out)
+        frame = b"".join(out)
+        if len(frame) > MAX_FRAME:
+            raise TooLargeError(f"{type(message).__name__}: {len(frame)} bytes, at most {MAX_FRAME}")
+        return frame
+
+    def decode(self, frame: bytes | memoryview) -> Any:
+        """A frame as its message.
+
+        Raises:
+            CodecError: see the subclasses; every malformed frame has one.
+        """
+        if len(frame) > MAX_FRAME:
+            raise TooLargeError(f"frame of {len(frame)} bytes, at most {MAX_FRAME}")
+        if len(frame) < 2:
+            raise TruncatedError(f"frame of {len(frame)} bytes has no header")
+        version, code = frame[0], frame[1]
+        if version != VERSION:
+            raise UnknownVersionError(f"frame of version {version}; this program speaks {VERSION}")
+        if code not in self.types:
+            raise UnknownTypeError(f"message type {code} is not in the catalogue")
+        return decode_fields(self.types[code], memoryview(frame)[2:])

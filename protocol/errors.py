@@ -1,0 +1,213 @@
+"""Every error a user or a peer can cause, in one tree.
+
+    SecureFedPromptError                     exit code
+    ├── ConfigError                          2   a setting, file or flag is wrong
+    │   ├── KeyFileError                         key file missing, open to others, malformed
+    │   ├── RosterError                          roster file malformed, entry unsigned or doubled
+    │   ├── DataError                            data set empty, one class, corrupt image
+    │   ├── ModelError                           weights missing or of an unsupported kind
+    │   └── PromptFileError                      prompt file does not fit the model or classes
+    ├── LinkError                            3   the connection
+    │   ├── UnreachableError                 3
+    │   ├── NotOnRosterError                 4   the server refused our key (ZAP 400)
+    │   ├── WrongServerKeyError              5   the handshake never completes
+    │   └── PortInUseError                   6
+    ├── MismatchError                        7   model, classes or method differ from the run's
+    ├── RunFailedError                       8   the run cannot go on
+    │   └── TooFewClientsError               8
+    ├── UpdateError                          9   an update may not be sent: NaN, wrong size
+    │   └── UpdateReusedError                    the same update twice
+    └── ProtocolError                        10  a peer broke the protocol
+        ├── CodecError                           bytes are not a message
+        │   ├── TruncatedError
+        │   ├── TrailingBytesError
+        │   ├── UnknownVersionError
+        │   ├── UnknownTypeError
+        │   ├── TooLargeError
+        │   └── FieldError                       a field is out of its domain
+        ├── UnexpectedMessageError               right form, wrong moment
+        │   └── SecondUnmaskError                a second unmask request in a round
+        ├── PlanError                            the plan contradicts itself
+        │   └── OverflowPlanError                a sum could leave the ring
+        ├── PolicyError                          the plan is outside this client's policy
+        ├── ReplayError                          (run, round) did not grow
+        ├── SignatureError
+        ├── SealError                            a sealed box does not open
+        ├── RosterMismatchError                  the peer's roster is another
+        ├── AdvertMismatchError                  an advert is missing, doubled or altered
+        ├── SurvivorError                        survivor list not ours, too short, unsigned
+        │   ├── OverlapError                     a peer both alive and dropped
+        │   └── ThresholdError                   fewer than t
+        └── BadShareError                        a share does not reconstruct; names the sender
+
+Messages are one line: what was wrong, with the value, and what to do. They never hold secrets.
+"""
+
+from __future__ import annotations
+
+
+class SecureFedPromptError(Exception):
+    """Base of all errors raised on purpose."""
+
+    exit_code = 1
+
+
+class ConfigError(SecureFedPromptError):
+    exit_code = 2
+
+
+class KeyFileError(ConfigError):
+    pass
+
+
+class RosterError(ConfigError):
+    pass
+
+
+class DataError(ConfigError):
+    pass
+
+
+class ModelError(ConfigError):
+    pass
+
+
+class PromptFileError(ConfigError):
+    pass
+
+
+class LinkError(SecureFedPromptError):
+    exit_code = 3
+
+
+class UnreachableError(LinkError):
+    exit_code = 3
+
+
+class NotOnRosterError(LinkError):
+    exit_code = 4
+
+
+class WrongServerKeyError(LinkError):
+    exit_code = 5
+
+
+class PortInUseError(LinkError):
+    exit_code = 6
+
+
+class MismatchError(SecureFedPromptError):
+    exit_code = 7
+
+
+class RunFailedError(SecureFedPromptError):
+    exit_code = 8
+
+
+class TooFewClientsError(RunFailedError):
+    pass
+
+
+class UpdateError(SecureFedPromptError):
+    exit_code = 9
+
+
+class UpdateReusedError(UpdateError):
+    pass
+
+
+class ProtocolError(SecureFedPromptError):
+    exit_code = 10
+
+
+class CodecError(ProtocolError):
+    pass
+
+
+class TruncatedError(CodecError):
+    pass
+
+
+class TrailingBytesError(CodecError):
+    pass
+
+
+class UnknownVersionError(CodecError):
+    pass
+
+
+class UnknownTypeError(CodecError):
+    pass
+
+
+class TooLargeError(CodecError):
+    pass
+
+
+class FieldError(CodecError):
+    pass
+
+
+class UnexpectedMessageError(ProtocolError):
+    pass
+
+
+class SecondUnmaskError(UnexpectedMessageError):
+    pass
+
+
+class PlanError(ProtocolError):
+    pass
+
+
+class OverflowPlanError(PlanError):
+    pass
+
+
+class PolicyError(ProtocolError):
+    pass
+
+
+class ReplayError(ProtocolError):
+    pass
+
+
+class SignatureError(ProtocolError):
+    pass
+
+
+class SealError(ProtocolError):
+    pass
+
+
+class RosterMismatchError(ProtocolError):
+    pass
+
+
+class AdvertMismatchError(ProtocolError):
+    pass
+
+
+class SurvivorError(ProtocolError):
+    pass
+
+
+class OverlapError(SurvivorError):
+    pass
+
+
+class ThresholdError(SurvivorError):
+    pass
+
+
+class BadShareError(ProtocolError):
+    """A reconstructed secret does not match its commitment.
+
+    Attributes:
+        senders: names whose shares disagree with the verified polynomial, empty if the
+            responders are too few to tell.
+    """
+
+    def __init__(self, message: str, senders: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.senders = senders

@@ -1,0 +1,95 @@
+"""Domain separation and key material: one place that forms tags, keys and keystreams.
+
+Every key is ``HKDF-SHA256(secret, info = Purpose | plan digest | context)``. The plan digest
+fixes run, round, cohort, threshold and layout, so a key of one round, pair, plan or purpose
+never fits another. Keystreams are AES-256-CTR under such a key, which is used once, from
+counter zero.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from enum import IntEnum
+
+import numpy as np
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext
+from cryptography.hazmat.primitives.ciphers.algorithms import AES256
+from cryptography.hazmat.primitives.ciphers.modes import CTR
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+from secure_fedprompt.protocol.ring import Words
+
+TAG = b"secure-fedprompt/v1/"
+_CHUNK = 1 << 16  # words; keystream and accumulator chunks stay in the second-level cache
+_ZEROS = bytes(4 * _CHUNK)
+_COUNTER = bytes(16)
+
+
+class Purpose(IntEnum):
+    """What a key or digest is for. Values are on the wire of no message, but in every hash."""
+
+    RUN_ID = 1
+    ROSTER = 2
+    ROSTER_ENTRY = 3
+    PLAN = 4
+    ADVERT = 5
+    ADVERT_LIST = 6
+    SURVIVORS = 7
+    SELF_MASK = 8
+    PAIR_MASK = 9
+    SELF_COMMITMENT = 10
+    SHARE_SEAL = 11
+    GRAPH = 12
+    ROUNDING = 13
+    PAYLOAD = 14
+
+
+def tag(purpose: Purpose) -> bytes:
+    return TAG + purpose.name.lower().encode() + b"\0"
+
+
+def digest(purpose: Purpose, *parts: bytes) -> bytes:
+    """SHA-256 over the purpose and length-prefixed parts; 32 bytes."""
+    h = hashlib.sha256(tag(purpose))
+    for part in parts:
+        h.update(len(part).to_bytes(8, "little"))
+        h.update(part)
+    return h.digest()
+
+
+def derive(secret: bytes, purpose: Purpose, plan_digest: bytes, *context: bytes) -> bytes:
+    """A 32-byte key for one purpose under one plan, by HKDF-SHA256 (RFC 5869)."""
+    info = b"".join((tag(purpose), plan_digest, *(bytes((len(c),)) + c for c in context)))
+    return HKDF(hashes.SHA256(), 32, salt=None, info=info).derive(secret)
+
+
+def _stream(key: bytes) -> CipherContext:
+    return Cipher(AES256(key), CTR(_COUNTER)).encryptor()
+
+
+def keystream(key: bytes, size: int) -> bytes:
+    """``size`` bytes of AES-256-CTR keystream from counter zero."""
+    return _stream(key).update(bytes(size))
+
+
+def expand(key: bytes, count: int) -> Words:
+    """The first ``count`` little-endian words of the keystream: the reference for ``add_masks``."""
+    return np.frombuffer(keystream(key, 4 * count), "<u4").astype(np.uint32)
+
+
+def add_masks(total: Words, plus: list[bytes], minus: list[bytes]) -> None:
+    """``total += sum expand(plus) - sum expand(minus)`` modulo 2^32, in place.
+
+    Works chunk by chunk over all keys, so the accumulator is read and written once.
+    """
+    streams = [(_stream(key), np.add) for key in plus]
+    streams += [(_stream(key), np.subtract) for key in minus]
+    buffer = bytearray(4 * min(_CHUNK, len(total)) + 16)
+    zeros = memoryview(_ZEROS)
+    words = np.frombuffer(buffer, "<u4", offset=0, count=min(_CHUNK, len(total)))
+    for start in range(0, len(total), _CHUNK):
+        part = total[start : start + _CHUNK]
+        for stream, combine in streams:
+            stream.update_into(zeros[: 4 * len(part)], buffer)
+            combine(part, words[: len(part)], out=part)

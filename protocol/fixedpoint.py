@@ -1,0 +1,205 @@
+"""Fixed-point encoding of an upload vector, with a proof that no sum leaves the ring.
+
+A value v of a field with scale 2^f becomes ``floor(v * 2^f + r)`` with r uniform in [0, 1)
+(stochastic rounding, unbiased), drawn from a keyed stream. Update values are clipped to
+[-clip, clip] first and multiplied by the client's weight; counters must lie within their bound.
+
+Overflow proof. One client contributes at most ``m = ceil(bound * 2^f)`` in magnitude: rounding
+moves v * 2^f to a neighbouring integer, never past the next one. A sum of n clients is at most
+n * m. It is read back as a signed residue, which is exact as long as n * m <= 2^(b-1) - 1.
+``check_fits`` tests just this inequality, in integers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from secure_fedprompt.protocol import layout as lay
+from secure_fedprompt.protocol.errors import FieldError, OverflowPlanError, UpdateError
+from secure_fedprompt.protocol.expand import keystream
+from secure_fedprompt.protocol.layout import Field, Layout, TensorSpec, Vector
+from secure_fedprompt.protocol.ring import MAX_BITS, MIN_BITS, Words, pack, packed_size, signed, unpack
+
+MAX_FRAC = 24
+LOSS_CLIP = 20.0
+MIN_UPDATE_STEPS = 128  # a clip range coarser than +-128 steps is refused
+
+
+def magnitude(bound: float, frac: int) -> int:
+    """Largest integer that a value within ``bound`` can become at scale 2^frac."""
+    return math.ceil(math.ldexp(bound, frac))
+
+
+def check_fits(field: Field, clients: int) -> None:
+    """Refuse a field whose sum over ``clients`` could leave its ring.
+
+    Raises:
+        OverflowPlanError: with the numbers.
+    """
+    if not MIN_BITS <= field.bits <= MAX_BITS:
+        raise OverflowPlanError(f"field {field.name!r}: ring of {field.bits} bits, must be 8 to 32")
+    largest, limit = clients * magnitude(field.bound, field.frac), (1 << (field.bits - 1)) - 1
+    if largest > limit:
+        raise OverflowPlanError(
+            f"field {field.name!r}: {clients} clients x {magnitude(field.bound, field.frac)} = "
+            f"{largest} can exceed {limit} in a {field.bits}-bit ring"
+        )
+
+
+def _sized(name: str, shape: tuple[int, ...], bound: float, bits: int, n: int, update: bool) -> Field:
+    limit = (1 << (bits - 1)) - 1
+    for frac in range(MAX_FRAC, -1, -1):
+        if n * magnitude(bound, frac) <= limit:
+            return Field(name, shape, bound, bits, frac, int(update))
+    raise OverflowPlanError(
+        f"field {name!r}: {n} clients with values up to {bound:g} do not fit a {bits}-bit ring: "
+        "use more ring bits, a smaller clip or a smaller max_weight"
+    )
+
+
+def size_layout(
+    tensors: Sequence[TensorSpec],
+    clients: int,
+    *,
+    clip: float,
+    max_weight: int,
+    max_seen: int,
+    ring_bits: int,
+    metrics: bool,
+) -> Layout:
+    """Choose widths and the finest safe scale of every field.
+
+    Args:
+        tensors: what the method uploads.
+        clients: size of the cohort.
+        clip: C, largest magnitude of an update value.
+        max_weight: W_max, largest weight n_k of a client; 1 for uniform weights.
+        max_seen: largest number of images that a client counts in its metrics.
+        ring_bits: width b of the update fields. Counters always use 32 bits.
+        metrics: whether metric counters travel at all.
+
+    Raises:
+        OverflowPlanError: no scale fits, or it would be coarser than clip / 128.
+    """
+    values = sum(tensor.size for tensor in tensors)
+    fields = [_sized(t.name, t.shape, max_weight * clip, ring_bits, clients, True) for t in tensors]
+    for field in fields:
+        if math.ldexp(clip, field.frac) < MIN_UPDATE_STEPS:
+            raise OverflowPlanError(
+                f"field {field.name!r}: a {ring_bits}-bit ring leaves only "
+                f"{math.ldexp(clip, field.frac):g} steps for clip {clip:g} with {clients} clients "
+                f"of weight up to {max_weight}: use more ring bits or a smaller max_weight"
+            )
+    counters = {lay.WEIGHT: float(max_weight), lay.CONTRIBUTORS: 1.0}
+    if metrics:
+        counters |= {lay.CORRECT: max_seen, lay.SEEN: max_seen}
+        counters |= {lay.LOSS: LOSS_CLIP * max_seen, lay.CLIPPED: values}
+    for name, bound in counters.items():
+        field = _sized(name, (), bound, 32, clients, False)
+        whole = name != lay.LOSS
+        fields.append(Field(name, (), bound, 32, 0 if whole else min(field.frac, 16), 0))
+    return tuple(fields)
+
+
+def weighted(
+    layout: Layout, values: Mapping[str, NDArray[np.floating]], *, weight: float, clip: float
+) -> Vector:
+    """Clip and weight a contribution: the float64 vector that ``encode`` rounds.
+
+    Args:
+        layout: of the plan.
+        values: update tensors (unweighted) and counters, by field name. The number of clipped
+            values is filled in if the layout has a field for it.
+        weight: n_k, the multiplier of the update fields.
+        clip: C.
+
+    Raises:
+        UpdateError: NaN or infinity, a counter beyond its bound, a wrong shape.
+    """
+    counted = any(field.name == lay.CLIPPED for field in layout)
+    vector = lay.flatten(layout, {lay.CLIPPED: np.float64(0), **values} if counted else values)
+    if not np.isfinite(vector).all():
+        at = int(np.flatnonzero(~np.isfinite(vector))[0])
+        raise UpdateError(f"update value {at} is {vector[at]}: lower the learning rate")
+    clipped, at = 0, 0
+    for field in layout:
+        part = vector[at : at + field.size]
+        at += field.size
+        if field.update:
+            clipped += int(np.count_nonzero(np.abs(part) > clip))
+            np.clip(part, -clip, clip, out=part)
+            part *= weight
+        elif field.name == lay.CLIPPED:
+            part[:] = clipped
+        largest = max(part.max(initial=0), -part.min(initial=0))
+        if largest > field.bound:
+            raise UpdateError(f"field {field.name!r} is {largest:g}, the plan allows {field.bound:g}")
+    return vector
+
+
+def encode(layout: Layout, vector: Vector, rounding_key: bytes) -> Words:
+    """Scale and round a ``weighted`` vector into ring words.
+
+    Args:
+        layout: of the plan.
+        vector: from ``weighted``.
+        rounding_key: 32 secret bytes for the rounding stream, fresh for each upload.
+    """
+    # 20 bits, centred: |value| < 2^31 keeps the addition exact, so that it never carries a value
+    # past its bound.
+    draws = np.frombuffer(keystream(rounding_key, 4 * len(vector)), "<u4")
+    words, at = np.empty(len(vector), np.uint32), 0
+    for field in layout:
+        here = slice(at, at + field.size)
+        scaled = vector[here] * 2.0**field.frac
+        scaled += (draws[here] >> np.uint32(12)) * 2.0**-20 + 2.0**-21
+        words[here] = np.floor(scaled, out=scaled).astype(np.int64).astype(np.uint32)
+        at += field.size
+    return words
+
+
+def to_wire(layout: Layout, words: Words) -> bytes:
+    """Ring words packed field by field at each field's width."""
+    parts, at = [], 0
+    for field in layout:
+        parts.append(pack(words[at : at + field.size], field.bits))
+        at += field.size
+    return b"".join(parts)
+
+
+def wire_size(layout: Layout) -> int:
+    return sum(packed_size(field.size, field.bits) for field in layout)
+
+
+def add_wire(layout: Layout, data: bytes | memoryview, total: Words) -> None:
+    """Add a packed vector to ``total`` in place: one pass over the data.
+
+    Raises:
+        FieldError: wrong length, or bits set behind a field's last value.
+    """
+    if len(data) != wire_size(layout):
+        raise FieldError(f"upload of {len(data)} bytes, the layout has {wire_size(layout)}")
+    view, at, byte = memoryview(data), 0, 0
+    for field in layout:
+        size, part = packed_size(field.size, field.bits), total[at : at + field.size]
+        np.add(part, unpack(view[byte : byte + size], field.size, field.bits), out=part)
+        at, byte = at + field.size, byte + size
+
+
+def to_integers(layout: Layout, words: Words) -> NDArray[np.int64]:
+    """Each field's residues as signed integers."""
+    parts, at = [], 0
+    for field in layout:
+        parts.append(signed(words[at : at + field.size], field.bits))
+        at += field.size
+    return np.concatenate(parts)
+
+
+def decode(layout: Layout, integers: NDArray[np.int64]) -> Vector:
+    """A sum of encoded contributions as float64, at natural scale. Exact."""
+    scales = [np.full(field.size, float(field.frac)) for field in layout]
+    return np.asarray(np.ldexp(integers.astype(np.float64), -np.concatenate(scales).astype(np.int32)))

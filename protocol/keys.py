@@ -1,0 +1,161 @@
+"""Identities, key files, agreement and sealing.
+
+An identity is an Ed25519 signing key and an X25519 key for CurveZMQ, stored together as two
+unencrypted PKCS#8 blocks in one PEM file that only its owner may read. The public half is a
+roster entry, which the identity signs so that name, role and both keys belong together.
+Primitives come from ``cryptography``; nothing here prints key material.
+"""
+
+from __future__ import annotations
+
+import re
+import stat
+from dataclasses import dataclass
+from typing import Annotated
+
+from cryptography.exceptions import InvalidSignature, InvalidTag
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    load_pem_private_key,
+)
+
+from secure_fedprompt.protocol.codec import Name, PublicKey, Signature, Text, encode_fields
+from secure_fedprompt.protocol.errors import KeyFileError, SealError, SignatureError
+from secure_fedprompt.protocol.expand import Purpose, tag
+
+ROLES = ("client", "server", "helper")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+_NONCE = bytes(12)
+_BLOCK = re.compile(rb"-----BEGIN PRIVATE KEY-----.+?-----END PRIVATE KEY-----\n?", re.S)
+
+
+@dataclass(frozen=True, repr=False)
+class Identity:
+    """The private half. ``repr`` shows nothing of it."""
+
+    signing: Ed25519PrivateKey
+    curve: X25519PrivateKey
+
+    def __repr__(self) -> str:
+        return "Identity(<private>)"
+
+    @classmethod
+    def generate(cls) -> Identity:
+        return cls(Ed25519PrivateKey.generate(), X25519PrivateKey.generate())
+
+    def sign(self, purpose: Purpose, body: bytes) -> bytes:
+        return self.signing.sign(tag(purpose) + body)
+
+    def public(self) -> bytes:
+        return self.signing.public_key().public_bytes_raw()
+
+    def curve_public(self) -> bytes:
+        return self.curve.public_key().public_bytes_raw()
+
+    def to_pem(self) -> bytes:
+        form = (Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+        return self.signing.private_bytes(*form) + self.curve.private_bytes(*form)
+
+    @classmethod
+    def from_pem(cls, data: bytes, where: str, mode: int) -> Identity:
+        """Parse a key file.
+
+        Args:
+            data: content of the file.
+            where: its path, for the error.
+            mode: ``st_mode`` of the file; group and others may have no rights.
+        """
+        if stat.S_IMODE(mode) & 0o077:
+            raise KeyFileError(
+                f"key file {where} is open to others (mode {stat.S_IMODE(mode):04o}): "
+                f"run 'chmod 600 {where}', and make a new key if others could have read it"
+            )
+        try:
+            keys = [load_pem_private_key(block, None) for block in _BLOCK.findall(data)]
+        except (ValueError, TypeError) as error:
+            raise KeyFileError(f"key file {where} cannot be read: {error}") from None
+        match keys:
+            case [Ed25519PrivateKey() as signing, X25519PrivateKey() as curve]:
+                return cls(signing, curve)
+        raise KeyFileError(
+            f"key file {where} does not hold one Ed25519 and one X25519 key: "
+            "make one with 'secure-fedprompt keygen --name NAME'"
+        )
+
+
+@dataclass(frozen=True)
+class Member:
+    """A roster entry: who may take part, under which keys. ``signature`` is by ``identity``."""
+
+    name: Name
+    role: Annotated[str, Text(16)]
+    identity: PublicKey
+    curve: PublicKey
+    signature: Signature
+
+    def _body(self) -> bytes:
+        return encode_fields(_Binding(self.name, self.role, self.identity, self.curve))
+
+    @classmethod
+    def of(cls, identity: Identity, name: str, role: str) -> Member:
+        public, curve = identity.public(), identity.curve_public()
+        body = encode_fields(_Binding(name, role, public, curve))
+        return cls(name, role, public, curve, identity.sign(Purpose.ROSTER_ENTRY, body))
+
+    def verify(self) -> None:
+        verify(self.identity, Purpose.ROSTER_ENTRY, self._body(), self.signature, self.name)
+
+
+@dataclass(frozen=True)
+class _Binding:
+    name: Name
+    role: Annotated[str, Text(16)]
+    identity: PublicKey
+    curve: PublicKey
+
+
+def verify(public: bytes, purpose: Purpose, body: bytes, signature: bytes, who: str) -> None:
+    """Check an Ed25519 signature.
+
+    Raises:
+        SignatureError: naming the signer and the purpose.
+    """
+    try:
+        Ed25519PublicKey.from_public_bytes(public).verify(signature, tag(purpose) + body)
+    except (InvalidSignature, ValueError):
+        what = purpose.name.lower().replace("_", " ")
+        raise SignatureError(f"signature of {who} on its {what} does not verify") from None
+
+
+def agree(secret: X25519PrivateKey, public: bytes, who: str) -> bytes:
+    """X25519; a peer key of small order is refused.
+
+    Raises:
+        SealError: naming the peer.
+    """
+    try:
+        return secret.exchange(X25519PublicKey.from_public_bytes(public))
+    except ValueError:
+        raise SealError(f"public key of {who} is not a usable curve point") from None
+
+
+def seal(key: bytes, plain: bytes, associated: bytes) -> bytes:
+    """AES-256-GCM under a key that is derived for this one message (hence the fixed nonce)."""
+    return AESGCM(key).encrypt(_NONCE, plain, associated)
+
+
+def unseal(key: bytes, box: bytes, associated: bytes, who: str) -> bytes:
+    """Inverse of ``seal``.
+
+    Raises:
+        SealError: the box was altered, or sealed for another sender, recipient or round.
+    """
+    try:
+        return AESGCM(key).decrypt(_NONCE, box, associated)
+    except (InvalidTag, ValueError):
+        raise SealError(f"sealed shares from {who} do not open") from None

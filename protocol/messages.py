@@ -1,0 +1,273 @@
+"""The message catalogue: every frame that may cross the wire, in the order of a run.
+
+    client                          server
+      Hello            ->                            who I am, which model and classes I hold
+                       <-           Welcome          run id, settings
+      Initial          ->                            one client: the starting prompt
+                       <-           Plan             round plan, global prompt
+      Advert           ->                            fresh public keys, signed
+                       <-           Adverts
+      Shares           ->                            sealed key shares for each peer
+                       <-           Inbox
+      MaskedUpload     ->                            (PlainUpload without protection)
+                       <-           SurvivorList
+      Consistent       ->                            signature on the list
+                       <-           UnmaskRequest
+      Reveal           ->                            shares of survivors' self masks and dropped keys
+                       <-           RoundEnd         or the next Plan
+                       <-           Finish           final prompt
+
+``Alive`` and ``Leave`` (client) and ``Refused`` (server) may come at any time. The sender is the
+authenticated CurveZMQ key, so no message names it. ``repr`` never shows vectors, shares or boxes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Annotated
+
+from secure_fedprompt.protocol.codec import (
+    MAX_FRAME,
+    U8,
+    U32,
+    Blob,
+    Catalogue,
+    Digest,
+    Line,
+    Many,
+    Name,
+    PublicKey,
+    RunId,
+    Signature,
+    Text,
+    UpTo,
+    encode_fields,
+)
+from secure_fedprompt.protocol.expand import Purpose, digest
+from secure_fedprompt.protocol.layout import TensorSpec
+from secure_fedprompt.protocol.plan import MAX_COHORT, RoundPlan
+
+Vector = Annotated[Blob, UpTo(MAX_FRAME)]
+Names = Annotated[tuple[Name, ...], Many(MAX_COHORT)]
+BOX = 80  # two 32-byte shares and a 16-byte tag
+
+
+class Message:
+    """Base of all frames; blobs print as their size."""
+
+    def __repr__(self) -> str:
+        shown = []
+        for field in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            if isinstance(value, bytes | memoryview):
+                value = f"<{len(value)} bytes>"
+            elif isinstance(value, tuple) and len(value) > 4:
+                value = f"<{len(value)} items>"
+            shown.append(f"{field.name}={value}")
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+
+@dataclass(frozen=True, repr=False)
+class Hello(Message):
+    """``method`` is empty if the client takes the run's."""
+
+    nonce: Digest
+    method: Annotated[str, Text(32)]
+    model_fingerprint: Digest
+    classes_digest: Digest
+    class_count: U32
+    roster_digest: Digest
+
+
+@dataclass(frozen=True, repr=False)
+class Nonce(Message):
+    name: Name
+    nonce: Digest
+
+
+@dataclass(frozen=True, repr=False)
+class Welcome(Message):
+    """``run`` is the digest of the nonces; ``settings`` is canonical JSON for the method."""
+
+    run: RunId
+    server_nonce: Digest
+    nonces: Annotated[tuple[Nonce, ...], Many(MAX_COHORT)]
+    settings: Annotated[Blob, UpTo(1 << 16)]
+    need_initial: U8
+
+
+@dataclass(frozen=True, repr=False)
+class Initial(Message):
+    """The starting prompt, float32 little-endian in the order of ``tensors``."""
+
+    run: RunId
+    tensors: Annotated[tuple[TensorSpec, ...], Many(128)]
+    vector: Vector
+
+
+@dataclass(frozen=True, repr=False)
+class Plan(Message):
+    """``base`` is the global prompt, float32 little-endian."""
+
+    plan: RoundPlan
+    base: Vector
+
+
+@dataclass(frozen=True, repr=False)
+class Advert(Message):
+    """Fresh X25519 keys (``seal_key`` seals shares, ``mask_key`` makes pair masks) and H(b)."""
+
+    run: RunId
+    round: U32
+    name: Name
+    seal_key: PublicKey
+    mask_key: PublicKey
+    commitment: Digest
+    signature: Signature
+
+    def body(self, plan: RoundPlan) -> bytes:
+        """What the identity signs: the keys under this plan and roster."""
+        unsigned = (self.seal_key, self.mask_key, self.commitment)
+        return b"".join((plan.digest, plan.roster_digest, *unsigned, self.name.encode()))
+
+
+@dataclass(frozen=True, repr=False)
+class Adverts(Message):
+    run: RunId
+    round: U32
+    adverts: Annotated[tuple[Advert, ...], Many(MAX_COHORT)]
+
+
+@dataclass(frozen=True, repr=False)
+class Shares(Message):
+    """One box per advertised neighbour, in name order."""
+
+    run: RunId
+    round: U32
+    boxes: Annotated[Blob, UpTo(BOX * MAX_COHORT)]
+
+
+@dataclass(frozen=True, repr=False)
+class Inbox(Message):
+    """The boxes that ``senders`` sealed for the recipient."""
+
+    run: RunId
+    round: U32
+    senders: Names
+    boxes: Annotated[Blob, UpTo(BOX * MAX_COHORT)]
+
+
+@dataclass(frozen=True, repr=False)
+class MaskedUpload(Message):
+    run: RunId
+    round: U32
+    vector: Vector
+
+
+@dataclass(frozen=True, repr=False)
+class PlainUpload(Message):
+    """Float64 little-endian, weighted; only under protection "none"."""
+
+    run: RunId
+    round: U32
+    vector: Vector
+
+
+@dataclass(frozen=True, repr=False)
+class SurvivorList(Message):
+    run: RunId
+    round: U32
+    survivors: Names
+
+
+@dataclass(frozen=True, repr=False)
+class Consistent(Message):
+    run: RunId
+    round: U32
+    signature: Signature
+
+
+@dataclass(frozen=True, repr=False)
+class Signed(Message):
+    name: Name
+    signature: Signature
+
+
+@dataclass(frozen=True, repr=False)
+class UnmaskRequest(Message):
+    """Who signed the survivor list, and whose mask keys are asked for."""
+
+    run: RunId
+    round: U32
+    signers: Annotated[tuple[Signed, ...], Many(MAX_COHORT)]
+    dropped: Names
+
+
+@dataclass(frozen=True, repr=False)
+class Reveal(Message):
+    """One 32-byte share per neighbour that shared keys, self included, in name order:
+    of its self mask if it survived, of its mask key if it dropped."""
+
+    run: RunId
+    round: U32
+    shares: Annotated[Blob, UpTo(32 * MAX_COHORT)]
+
+
+@dataclass(frozen=True, repr=False)
+class RoundEnd(Message):
+    """``reason`` is empty for a finished round."""
+
+    run: RunId
+    round: U32
+    reason: Line
+
+
+@dataclass(frozen=True, repr=False)
+class Finish(Message):
+    run: RunId
+    vector: Vector
+    reason: Line
+
+
+@dataclass(frozen=True, repr=False)
+class Alive(Message):
+    pass
+
+
+@dataclass(frozen=True, repr=False)
+class Leave(Message):
+    """The client stops: the class of its error and one line."""
+
+    error: Annotated[str, Text(48)]
+    reason: Line
+
+
+@dataclass(frozen=True, repr=False)
+class Refused(Message):
+    """The server does not admit this client to the run."""
+
+    error: Annotated[str, Text(48)]
+    reason: Line
+
+
+CATALOGUE = Catalogue(
+    Hello, Welcome, Initial, Plan, Advert, Adverts, Shares, Inbox, MaskedUpload, PlainUpload,
+    SurvivorList, Consistent, UnmaskRequest, Reveal, RoundEnd, Finish, Alive, Leave, Refused,
+)  # fmt: skip
+
+
+def run_id(server_nonce: bytes, nonces: Sequence[Nonce]) -> bytes:
+    """The 16-byte run id: no party alone can make it repeat."""
+    parts = [encode_fields(n) for n in sorted(nonces, key=lambda n: n.name)]
+    return digest(Purpose.RUN_ID, server_nonce, *parts)[:16]
+
+
+def adverts_digest(adverts: Sequence[Advert]) -> bytes:
+    return digest(Purpose.ADVERT_LIST, *(encode_fields(a) for a in adverts))
+
+
+def survivors_body(plan: RoundPlan, adverts: bytes, survivors: Sequence[str]) -> bytes:
+    """What a client signs in the consistency stage."""
+    names = digest(Purpose.SURVIVORS, *(name.encode() for name in survivors))
+    return b"".join((plan.run, plan.round.to_bytes(4, "little"), plan.digest, adverts, names))

@@ -1,0 +1,124 @@
+"""The plan of one round: everything both sides must agree on, and its digest.
+
+The digest is bound into every key, seal and signature of the round, so two parties with
+different plans cannot complete a round together.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Annotated
+
+from secure_fedprompt.protocol import layout as lay
+from secure_fedprompt.protocol.codec import (
+    F64,
+    U8,
+    U16,
+    U32,
+    Digest,
+    Many,
+    Name,
+    RunId,
+    Text,
+    encode_fields,
+)
+from secure_fedprompt.protocol.errors import PlanError
+from secure_fedprompt.protocol.expand import Purpose, digest
+from secure_fedprompt.protocol.fixedpoint import check_fits
+from secure_fedprompt.protocol.layout import Field
+
+MAX_COHORT = 4096
+PROTECTIONS = ("masks", "none")
+NO_SEED = bytes(32)
+
+
+def default_threshold(clients: int) -> int:
+    """t = floor(2n/3) + 1: with c = 2t - n - 1 colluding clients an active server learns no more."""
+    return 2 * clients // 3 + 1
+
+
+def tolerated_colluders(clients: int, threshold: int) -> int:
+    """c = 2t - n - 1: two survivor lists with t signatures each need 2t - n or more dishonest."""
+    return max(0, 2 * threshold - clients - 1)
+
+
+@dataclass(frozen=True)
+class RoundPlan:
+    """A round.
+
+    Attributes:
+        run, round: ``round`` grows with every attempt, an aborted one included.
+        learning_round, rounds: position in the run; ``learning_round == rounds + 1`` is the
+            final evaluation, whose layout holds counters only.
+        protection: "masks" or "none".
+        cohort: sorted names.
+        quorum: survivors that a round needs at every stage.
+        threshold: shares that reconstruct a secret. Equal to ``quorum`` on the complete graph.
+        degree, graph_seed: 0 and zeros for the complete graph, else a k-regular graph.
+        clip: C; max_weight: W_max; uniform: 1 if every client has weight 1.
+        base_digest: of the global prompt that the round starts from.
+    """
+
+    run: RunId
+    round: U32
+    learning_round: U32
+    rounds: U32
+    method: Annotated[str, Text(32)]
+    protection: Annotated[str, Text(16)]
+    settings_digest: Digest
+    model_fingerprint: Digest
+    classes_digest: Digest
+    roster_digest: Digest
+    base_digest: Digest
+    cohort: Annotated[tuple[Name, ...], Many(MAX_COHORT)]
+    quorum: U16
+    threshold: U16
+    degree: U16
+    graph_seed: Digest
+    clip: F64
+    max_weight: U32
+    uniform: U8
+    layout: Annotated[tuple[Field, ...], Many(256)]
+
+    @functools.cached_property
+    def digest(self) -> bytes:
+        return digest(Purpose.PLAN, encode_fields(self))
+
+    @property
+    def training(self) -> bool:
+        return self.learning_round <= self.rounds
+
+    def check(self) -> None:
+        """Refuse a plan that contradicts itself or whose sums could overflow.
+
+        Raises:
+            PlanError: naming the field.
+        """
+        n = len(self.cohort)
+        if list(self.cohort) != sorted(set(self.cohort)) or not n:
+            raise PlanError("cohort is not a sorted list of distinct names")
+        if self.protection not in PROTECTIONS:
+            raise PlanError(f"protection {self.protection!r} is not one of {', '.join(PROTECTIONS)}")
+        if not 1 <= self.quorum <= n:
+            raise PlanError(f"quorum {self.quorum} does not fit a cohort of {n}")
+        if self.degree == 0 and self.threshold != self.quorum:
+            raise PlanError(f"threshold {self.threshold} and quorum {self.quorum} differ")
+        if self.degree and (self.degree % 2 or not self.threshold <= self.degree + 1 < n):
+            raise PlanError(f"degree {self.degree}, threshold {self.threshold} with {n} clients")
+        if not 1 <= self.learning_round <= self.rounds + 1:
+            raise PlanError(f"learning round {self.learning_round} of {self.rounds}")
+        if not (math.isfinite(self.clip) and self.clip > 0 and self.max_weight >= 1):
+            raise PlanError(f"clip {self.clip} and max_weight {self.max_weight} must be positive")
+        if self.uniform and self.max_weight != 1:
+            raise PlanError(f"uniform weights with max_weight {self.max_weight}")
+        names = [field.name for field in self.layout]
+        if len(set(names)) != len(names) or not {lay.WEIGHT, lay.CONTRIBUTORS} <= set(names):
+            raise PlanError("layout lacks the weight or contributor count, or doubles a name")
+        if self.training != any(field.update for field in self.layout):
+            raise PlanError("update fields in an evaluation round, or none in a training round")
+        for field in self.layout:
+            check_fits(field, n)
+            if field.update and field.bound < self.clip * self.max_weight:
+                raise PlanError(f"field {field.name!r} bound is below clip x max_weight")

@@ -1,0 +1,90 @@
+"""What a client accepts, whatever the server plans. The client's own file sets it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import msgspec
+
+from secure_fedprompt.protocol.errors import PolicyError
+from secure_fedprompt.protocol.plan import RoundPlan
+
+
+class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Local limits.
+
+    Attributes:
+        min_cohort: smallest cohort to take part in; below 3 a peer's update is a subtraction away.
+        min_survivors: smallest number of updates in a sum that this client helps to open.
+        min_threshold: smallest t. On the complete graph t must also exceed half the cohort.
+        protections, methods, graphs: allowed values; an empty ``methods`` allows every method.
+        max_rounds: most learning rounds of one run.
+        allow_late_join: take part in a run that began without this client's nonce.
+        min_survivor_change: refuse a survivor list that differs from an earlier one of the run
+            by fewer clients than this, unless equal. 0 is off: it would let one dropout stop a run.
+    """
+
+    min_cohort: int = 3
+    min_survivors: int = 3
+    min_threshold: int = 2
+    protections: tuple[str, ...] = ("masks",)
+    methods: tuple[str, ...] = ()
+    graphs: tuple[str, ...] = ("complete",)
+    max_rounds: int = 1000
+    allow_late_join: bool = True
+    min_survivor_change: int = 0
+
+    def check_plan(self, plan: RoundPlan) -> None:
+        """Refuse a plan outside the limits.
+
+        Raises:
+            PolicyError: naming the limit, its value and the plan's.
+        """
+        graph = "regular" if plan.degree else "complete"
+        n = len(plan.cohort)
+        if plan.protection not in self.protections:
+            raise PolicyError(_outside("protections", self.protections, plan.protection))
+        if self.methods and plan.method not in self.methods:
+            raise PolicyError(_outside("methods", self.methods, plan.method))
+        if plan.rounds > self.max_rounds:
+            raise PolicyError(_below("max_rounds", self.max_rounds, f"{plan.rounds} rounds"))
+        if n < self.min_cohort:
+            raise PolicyError(_below("min_cohort", self.min_cohort, f"a cohort of {n}"))
+        if plan.protection != "masks":
+            return
+        if graph not in self.graphs:
+            raise PolicyError(_outside("graphs", self.graphs, graph))
+        if plan.quorum < self.min_survivors:
+            raise PolicyError(_below("min_survivors", self.min_survivors, f"quorum {plan.quorum}"))
+        if plan.threshold < self.min_threshold:
+            raise PolicyError(_below("min_threshold", self.min_threshold, f"t = {plan.threshold}"))
+        if 2 * plan.quorum <= n:
+            raise PolicyError(
+                f"quorum {plan.quorum} of {n} is not a majority: two disjoint survivor lists "
+                "could be opened; the server must plan a larger threshold"
+            )
+
+    def check_survivors(self, new: Sequence[str], earlier: Iterable[Sequence[str]]) -> None:
+        """Refuse a survivor list that is too short or too close to an earlier one of the run.
+
+        Raises:
+            PolicyError: naming the limit.
+        """
+        if len(new) < self.min_survivors:
+            limit = self.min_survivors
+            raise PolicyError(_below("min_survivors", limit, f"{len(new)} survivors"))
+        for old in earlier:
+            change = len(set(new) ^ set(old))
+            if 0 < change < self.min_survivor_change:
+                raise PolicyError(
+                    f"survivor list differs from an earlier one by {change} clients, "
+                    f"policy.min_survivor_change is {self.min_survivor_change}"
+                )
+
+
+def _outside(limit: str, allowed: Sequence[str], value: str) -> str:
+    return f"plan wants {value!r}, but policy.{limit} allows only {', '.join(allowed)}"
+
+
+def _below(limit: str, allowed: int, value: str) -> str:
+    return f"plan has {value}, but policy.{limit} is {allowed}"

@@ -1,0 +1,1 @@
+"""The aggregating server. It holds no model and imports no torch."""

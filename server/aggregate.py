@@ -1,0 +1,178 @@
+"""The server's arithmetic: a running ring sum, and the masks that have to come off it.
+
+Single uploads are added and forgotten. Unmasking reconstructs, from the survivors' shares, the
+self-mask seed of every survivor and the mask key of every dropped client, checks each against
+what its owner signed, and removes the masks. Masks between two dropped clients are never made:
+neither of them is in the sum.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+from numpy.typing import NDArray
+
+from secure_fedprompt.protocol import fixedpoint, masking, shamir
+from secure_fedprompt.protocol import messages as m
+from secure_fedprompt.protocol.errors import BadShareError, FieldError
+from secure_fedprompt.protocol.expand import add_masks
+from secure_fedprompt.protocol.keys import agree
+from secure_fedprompt.protocol.layout import Vector, total_size
+from secure_fedprompt.protocol.plan import RoundPlan
+
+_TRIES = 2000  # subsets searched for a consistent one when a share is bad
+
+
+class MaskedSum:
+    """Running sum of masked uploads modulo 2^32, uint32 words in layout order."""
+
+    def __init__(self, plan: RoundPlan) -> None:
+        self.plan = plan
+        self.words = np.zeros(total_size(plan.layout), np.uint32)
+
+    def add(self, vector: bytes | memoryview) -> None:
+        fixedpoint.add_wire(self.plan.layout, vector, self.words)
+
+    def unmask(self, plus: list[bytes], minus: list[bytes]) -> NDArray[np.int64]:
+        """Remove masks (``plus`` were subtracted by clients, ``minus`` were added); the sum."""
+        add_masks(self.words, plus, minus)
+        return fixedpoint.to_integers(self.plan.layout, self.words)
+
+
+class PlainSum:
+    """Sum of unprotected float64 uploads, for protection "none"."""
+
+    def __init__(self, plan: RoundPlan) -> None:
+        self.total = np.zeros(total_size(plan.layout), np.float64)
+
+    def add(self, vector: bytes | memoryview) -> None:
+        if len(vector) != 8 * len(self.total):
+            raise FieldError(f"upload of {len(vector)} bytes, {8 * len(self.total)} expected")
+        values = np.frombuffer(vector, "<f8")
+        if not np.isfinite(values).all():
+            raise FieldError("upload holds NaN or infinity")
+        self.total += values
+
+    def result(self) -> Vector:
+        return self.total
+
+
+def reconstruct(
+    plan: RoundPlan, owner: str, shares: Mapping[str, bytes], basis: Sequence[int] | None, check: masking.Check
+) -> tuple[bytes, tuple[str, ...]]:
+    """A secret from its shares, and the senders of shares that do not belong to it.
+
+    Args:
+        plan: of the round.
+        owner: whose secret it is.
+        shares: 32-byte shares by sender, at least ``plan.threshold``.
+        basis: Lagrange coefficients of the first ``threshold`` senders, if known.
+        check: tells whether a candidate is what the owner committed to.
+
+    Raises:
+        BadShareError: no subset of the shares gives the committed secret.
+    """
+    senders, t = list(shares), plan.threshold
+    for tried, subset in enumerate(_subsets(len(senders), t)):
+        chosen = [senders[i] for i in subset]
+        points = [masking.point(plan, s) for s in chosen]
+        weights = basis if basis is not None and not tried else shamir.basis(points)
+        values = [shares[s] for s in chosen]
+        try:
+            secret = shamir.combine(weights, values)
+        except FieldError:
+            continue
+        if not check(secret):
+            continue
+        if not tried:
+            return secret, ()
+        bad = tuple(
+            s
+            for s in senders
+            if shamir.combine(shamir.basis(points, masking.point(plan, s)), values) != shares[s]
+        )
+        return secret, bad
+    raise BadShareError(
+        f"shares of {owner} do not give what it committed to: {owner} or one of "
+        f"{', '.join(senders)} sent a bad share, and {len(senders)} responders at threshold {t} "
+        "are too few to tell which",
+    )
+
+
+def _subsets(count: int, size: int) -> Sequence[tuple[int, ...]]:
+    """The first ``size`` of ``count``, then subsets that leave out other single shares first."""
+    every = itertools.chain([tuple(range(size))], _leave_out(count, size))
+    return list(itertools.islice(every, _TRIES))
+
+
+def _leave_out(count: int, size: int) -> itertools.chain[tuple[int, ...]]:
+    def without(left_out: int) -> list[tuple[int, ...]]:
+        return [
+            tuple(i for i in range(count) if i not in gone)[:size]
+            for gone in itertools.islice(itertools.combinations(range(count), left_out), _TRIES)
+        ]
+
+    return itertools.chain.from_iterable(without(k) for k in range(1, min(4, count - size + 1)))
+
+
+def masks_to_remove(
+    plan: RoundPlan,
+    adverts: Mapping[str, m.Advert],
+    shared: Mapping[str, tuple[str, ...]],
+    survivors: Sequence[str],
+    reveals: Mapping[str, bytes | memoryview],
+) -> tuple[list[bytes], list[bytes], tuple[str, ...]]:
+    """Mask keys to add back and to subtract, from the survivors' reveals.
+
+    Args:
+        plan: of the round.
+        adverts: by name.
+        shared: for each client that shared keys, the sorted neighbours that did (itself included):
+            the order of the shares in its reveal.
+        survivors: whose uploads are in the sum.
+        reveals: the shares each responder sent.
+
+    Returns:
+        keys whose masks to add, keys whose masks to subtract, names of senders of bad shares.
+
+    Raises:
+        BadShareError: a secret cannot be reconstructed.
+    """
+    shares: dict[str, dict[str, bytes]] = {name: {} for name in shared}
+    for sender, data in reveals.items():
+        for i, owner in enumerate(shared[sender]):
+            shares[owner][sender] = bytes(data[32 * i : 32 * i + 32])
+    alive = set(survivors)
+    bases: dict[tuple[str, ...], list[int]] = {}
+    plus: list[bytes] = []
+    minus: list[bytes] = []
+    liars: set[str] = set()
+    for owner, by_sender in shares.items():
+        peers = [p for p in shared[owner] if p in alive and p != owner]
+        if owner not in alive and not peers:
+            continue
+        if len(by_sender) < plan.threshold:
+            raise BadShareError(
+                f"only {len(by_sender)} shares of {owner} arrived, threshold is {plan.threshold}"
+            )
+        first = tuple(by_sender)[: plan.threshold]
+        if first not in bases:
+            bases[first] = shamir.basis([masking.point(plan, s) for s in first])
+        advert = adverts[owner]
+        if owner in alive:
+            check = masking.seed_check(plan, owner, advert.commitment)
+            seed, bad = reconstruct(plan, owner, by_sender, bases[first], check)
+            minus.append(masking.self_key(plan, owner, seed))
+        else:
+            check = masking.key_check(advert.mask_key)
+            raw, bad = reconstruct(plan, owner, by_sender, bases[first], check)
+            secret = X25519PrivateKey.from_private_bytes(raw)
+            for peer in peers:
+                key = masking.pair_key(plan, owner, peer, agree(secret, adverts[peer].mask_key, peer))
+                # The peer added this mask if the owner's name comes after its own.
+                (minus if owner > peer else plus).append(key)
+        liars.update(bad)
+    return plus, minus, tuple(sorted(liars))

@@ -1,0 +1,267 @@
+"""The server in one round, as a state machine without I/O: the clock is an argument.
+
+    advertising -> sharing -> collecting -> consistency -> unmasking -> done | aborted
+
+Every call returns the frames to send. A stage ends when everybody it waits for has answered or
+its deadline has passed; it goes on with whoever answered if they are a quorum, else the round
+aborts with a reason. A client that breaks a rule is dropped from the round and named in
+``faults``; it never stops the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from secure_fedprompt.protocol import fixedpoint, layout, masking
+from secure_fedprompt.protocol import messages as m
+from secure_fedprompt.protocol.errors import (
+    AdvertMismatchError,
+    FieldError,
+    ProtocolError,
+    UnexpectedMessageError,
+)
+from secure_fedprompt.protocol.expand import Purpose
+from secure_fedprompt.protocol.keys import verify
+from secure_fedprompt.protocol.plan import RoundPlan
+from secure_fedprompt.protocol.roster import Roster
+from secure_fedprompt.server.aggregate import MaskedSum, PlainSum, masks_to_remove
+
+Outbox = list[tuple[str, m.Message]]
+
+
+class Stage(StrEnum):
+    ADVERTISING = "advertising"
+    SHARING = "sharing"
+    COLLECTING = "collecting"
+    CONSISTENCY = "consistency"
+    UNMASKING = "unmasking"
+    DONE = "done"
+    ABORTED = "aborted"
+
+
+EXPECTED: dict[Stage, type[m.Message]] = {
+    Stage.ADVERTISING: m.Advert,
+    Stage.SHARING: m.Shares,
+    Stage.CONSISTENCY: m.Consistent,
+    Stage.UNMASKING: m.Reveal,
+}
+
+
+@dataclass(frozen=True)
+class Deadlines:
+    """Seconds that a stage may take: ``training`` for collecting, ``stage`` for the others."""
+
+    stage: float = 30.0
+    training: float = 600.0
+
+
+@dataclass
+class Round:
+    """One round. ``start`` first; then ``on``, ``lost`` and ``tick`` until ``over``.
+
+    Attributes:
+        result: decoded sum by field, once done. ``integers`` is the same as ring integers.
+        reason: why the round aborted, else empty.
+        dropped: clients of the cohort whose update is not in the sum, with the stage they left in.
+        faults: clients that broke a rule, with the error.
+        seconds: by stage.
+    """
+
+    plan: RoundPlan
+    base: bytes
+    roster: Roster
+    deadlines: Deadlines
+    stage: Stage = Stage.ADVERTISING
+    result: dict[str, layout.Vector] | None = None
+    integers: NDArray[np.int64] | None = None
+    reason: str = ""
+    dropped: dict[str, str] = field(default_factory=dict)
+    faults: dict[str, str] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    waiting: set[str] = field(default_factory=set)
+    answers: dict[str, m.Message] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.plan.check()
+        self._adverts: dict[str, m.Advert] = {}
+        self._shared: dict[str, tuple[str, ...]] = {}
+        self._survivors: tuple[str, ...] = ()
+        self._survivors_body = b""
+        self._sum = PlainSum(self.plan) if self.plan.protection == "none" else MaskedSum(self.plan)
+
+    @property
+    def over(self) -> bool:
+        return self.stage in (Stage.DONE, Stage.ABORTED)
+
+    def start(self, now: float) -> Outbox:
+        masked = self.plan.protection == "masks"
+        self._begin(Stage.ADVERTISING if masked else Stage.COLLECTING, self.plan.cohort, now)
+        return [(name, m.Plan(self.plan, self.base)) for name in self.plan.cohort]
+
+    def on(self, sender: str, message: m.Message, now: float) -> Outbox:
+        """Take a frame of an authenticated sender; a bad one drops the sender from the round."""
+        if self.over or sender not in self.waiting:
+            return []
+        try:
+            self._accept(sender, message)
+        except ProtocolError as error:
+            self.faults[sender] = f"{type(error).__name__}: {error}"
+            return self.lost(sender, now)
+        self.waiting.discard(sender)
+        return self._advance(now) if not self.waiting else []
+
+    def lost(self, sender: str, now: float) -> Outbox:
+        """A client is gone for the rest of this round."""
+        if self.over or sender not in self.waiting:
+            return []
+        self.waiting.discard(sender)
+        return self._advance(now) if not self.waiting else []
+
+    def tick(self, now: float) -> Outbox:
+        """Let the deadline act. ``deadline`` says when the next call is due."""
+        return self._advance(now) if not self.over and now >= self.deadline else []
+
+    def _begin(self, stage: Stage, names: tuple[str, ...], now: float) -> None:
+        limit = self.deadlines.training if stage is Stage.COLLECTING else self.deadlines.stage
+        self.stage, self.waiting, self.answers = stage, set(names), {}
+        self.began, self.deadline = now, now + limit
+
+    def _accept(self, sender: str, message: m.Message) -> None:
+        plan = self.plan
+        if (getattr(message, "run", None), getattr(message, "round", None)) != (plan.run, plan.round):
+            raise UnexpectedMessageError(f"{message!r} belongs to another round")
+        masked = plan.protection == "masks"
+        upload = m.MaskedUpload if masked else m.PlainUpload
+        if not isinstance(message, EXPECTED.get(self.stage, upload)):
+            raise UnexpectedMessageError(f"{type(message).__name__} while {self.stage}")
+        match message:
+            case m.Advert():
+                if message.name != sender:
+                    raise AdvertMismatchError(f"advert of {sender} is in the name {message.name}")
+                identity = self.roster.identity_of(sender)
+                verify(identity, Purpose.ADVERT, message.body(plan), message.signature, sender)
+            case m.Shares():
+                near = masking.neighbourhoods(plan)[sender]
+                boxes = sum(n in self._adverts for n in near) - 1
+                if len(message.boxes) != m.BOX * boxes:
+                    raise FieldError(f"{len(message.boxes)} bytes of boxes, {boxes} boxes expected")
+            case m.MaskedUpload() | m.PlainUpload():
+                self._sum.add(message.vector)
+                message = m.RoundEnd(plan.run, plan.round, "")  # keep that it came, not the vector
+            case m.Consistent():
+                body, identity = self._survivors_body, self.roster.identity_of(sender)
+                verify(identity, Purpose.SURVIVORS, body, message.signature, sender)
+            case m.Reveal():
+                if len(message.shares) != 32 * len(self._shared[sender]):
+                    raise FieldError(f"{len(message.shares)} bytes of shares")
+        self.answers[sender] = message
+
+    def _advance(self, now: float) -> Outbox:
+        """Close the stage with who answered, and open the next."""
+        self.seconds[self.stage] = now - self.began
+        names = tuple(sorted(self.answers))
+        if self.stage is not Stage.CONSISTENCY and self.stage is not Stage.UNMASKING:
+            for name in set(self.plan.cohort) - set(names) - set(self.dropped):
+                self.dropped[name] = str(self.stage)
+        if len(names) < self.plan.quorum:
+            return self._abort(
+                f"{len(names)} of {len(self.plan.cohort)} clients answered while {self.stage}, "
+                f"{self.plan.quorum} are needed"
+            )
+        step: dict[Stage, Callable[[tuple[str, ...], float], Outbox]] = {
+            Stage.ADVERTISING: self._send_adverts,
+            Stage.SHARING: self._send_inboxes,
+            Stage.COLLECTING: self._send_survivors,
+            Stage.CONSISTENCY: self._ask_to_unmask,
+            Stage.UNMASKING: self._unmask,
+        }
+        try:
+            return step[self.stage](names, now)
+        except ProtocolError as error:
+            return self._abort(f"{type(error).__name__}: {error}")
+
+    def _send_adverts(self, names: tuple[str, ...], now: float) -> Outbox:
+        adverts = [a for name in names if isinstance(a := self.answers[name], m.Advert)]
+        self._adverts = dict(zip(names, adverts, strict=True))
+        self._begin(Stage.SHARING, names, now)
+        message = m.Adverts(self.plan.run, self.plan.round, tuple(adverts))
+        return [(name, message) for name in names]
+
+    def _send_inboxes(self, names: tuple[str, ...], now: float) -> Outbox:
+        near = masking.neighbourhoods(self.plan)
+        alive = set(names)
+        boxes: dict[tuple[str, str], bytes] = {}
+        for sender in names:
+            answer = self.answers[sender]
+            assert isinstance(answer, m.Shares)
+            recipients = [n for n in near[sender] if n in self._adverts and n != sender]
+            for i, recipient in enumerate(recipients):
+                boxes[sender, recipient] = bytes(answer.boxes[m.BOX * i : m.BOX * (i + 1)])
+        self._shared = {name: tuple(n for n in near[name] if n in alive) for name in names}
+        out: Outbox = []
+        for name in names:
+            senders = tuple(n for n in self._shared[name] if n != name)
+            data = b"".join(boxes[sender, name] for sender in senders)
+            out.append((name, m.Inbox(self.plan.run, self.plan.round, senders, data)))
+        self._begin(Stage.COLLECTING, names, now)
+        return out
+
+    def _send_survivors(self, names: tuple[str, ...], now: float) -> Outbox:
+        if isinstance(self._sum, PlainSum):
+            return self._finish(self._sum.result(), None)
+        listed = m.adverts_digest(tuple(self._adverts.values()))
+        self._survivors, body = names, m.survivors_body(self.plan, listed, names)
+        self._survivors_body = body
+        self._begin(Stage.CONSISTENCY, names, now)
+        message = m.SurvivorList(self.plan.run, self.plan.round, names)
+        return [(name, message) for name in names]
+
+    def _ask_to_unmask(self, names: tuple[str, ...], now: float) -> Outbox:
+        signers = tuple(
+            m.Signed(name, a.signature)
+            for name in names
+            if isinstance(a := self.answers[name], m.Consistent)
+        )
+        dropped = tuple(sorted(set(self._shared) - set(self._survivors)))
+        self._begin(Stage.UNMASKING, names, now)
+        message = m.UnmaskRequest(self.plan.run, self.plan.round, signers, dropped)
+        return [(name, message) for name in names]
+
+    def _unmask(self, names: tuple[str, ...], now: float) -> Outbox:
+        reveals = {
+            name: a.shares for name in names if isinstance(a := self.answers[name], m.Reveal)
+        }
+        plus, minus, liars = masks_to_remove(
+            self.plan, self._adverts, self._shared, self._survivors, reveals
+        )
+        for name in liars:
+            self.faults[name] = "BadShareError: its shares disagree with the others"
+        assert isinstance(self._sum, MaskedSum)
+        integers = self._sum.unmask(plus, minus)
+        return self._finish(fixedpoint.decode(self.plan.layout, integers), integers)
+
+    def _finish(self, total: layout.Vector, integers: NDArray[np.int64] | None) -> Outbox:
+        result = layout.unflatten(self.plan.layout, total)
+        counted, weight = float(result[layout.CONTRIBUTORS]), float(result[layout.WEIGHT])
+        expected = len(self.plan.cohort) - len(self.dropped)
+        if round(counted) != expected or weight <= 0:
+            return self._abort(
+                f"the sum counts {counted:g} contributors of weight {weight:g}, "
+                f"{expected} uploads were added"
+            )
+        self.result, self.integers, self.stage = result, integers, Stage.DONE
+        return self._tell_all("")
+
+    def _abort(self, reason: str) -> Outbox:
+        self.stage, self.reason = Stage.ABORTED, reason
+        self.waiting = set()
+        return self._tell_all(reason[:500])
+
+    def _tell_all(self, reason: str) -> Outbox:
+        message = m.RoundEnd(self.plan.run, self.plan.round, reason)
+        return [(name, message) for name in self.plan.cohort]

@@ -1,0 +1,122 @@
+"""Building blocks for protocol tests: deterministic parties, plans and updates."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+
+from secure_fedprompt.clients.journal import MemoryJournal
+from secure_fedprompt.clients.participant import Party
+from secure_fedprompt.protocol import fixedpoint
+from secure_fedprompt.protocol.expand import keystream
+from secure_fedprompt.protocol.keys import Identity, Member
+from secure_fedprompt.protocol.layout import TensorSpec
+from secure_fedprompt.protocol.plan import NO_SEED, RoundPlan, default_threshold
+from secure_fedprompt.protocol.policy import Policy
+from secure_fedprompt.protocol.roster import Roster
+from secure_fedprompt.protocol.shamir import Entropy
+
+OPEN = Policy(min_cohort=1, min_survivors=1, min_threshold=1, protections=("masks", "none"))
+CTX = (TensorSpec("ctx", (3, 5)),)
+
+
+def entropy_from(seed: str) -> Entropy:
+    """A reproducible byte source for vectors and oracles; never for keys in use."""
+    counter = 0
+
+    def read(size: int) -> bytes:
+        nonlocal counter
+        counter += 1
+        return keystream(hashlib.sha256(f"{seed}/{counter}".encode()).digest(), size)
+
+    return read
+
+
+@functools.cache
+def identity(name: str) -> Identity:
+    raw = entropy_from(f"identity {name}")
+    return Identity(
+        Ed25519PrivateKey.from_private_bytes(raw(32)), X25519PrivateKey.from_private_bytes(raw(32))
+    )
+
+
+def names(count: int) -> tuple[str, ...]:
+    return tuple(f"c{i:03d}" for i in range(1, count + 1))
+
+
+@functools.cache
+def roster(count: int) -> Roster:
+    members = [Member.of(identity(name), name, "client") for name in names(count)]
+    return Roster.of((*members, Member.of(identity("server"), "server", "server")))
+
+
+def make_plan(
+    count: int,
+    *,
+    tensors: Sequence[TensorSpec] = CTX,
+    ring_bits: int = 32,
+    clip: float = 1.0,
+    max_weight: int = 64,
+    threshold: int | None = None,
+    **changes: object,
+) -> RoundPlan:
+    layout = fixedpoint.size_layout(
+        tensors, count, clip=clip, max_weight=max_weight, max_seen=100,
+        ring_bits=ring_bits, metrics=True,
+    )  # fmt: skip
+    t = default_threshold(count) if threshold is None else threshold
+    plan = RoundPlan(
+        run=bytes(16), round=1, learning_round=1, rounds=1, method="promptfl", protection="masks",
+        settings_digest=bytes(32), model_fingerprint=bytes(32), classes_digest=bytes(32),
+        roster_digest=roster(count).digest, base_digest=bytes(32), cohort=names(count),
+        quorum=t, threshold=t, degree=0, graph_seed=NO_SEED, clip=clip, max_weight=max_weight,
+        uniform=int(max_weight == 1), layout=layout,
+    )  # fmt: skip
+    return replace(plan, **changes)  # type: ignore[arg-type]
+
+
+def make_parties(count: int, policy: Policy = OPEN, seed: str = "") -> dict[str, Party]:
+    return {
+        name: Party(name, identity(name), roster(count), policy, MemoryJournal(),
+                    entropy_from(f"{seed} {name}"))
+        for name in names(count)
+    }  # fmt: skip
+
+
+Update = tuple[dict[str, np.ndarray], float]
+
+
+def make_updates(plan: RoundPlan, seed: int = 0) -> dict[str, Update]:
+    rng = np.random.default_rng(seed)
+    result: dict[str, Update] = {}
+    for name in plan.cohort:
+        values = {
+            f.name: rng.normal(0, 0.4, f.shape) for f in plan.layout if f.update
+        }
+        seen = int(rng.integers(1, 100))
+        values["seen"], values["correct"] = np.float64(seen), np.float64(rng.integers(0, seen + 1))
+        values["loss"] = np.float64(rng.uniform(0, 3 * seen))
+        result[name] = (values, float(rng.integers(1, plan.max_weight + 1)))
+    return result
+
+
+def plain_sum(plan: RoundPlan, updates: dict[str, Update], who: Sequence[str], seed: str = "") -> np.ndarray:
+    """The reference: encode each update with the client's own rounding stream and add integers."""
+    from secure_fedprompt.protocol import layout as lay
+    from secure_fedprompt.protocol.masking import RoundSecrets
+
+    total = np.zeros(lay.total_size(plan.layout), np.int64)
+    for name in who:
+        values, weight = updates[name]
+        full = {**values, "weight": np.float64(weight), "contributors": np.float64(1)}
+        vector = fixedpoint.weighted(plan.layout, full, weight=weight, clip=plan.clip)
+        key = RoundSecrets.fresh(entropy_from(f"{seed} {name}")).rounding
+        words = fixedpoint.encode(plan.layout, vector, key)
+        total += fixedpoint.to_integers(plan.layout, words)
+    return total
