@@ -9,7 +9,7 @@ neither of them is in the sum.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
@@ -61,7 +61,11 @@ class PlainSum:
 
 
 def reconstruct(
-    plan: RoundPlan, owner: str, shares: Mapping[str, bytes], basis: Sequence[int] | None, check: masking.Check
+    plan: RoundPlan,
+    owner: str,
+    shares: Mapping[str, bytes],
+    basis: Sequence[int] | None,
+    check: masking.Check,
 ) -> tuple[bytes, tuple[str, ...]]:
     """A secret from its shares, and the senders of shares that do not belong to it.
 
@@ -76,7 +80,7 @@ def reconstruct(
         BadShareError: no subset of the shares gives the committed secret.
     """
     senders, t = list(shares), plan.threshold
-    for tried, subset in enumerate(_subsets(len(senders), t)):
+    for tried, subset in enumerate(itertools.islice(_subsets(len(senders), t), _TRIES)):
         chosen = [senders[i] for i in subset]
         points = [masking.point(plan, s) for s in chosen]
         weights = basis if basis is not None and not tried else shamir.basis(points)
@@ -102,20 +106,13 @@ def reconstruct(
     )
 
 
-def _subsets(count: int, size: int) -> Sequence[tuple[int, ...]]:
-    """The first ``size`` of ``count``, then subsets that leave out other single shares first."""
-    every = itertools.chain([tuple(range(size))], _leave_out(count, size))
-    return list(itertools.islice(every, _TRIES))
-
-
-def _leave_out(count: int, size: int) -> itertools.chain[tuple[int, ...]]:
-    def without(left_out: int) -> list[tuple[int, ...]]:
-        return [
-            tuple(i for i in range(count) if i not in gone)[:size]
-            for gone in itertools.islice(itertools.combinations(range(count), left_out), _TRIES)
-        ]
-
-    return itertools.chain.from_iterable(without(k) for k in range(1, min(4, count - size + 1)))
+def _subsets(count: int, size: int) -> Iterator[tuple[int, ...]]:
+    """The first ``size`` of ``count``; then, lazily, those that leave out one, two, three senders."""
+    yield tuple(range(size))
+    for left_out in range(1, min(4, count - size + 1)):
+        for gone in itertools.combinations(range(count), left_out):
+            if gone[0] < size:
+                yield tuple(i for i in range(count) if i not in gone)[:size]
 
 
 def masks_to_remove(
