@@ -56,6 +56,9 @@ class Journal(Protocol):
     def survivor_lists(self, run: bytes) -> Iterable[tuple[str, ...]]:
         """All lists of this run so far."""
 
+    def knows(self, run: bytes) -> bool:
+        """Whether a round of this run was entered before."""
+
 
 @dataclass(frozen=True)
 class Party:
@@ -157,7 +160,7 @@ class Advertised(State):
         peers = [n for n in masking.neighbourhoods(plan)[own] if n in by_name]
         if len(peers) < plan.threshold:
             raise ThresholdError(f"{len(peers)} neighbours advertised, threshold {plan.threshold}")
-        points = [masking.point(plan, peer) for peer in peers]
+        points = [plan.points[peer] for peer in peers]
         mask_shares, self_shares = (
             shamir.split(secret, points, plan.threshold, self.party.entropy)
             for secret in (self.secrets.mask_bytes, self.secrets.self_seed)

@@ -1,1 +1,1 @@
-"""What two machines must agree on, without I/O: no sockets, no torch, no files."""
+"""What two machines must agree on: no sockets, no torch. Only ``command`` reads files."""

@@ -45,8 +45,12 @@ class Purpose(IntEnum):
     PAYLOAD = 14
 
 
+_TAGS = {purpose: TAG + purpose.name.lower().encode() + b"\0" for purpose in Purpose}
+
+
 def tag(purpose: Purpose) -> bytes:
-    return TAG + purpose.name.lower().encode() + b"\0"
+    """The prefix of everything that is hashed or signed for one purpose."""
+    return _TAGS[purpose]
 
 
 def digest(purpose: Purpose, *parts: bytes) -> bytes:

@@ -8,6 +8,7 @@ Primitives come from ``cryptography`` and PyNaCl; nothing here prints key materi
 
 from __future__ import annotations
 
+import functools
 import re
 import stat
 from dataclasses import dataclass
@@ -134,6 +135,11 @@ def verify(public: bytes, purpose: Purpose, body: bytes, signature: bytes, who: 
         raise SignatureError(f"signature of {who} on its {what} does not verify") from None
 
 
+@functools.lru_cache(maxsize=1024)
+def _public_key(public: bytes) -> X25519PublicKey:
+    return X25519PublicKey.from_public_bytes(public)
+
+
 def agree(secret: X25519PrivateKey, public: bytes, who: str) -> bytes:
     """X25519; a peer key of small order is refused.
 
@@ -141,7 +147,7 @@ def agree(secret: X25519PrivateKey, public: bytes, who: str) -> bytes:
         SealError: naming the peer.
     """
     try:
-        return secret.exchange(X25519PublicKey.from_public_bytes(public))
+        return secret.exchange(_public_key(public))
     except ValueError:
         raise SealError(f"public key of {who} is not a usable curve point") from None
 

@@ -168,13 +168,3 @@ class RoundSecrets:
 
     def __repr__(self) -> str:
         return "RoundSecrets(<private>)"
-
-
-def point(plan: RoundPlan, name: str) -> int:
-    """The Shamir abscissa of a client: its place in the cohort, from 1."""
-    return _points(plan)[name]
-
-
-@functools.lru_cache(maxsize=8)
-def _points(plan: RoundPlan) -> dict[str, int]:
-    return {name: i for i, name in enumerate(plan.cohort, start=1)}

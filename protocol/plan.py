@@ -86,6 +86,11 @@ class RoundPlan:
     def digest(self) -> bytes:
         return digest(Purpose.PLAN, encode_fields(self))
 
+    @functools.cached_property
+    def points(self) -> dict[str, int]:
+        """The Shamir abscissa of each client: its place in the cohort, from 1."""
+        return {name: i for i, name in enumerate(self.cohort, start=1)}
+
     @property
     def training(self) -> bool:
         return self.learning_round <= self.rounds

@@ -64,7 +64,7 @@ def reconstruct(
     plan: RoundPlan,
     owner: str,
     shares: Mapping[str, bytes],
-    basis: Sequence[int] | None,
+    basis: Sequence[int],
     check: masking.Check,
 ) -> tuple[bytes, tuple[str, ...]]:
     """A secret from its shares, and the senders of shares that do not belong to it.
@@ -73,7 +73,7 @@ def reconstruct(
         plan: of the round.
         owner: whose secret it is.
         shares: 32-byte shares by sender, at least ``plan.threshold``.
-        basis: Lagrange coefficients of the first ``threshold`` senders, if known.
+        basis: Lagrange coefficients of the first ``threshold`` senders.
         check: tells whether a candidate is what the owner committed to.
 
     Raises:
@@ -82,8 +82,8 @@ def reconstruct(
     senders, t = list(shares), plan.threshold
     for tried, subset in enumerate(itertools.islice(_subsets(len(senders), t), _TRIES)):
         chosen = [senders[i] for i in subset]
-        points = [masking.point(plan, s) for s in chosen]
-        weights = basis if basis is not None and not tried else shamir.basis(points)
+        points = [plan.points[s] for s in chosen]
+        weights = shamir.basis(points) if tried else basis
         values = [shares[s] for s in chosen]
         try:
             secret = shamir.combine(weights, values)
@@ -96,7 +96,7 @@ def reconstruct(
         bad = tuple(
             s
             for s in senders
-            if shamir.combine(shamir.basis(points, masking.point(plan, s)), values) != shares[s]
+            if shamir.combine(shamir.basis(points, plan.points[s]), values) != shares[s]
         )
         return secret, bad
     raise BadShareError(
@@ -157,7 +157,7 @@ def masks_to_remove(
             )
         first = tuple(by_sender)[: plan.threshold]
         if first not in bases:
-            bases[first] = shamir.basis([masking.point(plan, s) for s in first])
+            bases[first] = shamir.basis([plan.points[s] for s in first])
         advert = adverts[owner]
         if owner in alive:
             check = masking.seed_check(plan, owner, advert.commitment)

@@ -1,0 +1,112 @@
+"""Which client holds which images: the splits of the literature.
+
+Each rule deals out training and test images together, so that a client is tested on the
+distribution it trains on. All rules are deterministic in their seed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from secure_fedprompt.protocol.errors import DataError
+
+Index = NDArray[np.int64]
+MIN_SAMPLES = 10  # of every client under Dirichlet
+_TRIES = 1000
+
+
+@dataclass(frozen=True)
+class Part:
+    """Indices into the training and test set."""
+
+    train: Index
+    test: Index
+
+
+def few_shot(labels: Index, shots: int, seed: int) -> Index:
+    """At most ``shots`` indices per class, drawn by seed; all if ``shots`` is 0."""
+    if not shots:
+        return np.arange(len(labels))
+    rng = np.random.default_rng([seed, 2])
+    picks = [
+        rng.permutation(np.flatnonzero(labels == label))[:shots] for label in np.unique(labels)
+    ]
+    return np.sort(np.concatenate(picks))
+
+
+def iid(train: Index, test: Index, parts: int, seed: int) -> list[Part]:
+    """Disjoint random slices of equal size."""
+    rng = np.random.default_rng([seed, 3])
+    slices = [np.array_split(rng.permutation(len(x)), parts) for x in (train, test)]
+    return [Part(np.sort(a), np.sort(b)) for a, b in zip(*slices, strict=True)]
+
+
+def pathological(train: Index, test: Index, parts: int, seed: int) -> list[Part]:
+    """Classes shuffled by seed and dealt out: no class is at two clients.
+
+    Raises:
+        DataError: fewer classes than clients.
+    """
+    classes = np.unique(train)
+    if len(classes) < parts:
+        raise DataError(f"partition 'pathological': {len(classes)} classes for {parts} clients")
+    hands = np.array_split(np.random.default_rng([seed, 4]).permutation(classes), parts)
+    return [
+        Part(np.flatnonzero(np.isin(train, hand)), np.flatnonzero(np.isin(test, hand)))
+        for hand in hands
+    ]
+
+
+def dirichlet(train: Index, test: Index, parts: int, seed: int, beta: float) -> list[Part]:
+    """Label shift: each class is spread with proportions ~ Dir(beta), Hsu et al. 2019.
+
+    A client that already holds N / K training images gets no more of later classes, and the draw
+    is repeated until every client has at least ``MIN_SAMPLES``. Test images follow the training
+    proportions.
+
+    Raises:
+        DataError: too few images for that.
+    """
+    if len(train) < parts * MIN_SAMPLES:
+        raise DataError(
+            f"partition 'dirichlet': {len(train)} training images for {parts} clients, "
+            f"{MIN_SAMPLES} each are needed"
+        )
+    rng = np.random.default_rng([seed, 5])
+    classes = np.unique(train)
+    for _ in range(_TRIES):
+        owners = np.empty(len(train), np.int64), np.empty(len(test), np.int64)
+        held = np.zeros(parts)
+        for label in rng.permutation(classes):
+            share = rng.dirichlet(np.full(parts, beta)) * (held < len(train) / parts)
+            share = share / share.sum() if share.sum() > 0 else np.full(parts, 1 / parts)
+            for labels, owner in zip((train, test), owners, strict=True):
+                index = rng.permutation(np.flatnonzero(labels == label))
+                cuts = np.round(np.cumsum(share)[:-1] * len(index)).astype(int)
+                for client, chosen in enumerate(np.split(index, cuts)):
+                    owner[chosen] = client
+                    held[client] += len(chosen) if labels is train else 0
+        if held.min() >= MIN_SAMPLES:
+            return [Part(*(np.flatnonzero(owner == k) for owner in owners)) for k in range(parts)]
+    raise DataError(
+        f"partition 'dirichlet': no draw of beta {beta} gave each of {parts} clients "
+        f"{MIN_SAMPLES} images: use a larger beta, fewer clients or more images"
+    )
+
+
+def by_domain(train: Index, test: Index, parts: int) -> list[Part]:
+    """One domain per client; further clients share the domains, round robin, in slices.
+
+    Args:
+        train, test: domain of each image, not its label.
+    """
+    domains = int(max(train.max(initial=0), test.max(initial=0))) + 1
+    result = []
+    for k in range(parts):
+        sharers = len(range(k % domains, parts, domains))
+        own = [np.flatnonzero(x == k % domains)[k // domains :: sharers] for x in (train, test)]
+        result.append(Part(*own))
+    return result

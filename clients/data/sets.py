@@ -1,0 +1,245 @@
+"""Labelled image sets: generated, folders, zip files, and torchvision's by name."""
+
+from __future__ import annotations
+
+import inspect
+import io
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from secure_fedprompt.clients.data import generated
+from secure_fedprompt.protocol.errors import DataError
+
+Index = NDArray[np.int64]
+SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm"}
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images with labels; nothing is decoded until ``image`` is called.
+
+    Attributes:
+        class_names: what labels index.
+        labels, domains: (N,) int64; ``domains`` are zeros where there is one.
+        domain_names: what domains index.
+    """
+
+    class_names: tuple[str, ...]
+    labels: Index
+    domains: Index
+    domain_names: tuple[str, ...]
+    _keys: Sequence[Any]
+    _open: Callable[[Any], Image.Image]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def image(self, i: int) -> Image.Image:
+        """The i-th image as RGB.
+
+        Raises:
+            DataError: it cannot be decoded; names the file.
+        """
+        key = self._keys[i]
+        try:
+            return self._open(key).convert("RGB")
+        except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
+            raise DataError(f"image {key} cannot be read ({error}): repair or remove it") from None
+
+    def subset(self, index: Index) -> ImageSet:
+        """Images, labels and domains together."""
+        keys = [self._keys[i] for i in index]
+        return replace(self, labels=self.labels[index], domains=self.domains[index], _keys=keys)
+
+
+def _generated(names: tuple[str, ...], styles: tuple[str, ...], per_class: int, seed: int) -> ImageSet:
+    pixels, labels, domains = generated.pictures(names, styles, per_class, seed)
+    return ImageSet(names, labels, domains, styles, pixels, Image.fromarray)
+
+
+def generated_sets(
+    classes: int, styles: Sequence[str], train_per_class: int, test_per_class: int, seed: int
+) -> tuple[ImageSet, ImageSet]:
+    """Train and test pictures of the generated world; ``per_class`` counts each style.
+
+    Raises:
+        DataError: unknown style or number of classes.
+    """
+    if unknown := set(styles) - set(generated.STYLES):
+        raise DataError(f"styles {sorted(unknown)}: must be among {', '.join(generated.STYLES)}")
+    try:
+        names = generated.class_names(classes)
+    except ValueError as error:
+        raise DataError(str(error)) from None
+    base = 20_000 + 2 * seed  # far from the seeds that the bundled CLIP was trained on
+    train = _generated(names, tuple(styles), train_per_class, base)
+    return train, _generated(names, tuple(styles), test_per_class, base + 1)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Paths of a folder or a zip file, with one way to open them."""
+
+    where: str
+    paths: list[PurePosixPath]
+    open: Callable[[PurePosixPath], Image.Image]
+
+
+def _folder(path: Path) -> _Source:
+    files = [PurePosixPath(p.relative_to(path).as_posix()) for p in path.rglob("*") if p.is_file()]
+
+    def open_file(name: PurePosixPath) -> Image.Image:
+        image = Image.open(path / name)
+        image.load()
+        return image
+
+    return _Source(str(path), sorted(files), open_file)
+
+
+def _zip(path: Path) -> _Source:
+    try:
+        archive = zipfile.ZipFile(path)
+    except (zipfile.BadZipFile, OSError) as error:
+        raise DataError(f"data set {path} is not a readable zip file: {error}") from None
+    names = sorted(PurePosixPath(name) for name in archive.namelist() if not name.endswith("/"))
+    return _Source(str(path), names, lambda name: Image.open(io.BytesIO(archive.read(str(name)))))
+
+
+def _by_class(source: _Source, inside: str, names: tuple[str, ...] | None) -> ImageSet:
+    rows = [
+        (p.parent.name, p)
+        for p in source.paths
+        if p.suffix.lower() in SUFFIXES and p.parent.name and (not inside or inside in p.parts)
+    ]
+    where = f"{source.where}/{inside}" if inside else source.where
+    if not rows:
+        raise DataError(f"data set {where} holds no images in class folders (CLASS/IMAGE.jpg)")
+    found = tuple(sorted({name for name, _ in rows}))
+    names = names or found
+    if unknown := sorted(set(found) - set(names)):
+        raise DataError(f"data set {where}: folder {unknown[0]!r} is not in the class list")
+    number = {name: i for i, name in enumerate(names)}
+    labels = np.array([number[name] for name, _ in rows], np.int64)
+    keys = [p for _, p in rows]
+    return ImageSet(names, labels, np.zeros_like(labels), ("all",), keys, source.open)
+
+
+def folder_sets(
+    path: Path, names: tuple[str, ...] | None, test_share: float, seed: int
+) -> tuple[ImageSet, ImageSet]:
+    """Train and test images of a folder or zip file with one folder per class.
+
+    If there are ``train`` and ``test`` folders above the classes they are used, else
+    ``test_share`` of each class is held out by ``seed``.
+
+    Raises:
+        DataError: nothing there, no images, or a class that is not in ``names``.
+    """
+    if not path.exists():
+        raise DataError(f"data set {path} does not exist")
+    source = _zip(path) if path.is_file() else _folder(path)
+    if all(any(part in p.parts[:-1] for p in source.paths) for part in ("train", "test")):
+        train = _by_class(source, "train", names)
+        return train, _by_class(source, "test", names or train.class_names)
+    return hold_out(_by_class(source, "", names), test_share, seed)
+
+
+def hold_out(images: ImageSet, share: float, seed: int) -> tuple[ImageSet, ImageSet]:
+    """Split each class: ``round(share * count)`` of its images, at least one of two, are test."""
+    rng = np.random.default_rng([seed, 1])
+    test: list[int] = []
+    for label in np.unique(images.labels):
+        index = rng.permutation(np.flatnonzero(images.labels == label))
+        test += index[: max(int(round(share * len(index))), 1 if len(index) > 1 else 0)].tolist()
+    is_test = np.zeros(len(images), bool)
+    is_test[test] = True
+    return images.subset(np.flatnonzero(~is_test)), images.subset(np.flatnonzero(is_test))
+
+
+_SPLITS = {"train": ("trainval", "train"), "test": ("test", "val")}
+
+
+def torchvision_sets(
+    name: str, root: Path, download: bool, test_share: float, seed: int
+) -> tuple[ImageSet, ImageSet]:
+    """A classification data set of torchvision by its class name, for example OxfordIIITPet.
+
+    Raises:
+        DataError: unknown name, files missing (and ``download`` off), or no class names.
+    """
+    import torchvision
+
+    cls = getattr(torchvision.datasets, name, None)
+    if not inspect.isclass(cls):
+        raise DataError(
+            f"dataset = {name!r} is neither 'generated', nor a folder or zip file, nor a data set "
+            "of torchvision (such as OxfordIIITPet, Flowers102, Food101, DTD, CIFAR10)"
+        )
+    parameters = inspect.signature(cls).parameters
+    parts = {}
+    for part in ("train", "test"):
+        options: dict[str, Any] = {"root": str(root)}
+        if "download" in parameters:
+            options["download"] = download
+        tries: list[dict[str, Any]] = [{}]
+        if "split" in parameters:
+            tries = [{"split": split} for split in _SPLITS[part]]
+        elif "train" in parameters:
+            tries = [{"train": part == "train"}]
+        elif part == "test":
+            return hold_out(parts["train"], test_share, seed)
+        parts[part] = _torchvision_part(cls, name, root, options, tries)
+    return parts["train"], parts["test"]
+
+
+def _torchvision_part(
+    cls: Any, name: str, root: Path, options: dict[str, Any], tries: list[dict[str, Any]]
+) -> ImageSet:
+    problem = ""
+    for choice in tries:
+        try:
+            data = cls(**options, **choice)
+            break
+        except ValueError as error:  # no such split
+            problem = str(error)
+        except (RuntimeError, OSError) as error:
+            raise DataError(
+                f"dataset {name} is not in {root} ({error}): give --download, or the right "
+                "--data-root"
+            ) from None
+    else:
+        raise DataError(f"dataset {name} cannot be opened: {problem}")
+    names = getattr(data, "classes", None) or getattr(data, "categories", None)
+    labels = next(
+        (getattr(data, key) for key in ("_labels", "targets", "labels", "y") if hasattr(data, key)),
+        None,
+    )
+    if names is None or labels is None:
+        raise DataError(f"dataset {name} has no class names in torchvision: export it as folders")
+    names = tuple(str(n[0] if isinstance(n, tuple) else n) for n in names)
+    array = np.asarray(labels, np.int64)
+    zeros = np.zeros_like(array)
+    return ImageSet(names, array, zeros, ("all",), range(len(array)), lambda i: data[i][0])
+
+
+def read_class_list(path: Path) -> tuple[str, ...]:
+    """Class names from a text file, one a line.
+
+    Raises:
+        DataError: unreadable, or doubled names.
+    """
+    try:
+        names = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"class list {path} cannot be read: {error}") from None
+    if len(set(names)) != len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise DataError(f"class list {path} names {twice!r} twice")
+    return tuple(names)

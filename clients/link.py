@@ -1,0 +1,144 @@
+"""A client's socket: DEALER with CURVE, and a diagnosis when no connection comes about.
+
+Three failures look alike to a user and are told apart by the socket monitor: the server answers
+the handshake with ZAP status 400 (our key is not on its roster), the handshake breaks off again
+and again without detail (most likely the server key on our roster is wrong), or nothing answers.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Protocol
+
+import zmq
+from zmq.utils import z85
+from zmq.utils.monitor import recv_monitor_message
+
+from secure_fedprompt.protocol import messages as m
+from secure_fedprompt.protocol.codec import MAX_FRAME
+from secure_fedprompt.protocol.errors import (
+    ConfigError,
+    NotOnRosterError,
+    UnreachableError,
+    WrongServerKeyError,
+)
+from secure_fedprompt.protocol.keys import Identity
+
+_HANDSHAKE_TRIES = 3
+
+
+class Link(Protocol):
+    """What a client needs of a connection."""
+
+    def send(self, message: m.Message) -> None: ...
+
+    def receive(self, timeout: float) -> m.Message | None: ...
+
+
+class CurveLink:
+    """A connection to one server.
+
+    Args:
+        address: tcp://HOST:PORT.
+        server_key: the server's CURVE public key, 32 bytes, from the roster.
+        identity: our keys.
+        patience: seconds without a connection after which ``receive`` gives up.
+
+    Attributes:
+        connections: completed handshakes; it grows when the link was lost and came back.
+    """
+
+    def __init__(
+        self, address: str, server_key: bytes, identity: Identity, patience: float = 60.0
+    ) -> None:
+        self.address, self.patience = address, patience
+        self.connections = 0
+        self._broken = 0
+        self._down_since: float | None = time.monotonic()
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.DEALER)
+        self._socket.linger = 3000
+        self._socket.curve_serverkey = z85.encode(server_key)
+        self._socket.curve_publickey = z85.encode(identity.curve_public())
+        self._socket.curve_secretkey = z85.encode(identity.curve.private_bytes_raw())
+        self._socket.maxmsgsize = MAX_FRAME
+        self._socket.rcvhwm = self._socket.sndhwm = 64
+        self._socket.heartbeat_ivl, self._socket.heartbeat_timeout = 2000, 10000
+        self._socket.reconnect_ivl, self._socket.reconnect_ivl_max = 200, 3000
+        self._socket.immediate = True
+        self._monitor = self._socket.get_monitor_socket()
+        self._poller = zmq.Poller()
+        self._poller.register(self._socket, zmq.POLLIN)
+        self._poller.register(self._monitor, zmq.POLLIN)
+        try:
+            self._socket.connect(address)
+        except zmq.ZMQError as error:
+            self.close()
+            raise ConfigError(f"server = {address!r}: {error}; write tcp://HOST:PORT") from None
+
+    def connect(self) -> None:
+        """Wait for the first handshake.
+
+        Raises:
+            UnreachableError, NotOnRosterError, WrongServerKeyError
+        """
+        while not self.connections:
+            self._poller.poll(200)
+            self._watch()
+
+    def send(self, message: m.Message) -> None:
+        """Queue a frame; while the link is down it is dropped, since the round goes on anyway."""
+        try:
+            self._socket.send(m.CATALOGUE.encode(message), zmq.NOBLOCK, copy=False)
+        except zmq.Again:
+            return
+
+    def receive(self, timeout: float) -> m.Message | None:
+        """The next frame, or None after ``timeout`` seconds.
+
+        Raises:
+            CodecError: the server sent something else than a message.
+            LinkError: no connection for ``patience`` seconds, or refused on reconnection.
+        """
+        self._poller.poll(timeout * 1000)
+        self._watch()
+        try:
+            frame = self._socket.recv(zmq.NOBLOCK, copy=False)
+        except zmq.Again:
+            return None
+        message: m.Message = m.CATALOGUE.decode(frame.buffer)
+        return message
+
+    def _watch(self) -> None:
+        while self._monitor.poll(0):
+            event = recv_monitor_message(self._monitor)
+            match event["event"]:
+                case zmq.Event.HANDSHAKE_SUCCEEDED:
+                    self.connections += 1
+                    self._broken, self._down_since = 0, None
+                case zmq.Event.HANDSHAKE_FAILED_AUTH:
+                    raise NotOnRosterError(
+                        f"server {self.address} refuses our key (status {event['value']}): it is "
+                        "not on the server's roster; have our entry added there and restart it"
+                    )
+                case zmq.Event.HANDSHAKE_FAILED_NO_DETAIL:
+                    self._broken += 1
+                case zmq.Event.DISCONNECTED if self._down_since is None:
+                    self._down_since = time.monotonic()
+        if self._broken >= _HANDSHAKE_TRIES:
+            raise WrongServerKeyError(
+                f"server {self.address} breaks off the handshake: the server key on our roster is "
+                "probably not this server's; compare the roster files"
+            )
+        down = 0.0 if self._down_since is None else time.monotonic() - self._down_since
+        if down > self.patience:
+            raise UnreachableError(
+                f"server {self.address} is unreachable for {down:.0f} s: check the address, that "
+                "the server runs, and the firewall"
+            )
+
+    def close(self) -> None:
+        self._socket.disable_monitor()
+        self._monitor.close(0)
+        self._socket.close()
+        self._context.term()

@@ -1,0 +1,211 @@
+"""A client over a whole run, as a state machine without I/O.
+
+``on(message)`` returns frames to send. When a round is ready for an update, ``work`` holds its
+plan and the global prompt; the caller trains and hands the result to ``trained``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from secure_fedprompt.clients import participant
+from secure_fedprompt.protocol import messages as m
+from secure_fedprompt.protocol.errors import (
+    FieldError,
+    MismatchError,
+    PolicyError,
+    ReplayError,
+    RunFailedError,
+    SecureFedPromptError,
+    UnexpectedMessageError,
+)
+from secure_fedprompt.protocol.expand import Purpose, digest
+from secure_fedprompt.protocol.layout import TensorSpec
+from secure_fedprompt.protocol.plan import RoundPlan
+from secure_fedprompt.protocol.settings import MethodSettings
+
+Prompt = NDArray[np.float32]
+_SAME_START = 1e-5  # initial prompts of two machines may differ by this much
+
+
+class Workload(Protocol):
+    """The private side of a client: model, data and method."""
+
+    model_fingerprint: bytes
+    classes_digest: bytes
+    class_count: int
+
+    def prepare(self, settings: MethodSettings) -> None:
+        """Build the method of the run."""
+
+    def tensors(self) -> tuple[TensorSpec, ...]:
+        """What is uploaded."""
+
+    def initial(self) -> Prompt:
+        """The starting prompt, flat float32, from settings and model alone."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """A round that waits for an update."""
+
+    plan: RoundPlan
+    base: Prompt
+
+
+class Session:
+    """One client in one run.
+
+    Attributes:
+        work: the round to train for, or None.
+        final: the last global prompt, once the run has ended well.
+    """
+
+    def __init__(
+        self, party: participant.Party, workload: Workload, method: str = ""
+    ) -> None:
+        self.party, self.workload, self.method = party, workload, method
+        self.nonce = party.entropy(32)
+        self.run = b""
+        self.settings: MethodSettings | None = None
+        self.round: participant.State | None = None
+        self.work: Work | None = None
+        self.final: Prompt | None = None
+        self.over = False
+
+    def hello(self) -> m.Hello:
+        """The first frame of each connection; anything under way is given up."""
+        self.round = self.work = None
+        w = self.workload
+        return m.Hello(
+            self.nonce,
+            self.method,
+            w.model_fingerprint,
+            w.classes_digest,
+            w.class_count,
+            self.party.roster.digest,
+        )
+
+    def on(self, message: m.Message) -> participant.Replies:
+        """Take one frame.
+
+        Raises:
+            SecureFedPromptError: this client refuses, or the server refused it; it must leave.
+        """
+        match message:
+            case m.Refused():
+                raise _refusal(message)
+            case m.Welcome():
+                return self._welcome(message)
+            case m.Finish():
+                return self._finish(message)
+            case m.Plan():
+                return self._plan(message)
+            case m.RoundEnd():
+                self.work = None
+                return []
+        if self.round is None:
+            return []  # a frame of a round that a reconnection ended
+        self.round, replies = self.round.on(message)
+        return self._ready(replies)
+
+    def trained(
+        self, work: Work, values: Mapping[str, NDArray[np.floating]], weight: float
+    ) -> participant.Replies:
+        """Upload the result of ``work``, unless the round has ended meanwhile."""
+        state = self.round
+        if not isinstance(state, participant.Ready) or state.plan is not work.plan:
+            return []
+        self.work = None
+        self.round, replies = state.upload(values, weight)
+        return replies
+
+    def _welcome(self, message: m.Welcome) -> participant.Replies:
+        if message.run != m.run_id(message.server_nonce, message.nonces):
+            raise ReplayError("run id is not the digest of the run's nonces")
+        ours = m.Nonce(self.party.name, self.nonce) in message.nonces
+        if not (ours or self.party.journal.knows(message.run) or self.party.policy.allow_late_join):
+            raise PolicyError(
+                "run began without this client's nonce, and policy.allow_late_join is false"
+            )
+        if self.run and self.run != message.run and self.round is not None:
+            raise UnexpectedMessageError("welcome to another run in the middle of a round")
+        settings = MethodSettings.from_bytes(message.settings)
+        allowed = self.party.policy.methods
+        if allowed and settings.method not in allowed:
+            raise PolicyError(
+                f"run wants method {settings.method!r}, policy.methods allows {', '.join(allowed)}"
+            )
+        if settings != self.settings:
+            self.workload.prepare(settings)
+        self.settings, self.run = settings, message.run
+        if not message.need_initial:
+            return []
+        vector = self.workload.initial().astype("<f4").tobytes()
+        return [m.Initial(self.run, self.workload.tensors(), vector)]
+
+    def _plan(self, message: m.Plan) -> participant.Replies:
+        plan, settings = message.plan, self.settings
+        if settings is None or plan.run != self.run:
+            raise UnexpectedMessageError("plan of a run that did not welcome us")
+        base = self._check_base(plan, message.base)
+        expected = {
+            "method": (plan.method, settings.method),
+            "settings": (plan.settings_digest, digest(Purpose.PAYLOAD, settings.to_bytes())),
+            "model": (plan.model_fingerprint, self.workload.model_fingerprint),
+            "classes": (plan.classes_digest, self.workload.classes_digest),
+        }
+        for what, (theirs, ours) in expected.items():
+            if theirs != ours:
+                raise MismatchError(f"plan's {what} is {_show(theirs)}, ours is {_show(ours)}")
+        updates = [(f.name, tuple(f.shape)) for f in plan.layout if f.update]
+        own = [(t.name, tuple(t.shape)) for t in self.workload.tensors()]
+        if plan.training and updates != own:
+            raise MismatchError(f"plan wants the tensors {updates}, our method uploads {own}")
+        if len(base) != sum(t.size for t in self.workload.tensors()):
+            raise MismatchError(f"global prompt has {len(base)} values, our method differs")
+        if plan.learning_round == 1 and not np.allclose(
+            base, self.workload.initial(), rtol=0, atol=_SAME_START
+        ):
+            raise MismatchError("starting prompt is not what our model and the settings give")
+        self.round, replies = participant.start(self.party, plan)
+        self.work = None
+        self._base = base
+        return self._ready(replies)
+
+    def _check_base(self, plan: RoundPlan, data: bytes | memoryview) -> Prompt:
+        if digest(Purpose.PAYLOAD, bytes(data)) != plan.base_digest or len(data) % 4:
+            raise MismatchError("global prompt is not the one that the plan names")
+        base = np.frombuffer(data, "<f4").astype(np.float32)
+        if not np.isfinite(base).all():
+            raise FieldError("global prompt holds NaN or infinity")
+        return base
+
+    def _ready(self, replies: participant.Replies) -> participant.Replies:
+        if isinstance(self.round, participant.Ready) and self.work is None:
+            self.work = Work(self.round.plan, self._base)
+        return replies
+
+    def _finish(self, message: m.Finish) -> participant.Replies:
+        if message.run != self.run:
+            return []
+        self.over = True
+        if message.reason:
+            raise RunFailedError(f"server ended the run: {message.reason}")
+        self.final = np.frombuffer(message.vector, "<f4").astype(np.float32)
+        return []
+
+
+def _show(value: str | bytes) -> str:
+    return value.hex()[:16] if isinstance(value, bytes) else repr(value)
+
+
+def _refusal(message: m.Refused) -> SecureFedPromptError:
+    """The server's refusal as the error class it names, if that is one a server may name."""
+    known = {cls.__name__: cls for cls in (MismatchError, RunFailedError)}
+    return known.get(message.error, RunFailedError)(f"server refuses us: {message.reason}")

@@ -1,0 +1,297 @@
+"""Local training and evaluation: the private side of a client."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import numpy as np
+import torch
+import torch.nn.functional as F
+from msgspec import Meta
+from numpy.typing import NDArray
+
+from secure_fedprompt.clients.backbone import Backbone
+from secure_fedprompt.clients.data import partitions, sets
+from secure_fedprompt.clients.data.sets import ImageSet
+from secure_fedprompt.clients.methods.base import Batch, Method, build
+from secure_fedprompt.clients.session import Prompt, Work
+from secure_fedprompt.protocol import layout as lay
+from secure_fedprompt.protocol.errors import DataError, UpdateError
+from secure_fedprompt.protocol.expand import Purpose, digest
+from secure_fedprompt.protocol.fixedpoint import LOSS_CLIP
+from secure_fedprompt.protocol.layout import TensorSpec
+from secure_fedprompt.protocol.settings import Count, MethodSettings, Positive, Rate
+
+_CHUNK = 256  # images at a time through the image tower
+Progress = Callable[[str, int, int], None]
+Values = dict[str, NDArray[np.floating]]
+
+
+class DataSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Which images a client holds.
+
+    Attributes:
+        dataset: "generated", a folder or zip file (CLASS/IMAGE), or a torchvision name.
+        data_root: where torchvision data sets lie.
+        download: fetch a missing torchvision data set.
+        class_list: text file with one class name a line, the same at every client; needed where
+            a client lacks some classes.
+        test_share: part of each class held out for testing if the data have no test split.
+        shots: training images per class, 0 for all, drawn before the partition.
+        styles: of the generated set, comma-separated.
+        generated_classes: how many of its classes.
+        per_class, test_per_class: pictures of each class and style of the generated set.
+        partition: how a shared data set is dealt out: iid, pathological, dirichlet or domain.
+        part, parts: which of how many shares this client takes; parts = 1 takes everything.
+        beta: concentration of the Dirichlet partition.
+        data_seed: of all these draws.
+    """
+
+    dataset: str = "generated"
+    data_root: str = "data"
+    download: bool = False
+    class_list: str = ""
+    test_share: Annotated[float, Meta(ge=0, lt=1)] = 0.3
+    shots: Count = 0
+    styles: str = "photo,poster,sketch,neon"
+    generated_classes: Positive = 32
+    per_class: Positive = 16
+    test_per_class: Positive = 8
+    partition: str = "iid"
+    part: Count = 0
+    parts: Positive = 1
+    beta: Rate = 0.3
+    data_seed: Count = 0
+
+
+def load_sets(settings: DataSettings) -> tuple[ImageSet, ImageSet]:
+    """The whole data set, before partitioning: training and test images.
+
+    Raises:
+        DataError: nothing there, fewer than two classes, unknown names.
+    """
+    names = sets.read_class_list(Path(settings.class_list)) if settings.class_list else None
+    path = Path(settings.dataset)
+    if settings.dataset == "generated":
+        styles = [style.strip() for style in settings.styles.split(",") if style.strip()]
+        train, test = sets.generated_sets(
+            settings.generated_classes, styles, settings.per_class, settings.test_per_class,
+            settings.data_seed,
+        )  # fmt: skip
+    elif path.exists() or "/" in settings.dataset or path.suffix:
+        train, test = sets.folder_sets(path, names, settings.test_share, settings.data_seed)
+    else:
+        train, test = sets.torchvision_sets(
+            settings.dataset, Path(settings.data_root), settings.download, settings.test_share,
+            settings.data_seed,
+        )  # fmt: skip
+    if len(train.class_names) < 2:
+        raise DataError(
+            f"data set {settings.dataset} has one class, {train.class_names[0]!r}: "
+            "a classifier needs two; give class_list if this client lacks the others"
+        )
+    return train, test
+
+
+def load_part(settings: DataSettings) -> tuple[ImageSet, ImageSet]:
+    """This client's share.
+
+    Raises:
+        DataError: also if the share has no training image.
+    """
+    train, test = load_sets(settings)
+    train = train.subset(partitions.few_shot(train.labels, settings.shots, settings.data_seed))
+    if settings.parts > 1:
+        if settings.part >= settings.parts:
+            raise DataError(f"part = {settings.part}: must be below parts = {settings.parts}")
+        labels = (train.labels, test.labels)
+        seed, n = settings.data_seed, settings.parts
+        match settings.partition:
+            case "pathological":
+                shares = partitions.pathological(*labels, n, seed)
+            case "dirichlet":
+                shares = partitions.dirichlet(*labels, n, seed, settings.beta)
+            case "domain":
+                shares = partitions.by_domain(train.domains, test.domains, n)
+            case _:
+                shares = partitions.iid(*labels, n, seed)
+        own = shares[settings.part]
+        train, test = train.subset(own.train), test.subset(own.test)
+    if not len(train):
+        raise DataError(f"share {settings.part} of {settings.dataset} has no training images")
+    return train, test
+
+
+def classes_digest(names: Sequence[str]) -> bytes:
+    return digest(Purpose.PAYLOAD, *(name.encode() for name in names))
+
+
+class Features:
+    """Preprocessed images on the device: pooled features, or pixels.
+
+    Raises:
+        DataError: an image cannot be decoded.
+    """
+
+    def __init__(
+        self, backbone: Backbone, images: ImageSet, needs: str, progress: Progress, what: str
+    ) -> None:
+        parts = []
+        for start in range(0, len(images), _CHUNK):
+            index = range(start, min(start + _CHUNK, len(images)))
+            pixels = torch.stack([backbone.test_transform(images.image(i)) for i in index])
+            parts.append(backbone.image_features(pixels) if needs == "features" else pixels)
+            progress(what, index.stop, len(images))
+        empty = torch.zeros(0, dtype=backbone.dtype, device=backbone.device)
+        self.images = torch.cat(parts) if parts else empty
+        self.labels = torch.from_numpy(images.labels).to(backbone.device)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batches(self, size: int, order: NDArray[np.int64] | None = None) -> Iterator[Batch]:
+        index = torch.from_numpy(np.arange(len(self)) if order is None else order)
+        for rows in index.to(self.labels.device).split(size):
+            yield Batch(self.images[rows.to(self.images.device)], self.labels[rows])
+
+
+@torch.no_grad()
+def predict(method: Method, images: Features) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Predicted labels and cross-entropy of every image, (N,) each."""
+    guesses, losses = [], []
+    for batch in images.batches(_CHUNK):
+        logits = method.logits(batch).float()
+        guesses.append(logits.argmax(1).cpu().numpy())
+        losses.append(F.cross_entropy(logits, batch.labels, reduction="none").double().cpu().numpy())
+    if not guesses:
+        return np.zeros(0, np.int64), np.zeros(0)
+    return np.concatenate(guesses), np.concatenate(losses)
+
+
+class LocalTrainer:
+    """A client's model, data and method: the ``Workload`` of a session.
+
+    Args:
+        backbone: frozen towers.
+        train, test: this client's images.
+        seed: of batch order; None draws it from the operating system.
+        progress: called with what is being done, how far, out of how much.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        train: ImageSet,
+        test: ImageSet,
+        seed: int | None = None,
+        progress: Progress = lambda what, done, total: None,
+    ) -> None:
+        self.backbone, self.progress, self.seed = backbone, progress, seed
+        self.class_names = train.class_names
+        self.model_fingerprint = backbone.fingerprint
+        self.classes_digest = classes_digest(train.class_names)
+        self.class_count = len(train.class_names)
+        self._sets = train, test
+        self._features: dict[str, tuple[Features, Features]] = {}
+        self.method: Method | None = None
+        self.settings: MethodSettings | None = None
+        self.clipped = 0  # update values beyond the plan's clip in the last round
+        backbone.check_class_names(train.class_names)
+
+    def prepare(self, settings: MethodSettings) -> None:
+        self.settings = settings
+        self.method = build(settings, self.backbone, self.class_names)
+        self._initial = self._flat()
+        self._load_features(self.method.needs)
+
+    def _load_features(self, needs: str) -> tuple[Features, Features]:
+        """Decoded and encoded once: without augmentation the frozen tower gives the same again."""
+        if needs not in self._features:
+            train, test = self._sets
+            self._features[needs] = (
+                Features(self.backbone, train, needs, self.progress, "encoding training images"),
+                Features(self.backbone, test, needs, self.progress, "encoding test images"),
+            )
+        return self._features[needs]
+
+    def _flat(self) -> Prompt:
+        assert self.method is not None
+        state = self.method.state()
+        return np.concatenate([state[t.name].reshape(-1) for t in self.method.uploaded()])
+
+    def tensors(self) -> tuple[TensorSpec, ...]:
+        assert self.method is not None
+        return self.method.uploaded()
+
+    def initial(self) -> Prompt:
+        return self._initial
+
+    def load(self, flat: Prompt) -> None:
+        """Set the uploaded tensors from a flat vector."""
+        assert self.method is not None
+        tensors, at = {}, 0
+        for spec in self.method.uploaded():
+            tensors[spec.name] = flat[at : at + spec.size].reshape(spec.shape)
+            at += spec.size
+        self.method.load(tensors)
+
+    def run(self, work: Work) -> tuple[Values, float]:
+        """Evaluate the global prompt, train on it if the round trains, and return the contribution.
+
+        Returns:
+            update tensors and metric counters by field name, and the weight n_k.
+
+        Raises:
+            UpdateError: more images than the plan's largest weight.
+        """
+        assert self.method is not None
+        assert self.settings is not None
+        plan, method = work.plan, self.method
+        train, test = self._load_features(method.needs)
+        if not plan.uniform and len(train) > plan.max_weight:
+            raise UpdateError(
+                f"{len(train)} training images exceed the run's max_weight {plan.max_weight}: the "
+                "server must raise max_weight or set weights = \"uniform\""
+            )
+        self.load(work.base)
+        self.clipped = 0
+        values: Values = {}
+        if any(field.name == lay.SEEN for field in plan.layout):
+            guesses, losses = predict(method, test)
+            hits = guesses == test.labels.cpu().numpy()
+            values = {
+                lay.SEEN: np.float64(len(test)),
+                lay.CORRECT: np.float64(hits.sum()),
+                lay.LOSS: np.float64(np.minimum(losses, LOSS_CLIP).sum()),
+            }
+        if plan.training:
+            self._train(train, [0 if self.seed is None else self.seed, plan.round])
+            delta = self._flat() - work.base
+            self.clipped = int(np.count_nonzero(np.abs(delta) > plan.clip))
+            at = 0
+            for spec in method.uploaded():
+                values[spec.name] = delta[at : at + spec.size].reshape(spec.shape)
+                at += spec.size
+        return values, 1.0 if plan.uniform else float(len(train))
+
+    def _train(self, images: Features, seed: list[int]) -> None:
+        """Local SGD; optimiser and momentum are new in each round."""
+        assert self.method is not None
+        assert self.settings is not None
+        s, method = self.settings, self.method
+        rng = np.random.default_rng(None if self.seed is None else seed)
+        optimiser = torch.optim.SGD(
+            method.parameters(), lr=s.lr, momentum=s.momentum, weight_decay=s.weight_decay
+        )
+        steps = s.epochs * -(-len(images) // s.batch_size)
+        done = 0
+        for _ in range(s.epochs):
+            for batch in images.batches(s.batch_size, rng.permutation(len(images))):
+                optimiser.zero_grad()
+                method.loss(batch).backward()
+                optimiser.step()
+                done += 1
+                self.progress("training", done, steps)

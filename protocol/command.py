@@ -1,0 +1,205 @@
+"""What all programs share: settings from TOML and flags, key and roster files, one-line errors.
+
+Unknown keys, wrong types and values out of range are errors that name the key. Every field is
+also a flag: ``min_clients = 3`` is ``--min-clients 3``, and ``min_cohort`` in the table
+``[policy]`` is ``--policy-min-cohort``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import sys
+import tomllib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
+
+import msgspec
+
+from secure_fedprompt.protocol.errors import ConfigError, KeyFileError, RosterError, SecureFedPromptError
+from secure_fedprompt.protocol.keys import Identity, Member
+from secure_fedprompt.protocol.roster import Roster
+from secure_fedprompt.protocol.settings import CHOICES
+
+S = TypeVar("S", bound=msgspec.Struct)
+INTERRUPTED = 130
+
+
+def read_identity(path: str) -> Identity:
+    """A key file.
+
+    Raises:
+        KeyFileError: missing, open to others, or malformed.
+    """
+    try:
+        with open(path, "rb") as file:
+            return Identity.from_pem(file.read(), path, Path(path).stat().st_mode)
+    except FileNotFoundError:
+        raise KeyFileError(
+            f"key = {path!r}: no such file; make one with 'secure-fedprompt keygen --name NAME'"
+        ) from None
+    except OSError as error:
+        raise KeyFileError(f"key = {path!r}: {error.strerror}") from None
+
+
+def read_roster(path: str) -> Roster:
+    """A roster file, every entry verified.
+
+    Raises:
+        RosterError: missing or invalid.
+    """
+    try:
+        return Roster.from_toml(Path(path).read_text(), path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise RosterError(f"roster = {path!r} cannot be read: {error}") from None
+
+
+def member_of(identity: Identity, roster: Roster, roles: Sequence[str]) -> Member:
+    """The roster entry that belongs to a key.
+
+    Raises:
+        RosterError: there is none, or it has another role.
+    """
+    for member in roster.members:
+        if member.identity == identity.public() and member.curve == identity.curve_public():
+            if member.role not in roles:
+                raise RosterError(f"{member.name} is a {member.role} on the roster, not a {roles[0]}")
+            return member
+    raise RosterError("our key is not on the roster: add its entry with 'secure-fedprompt roster add'")
+
+
+def load(cls: type[S], args: argparse.Namespace) -> S:
+    """A struct from ``args.config`` (TOML, optional) with the flags on top.
+
+    Raises:
+        ConfigError: one line naming the file or flag, the key, the value and what is allowed.
+    """
+    values, where = _read_toml(getattr(args, "config", None))
+    _merge(cls, values, args, where, "")
+    try:
+        return msgspec.convert(values, cls)
+    except msgspec.ValidationError as error:
+        text, _, at = str(error).partition(" - at ")
+        path = at.strip("`").removeprefix("$.")
+        value: Any = values
+        for key in path.split("."):
+            value = value.get(key) if isinstance(value, dict) else value
+        raise ConfigError(f"{where}: {path} = {value!r}: {text[:1].lower()}{text[1:]}") from None
+
+
+def _read_toml(path: str | None) -> tuple[dict[str, Any], str]:
+    if not path:
+        return {}, "flags"
+    try:
+        return tomllib.loads(Path(path).read_text()), str(path)
+    except FileNotFoundError:
+        raise ConfigError(f"config file {path} does not exist") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"config file {path} cannot be read: {error}") from None
+
+
+def _merge(
+    cls: type, values: dict[str, Any], args: argparse.Namespace, where: str, prefix: str
+) -> None:
+    hints = get_type_hints(cls, include_extras=True)
+    if unknown := sorted(set(values) - set(hints)):
+        close = difflib.get_close_matches(unknown[0], hints, n=1)
+        advice = f"did you mean {close[0]!r}?" if close else "see --help for the known ones"
+        raise ConfigError(f"{where}: unknown key {prefix.replace('_', '.')}{unknown[0]!r}; {advice}")
+    for name, hint in hints.items():
+        if _is_struct(hint):
+            table = values.setdefault(name, {})
+            if not isinstance(table, dict):
+                raise ConfigError(f"{where}: {name} = {table!r}: must be a table [{name}]")
+            _merge(hint, table, args, where, f"{name}_")
+        elif (flag := getattr(args, prefix + name, None)) is not None:
+            values[name] = flag
+        if name in CHOICES and name in values and values[name] not in CHOICES[name]:
+            allowed = ", ".join(CHOICES[name])
+            raise ConfigError(f"{where}: {name} = {values[name]!r}: must be one of {allowed}")
+
+
+def _is_struct(hint: Any) -> bool:
+    return isinstance(hint, type) and issubclass(hint, msgspec.Struct)
+
+
+def add_flags(parser: argparse.ArgumentParser, cls: type, prefix: str = "") -> None:
+    """A flag per field, with the words of the "Attributes" section as help."""
+    if not prefix:
+        text = "TOML file with the fields below as keys"
+        parser.add_argument("--config", metavar="FILE", help=text)
+    texts = _attribute_texts(cls)
+    for name, hint in get_type_hints(cls, include_extras=True).items():
+        if _is_struct(hint):
+            add_flags(parser, hint, f"{name}_")
+            continue
+        while get_origin(hint) is Annotated:
+            hint = get_args(hint)[0]
+        default = next(f.default for f in msgspec.structs.fields(cls) if f.name == name)
+        help_ = f"{texts.get(name, '')} (default: {default!r})".strip().replace("%", "%%")
+        flag = f"--{(prefix + name).replace('_', '-')}"
+        options: dict[str, Any] = {"dest": prefix + name, "default": None, "help": help_}
+        if hint is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
+        elif get_origin(hint) is tuple:
+            options |= {"metavar": "A,B", "type": lambda text: [x for x in text.split(",") if x]}
+            parser.add_argument(flag, **options)
+        else:
+            options["choices" if name in CHOICES else "metavar"] = CHOICES.get(name, name.upper())
+            parser.add_argument(flag, type=hint, **options)
+
+
+def _attribute_texts(cls: type) -> dict[str, str]:
+    """Help texts from the "Attributes" sections of a class and its bases.
+
+    An entry is "a, b: text"; a line may hold several, and text may go on in deeper lines.
+    """
+    texts: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        section = (base.__doc__ or "").partition("Attributes:\n")[2]
+        entries: list[str] = []
+        for line in section.splitlines():
+            indent = len(line) - len(line.lstrip())
+            if indent == 8:
+                entries.append(line.strip())
+            elif entries and line.strip():
+                entries[-1] += " " + line.strip()
+        for entry in entries:
+            heads, _, text = entry.partition(": ")
+            for name in heads.split(", "):
+                texts[name.strip()] = text
+    return texts
+
+
+def parser(prog: str, description: str, examples: str) -> argparse.ArgumentParser:
+    """A parser whose help ends in examples, with the flags that every command has."""
+    made = argparse.ArgumentParser(
+        prog=prog,
+        description=description,
+        epilog=f"examples:\n{examples}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument("--json", metavar="PATH", help="write the result as JSON")
+    made.add_argument("--debug", action="store_true", help="show tracebacks")
+    return made
+
+
+def write_json(path: str | None, result: object) -> None:
+    if path:
+        Path(path).write_text(json.dumps(result, indent=1, default=str) + "\n")
+
+
+def guard(body: Callable[[], int], debug: bool = False) -> int:
+    """Run a command: expected failures are one line on stderr and an exit code."""
+    try:
+        return body()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except SecureFedPromptError as error:
+        if debug:
+            raise
+        print(f"{type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
+        return error.exit_code

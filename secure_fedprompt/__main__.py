@@ -1,0 +1,54 @@
+"""The command ``secure-fedprompt``."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+COMMANDS = {
+    "demo": ("secure_fedprompt.demo", "server and clients as processes on this machine"),
+    "keygen": ("secure_fedprompt.cli", "make a key file and its roster entry"),
+    "roster": ("secure_fedprompt.cli", "add to, list and check the roster of public keys"),
+    "check": ("secure_fedprompt.cli", "test a client's keys, data, model and server"),
+    "server": ("secure_fedprompt.server.__main__", "aggregate (same as -m secure_fedprompt.server)"),
+    "client": ("secure_fedprompt.client", "take part (same as -m secure_fedprompt.client)"),
+    "simulate": ("secure_fedprompt.simulation", "many clients in one process"),
+    "evaluate": ("secure_fedprompt.evaluate", "accuracy of a trained prompt on a data set"),
+    "predict": ("secure_fedprompt.evaluate", "class of images under a trained prompt"),
+}
+
+
+def usage() -> str:
+    lines = [f"  {name:10} {text}" for name, (_, text) in COMMANDS.items()]
+    return (
+        "usage: secure-fedprompt COMMAND [options]\n\n"
+        "Federated prompt tuning of CLIP in which nobody can read a single client's update.\n\n"
+        "commands:\n" + "\n".join(lines) + "\n\n"
+        "examples:\n"
+        "  secure-fedprompt demo\n"
+        "  secure-fedprompt keygen --name alice\n"
+        "  secure-fedprompt COMMAND --help\n"
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    words = sys.argv[1:] if argv is None else argv
+    if not words or words[0] in ("-h", "--help"):
+        print(usage())
+        return 0
+    if words[0] == "--version":
+        from secure_fedprompt import __version__
+
+        print(__version__)
+        return 0
+    if words[0] not in COMMANDS:
+        print(f"unknown command {words[0]!r}; see 'secure-fedprompt --help'", file=sys.stderr)
+        return 2
+    module = importlib.import_module(COMMANDS[words[0]][0])
+    entry = getattr(module, words[0], None) or module.main
+    result: int = entry(words[1:])
+    return result
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,174 @@
+"""Keys, roster, and the check before a deployment."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+from pathlib import Path
+
+from secure_fedprompt.protocol import command
+from secure_fedprompt.protocol.errors import ConfigError, KeyFileError, SecureFedPromptError
+from secure_fedprompt.protocol.keys import ROLES, Identity, Member
+from secure_fedprompt.protocol.roster import Roster, member_to_toml
+
+
+def write_private(path: Path, data: bytes) -> None:
+    """Create a file that only its owner can read; an existing one is never overwritten.
+
+    Raises:
+        KeyFileError: it exists.
+    """
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        raise KeyFileError(f"{path} exists: remove it first, or choose another --out") from None
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(data)
+
+
+def make_key(name: str, role: str, folder: Path) -> Member:
+    """Write ``NAME.pem`` (private) and ``NAME.entry.toml`` (public); returns the entry.
+
+    Raises:
+        KeyFileError: a key of that name exists. RosterError: the name is not allowed.
+    """
+    identity = Identity.generate()
+    member = Member.of(identity, name, role)
+    Roster.of((member,))
+    folder.mkdir(parents=True, exist_ok=True)
+    write_private(folder / f"{name}.pem", identity.to_pem())
+    (folder / f"{name}.entry.toml").write_text(member_to_toml(member).lstrip())
+    return member
+
+
+def short(key: bytes) -> str:
+    """What people read to each other over the phone."""
+    text = hashlib.sha256(key).hexdigest()[:16]
+    return " ".join(text[i : i + 4] for i in range(0, 16, 4))
+
+
+def keygen(argv: list[str]) -> int:
+    parser = command.parser(
+        "secure-fedprompt keygen",
+        "Make an identity: an Ed25519 signing key and a CurveZMQ key in NAME.pem (keep it secret), "
+        "and NAME.entry.toml, the public roster entry to hand to the others.",
+        "  secure-fedprompt keygen --name alice\n"
+        "  secure-fedprompt keygen --name server --role server --out keys/",
+    )
+    parser.add_argument("--name", required=True, help="letters, digits, '.', '_', '-'")
+    parser.add_argument("--role", choices=ROLES, default="client")
+    parser.add_argument("--out", type=Path, default=Path("."), metavar="DIR")
+    args = parser.parse_args(argv)
+
+    def body() -> int:
+        member = make_key(args.name, args.role, args.out)
+        key, entry = args.out / f"{args.name}.pem", args.out / f"{args.name}.entry.toml"
+        print(f"secret key    {key}  (mode 0600; it has no password: guard the file)")
+        print(f"roster entry  {entry}  (public; add it with 'secure-fedprompt roster add {entry}')")
+        print(f"fingerprint   {short(member.identity)}")
+        command.write_json(args.json, {"key": str(key), "entry": str(entry), "name": args.name})
+        return 0
+
+    return command.guard(body, args.debug)
+
+
+def roster(argv: list[str]) -> int:
+    parser = command.parser(
+        "secure-fedprompt roster",
+        "Manage the public roster file. Every machine needs the same copy; compare fingerprints "
+        "over another channel, since the roster is what everybody trusts.",
+        "  secure-fedprompt roster add server.entry.toml alice.entry.toml --roster roster.toml\n"
+        "  secure-fedprompt roster list\n"
+        "  secure-fedprompt roster check",
+    )
+    parser.add_argument("action", choices=("add", "list", "check"))
+    parser.add_argument("entries", nargs="*", metavar="ENTRY", help="NAME.entry.toml files, for add")
+    parser.add_argument("--roster", default="roster.toml", metavar="FILE")
+    args = parser.parse_args(argv)
+    return command.guard(lambda: _roster(args), args.debug)
+
+
+def _roster(args: argparse.Namespace) -> int:
+    path = Path(args.roster)
+    if args.action == "add":
+        if not args.entries:
+            raise ConfigError("roster add: name at least one NAME.entry.toml file")
+        current = command.read_roster(args.roster) if path.exists() else Roster(())
+        for entry in args.entries:
+            for member in command.read_roster(entry).members:
+                current = current.add(member)
+        partial = path.with_suffix(".partial")
+        partial.write_text(current.to_toml())
+        partial.replace(path)
+    current = command.read_roster(args.roster)
+    if args.action == "check" and len(current.with_role("server")) != 1:
+        count = len(current.with_role("server"))
+        raise ConfigError(f"roster {path} names {count} servers: it must name one")
+    for member in current.members:
+        print(f"{member.name:20} {member.role:7} {short(member.identity)}")
+    print(f"roster digest {current.digest.hex()[:16]}  ({len(current.members)} members, signatures good)")
+    rows = [{"name": m.name, "role": m.role, "fingerprint": short(m.identity)} for m in current.members]
+    command.write_json(args.json, {"digest": current.digest.hex(), "members": rows})
+    return 0
+
+
+def check(argv: list[str]) -> int:
+    from secure_fedprompt.client_settings import ClientSettings
+
+    parser = command.parser(
+        "secure-fedprompt check",
+        "Test a client's key, roster, data, model and connection, without joining a run.",
+        "  secure-fedprompt check --config client.toml",
+    )
+    command.add_flags(parser, ClientSettings)
+    args = parser.parse_args(argv)
+    return command.guard(lambda: _check(command.load(ClientSettings, args), args.json), args.debug)
+
+
+def _check(settings: object, json_path: str | None) -> int:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from secure_fedprompt import client
+    from secure_fedprompt.client_settings import ClientSettings
+    from secure_fedprompt.clients.link import CurveLink
+
+    assert isinstance(settings, ClientSettings)
+    console = Console(highlight=False)
+    results: dict[str, str] = {}
+    failure: SecureFedPromptError | None = None
+
+    def attempt(what: str, text: str) -> None:
+        results[what] = "ok"
+        console.print(f"[green]ok[/]      {what:7} {text}")
+
+    def failed(what: str, error: SecureFedPromptError) -> None:
+        nonlocal failure
+        failure = failure or error
+        results[what] = f"{type(error).__name__}: {error}"
+        console.print(f"[red]failed[/]  {what:7} {error}", soft_wrap=True, markup=True)
+
+    try:
+        identity, known, me, server = client.whoami(settings)
+    except SecureFedPromptError as error:
+        failed("keys", error)
+    else:
+        attempt("keys", f"{me.name}, roster digest {known.digest.hex()[:16]}")
+        link = CurveLink(settings.server, server.curve, identity, min(settings.patience, 10.0))
+        try:
+            link.connect()
+            attempt("server", f"{settings.server} answers and admits us")
+        except SecureFedPromptError as error:
+            failed("server", error)
+        finally:
+            link.close()
+    try:
+        with Progress(disable=True) as progress:
+            trainer = client.load_trainer(settings, console, progress)
+        attempt("model", f"fingerprint {trainer.model_fingerprint.hex()[:16]}")
+        attempt("data", f"{trainer.class_count} classes, digest {trainer.classes_digest.hex()[:16]}")
+    except SecureFedPromptError as error:
+        failed("data", error)
+    command.write_json(json_path, results)
+    return failure.exit_code if failure else 0

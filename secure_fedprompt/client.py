@@ -1,0 +1,194 @@
+"""The client program: ``python -m secure_fedprompt.client --config client.toml``."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from secure_fedprompt.clients.journal import FileJournal
+from secure_fedprompt.clients.link import CurveLink
+from secure_fedprompt.clients.participant import Party
+from secure_fedprompt.clients.session import Session, Work
+from secure_fedprompt.protocol import command
+from secure_fedprompt.protocol import messages as m
+from secure_fedprompt.protocol.errors import RosterError, SecureFedPromptError
+from secure_fedprompt.protocol.keys import Identity, Member
+from secure_fedprompt.protocol.roster import Roster
+
+if TYPE_CHECKING:
+    from secure_fedprompt.client_settings import ClientSettings
+    from secure_fedprompt.clients.training import LocalTrainer, Values
+
+EXAMPLES = """\
+  python -m secure_fedprompt.client --config client.toml
+  python -m secure_fedprompt.client --key alice.pem --roster roster.toml \\
+      --server tcp://192.0.2.10:5570 --dataset photos/ --class-list classes.txt \\
+      --model ViT-B-16 --pretrained openai --policy-min-cohort 5
+  # test keys, roster, data, model and the server without joining a run
+  secure-fedprompt check --config client.toml"""
+ALIVE_SECONDS = 2.0
+
+
+def main(argv: list[str] | None = None) -> int:
+    from secure_fedprompt.client_settings import ClientSettings
+
+    parser = command.parser(
+        "python -m secure_fedprompt.client",
+        "Train prompts on private images and send them only under secure aggregation.",
+        EXAMPLES,
+    )
+    command.add_flags(parser, ClientSettings)
+    args = parser.parse_args(argv)
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, terminate)
+    body = lambda: take_part(command.load(ClientSettings, args), args.json)  # noqa: E731
+    return command.guard(body, args.debug)
+
+
+def whoami(settings: ClientSettings) -> tuple[Identity, Roster, Member, Member]:
+    """Own key, roster, own entry and the server's.
+
+    Raises:
+        KeyFileError, RosterError
+    """
+    identity = command.read_identity(settings.key)
+    roster = command.read_roster(settings.roster)
+    me = command.member_of(identity, roster, ("client",))
+    servers = roster.with_role("server")
+    if len(servers) != 1:
+        raise RosterError(f"roster {settings.roster} names {len(servers)} servers, must be one")
+    return identity, roster, me, servers[0]
+
+
+def load_trainer(settings: ClientSettings, console: Console, progress: Progress) -> LocalTrainer:
+    """Data and model, before anything is sent.
+
+    Raises:
+        DataError, ModelError
+    """
+    import torch
+
+    from secure_fedprompt.clients.backbone import Backbone
+    from secure_fedprompt.clients.training import LocalTrainer, load_part
+
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    train, test = load_part(settings)
+    backbone = Backbone.load(
+        settings.model, settings.pretrained, settings.device, settings.precision
+    )
+    console.print(
+        f"{len(train)} training and {len(test)} test images, {len(train.class_names)} classes; "
+        f"model {settings.model} on {backbone.device}"
+    )
+    tasks: dict[str, int] = {}
+
+    def report(what: str, done: int, total: int) -> None:
+        if what not in tasks:
+            tasks[what] = progress.add_task(what, total=total)
+        progress.update(tasks[what], completed=done, total=total)
+
+    seed = None if settings.seed < 0 else settings.seed
+    return LocalTrainer(backbone, train, test, seed, report)
+
+
+def take_part(settings: ClientSettings, json_path: str | None) -> int:
+    """Join the server's run and stay to its end.
+
+    Raises:
+        SecureFedPromptError: refused, disconnected, or the run failed.
+    """
+    console = Console(highlight=False)
+    identity, roster, me, server = whoami(settings)
+    state_dir = Path(settings.state_dir or f"state/{me.name}")
+    journal = FileJournal(state_dir / "journal.jsonl")
+    link = CurveLink(settings.server, server.curve, identity, settings.patience)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    try:
+        link.connect()
+        console.print(f"[bold]{me.name}[/] connected to {settings.server}")
+        with Progress(*columns, console=console, transient=True) as progress:
+            trainer = load_trainer(settings, console, progress)
+            party = Party(me.name, identity, roster, settings.policy, journal, os.urandom)
+            session = Session(party, trainer, settings.method)
+            rounds = loop(link, session, trainer, console)
+        path = save(session, trainer, state_dir)
+        console.print(f"[green]run {session.run.hex()[:8]} is finished[/]; prompt in {path}")
+        result = {"name": me.name, "run": session.run.hex(), "rounds": rounds, "prompt": str(path)}
+        command.write_json(json_path, result)
+    finally:
+        link.close()
+        journal.close()
+    return 0
+
+
+def loop(link: CurveLink, session: Session, trainer: LocalTrainer, console: Console) -> int:
+    """Move frames between socket and session; train in one worker thread. Returns rounds done."""
+    connections, alive_at, rounds = 0, 0.0, 0
+    job: tuple[Work, Future[tuple[Values, float]]] | None = None
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            while not session.over:
+                if link.connections != connections:
+                    connections = link.connections
+                    link.send(session.hello())
+                if (now := time.monotonic()) - alive_at > ALIVE_SECONDS:
+                    link.send(m.Alive())
+                    alive_at = now
+                message = link.receive(0.02 if job else 0.2)
+                replies = session.on(message) if message is not None else []
+                if isinstance(message, m.RoundEnd) and message.reason:
+                    reason = escape(message.reason)
+                    console.print(f"[yellow]round {message.round} aborted[/]: {reason}")
+                if job is None and session.work is not None:
+                    job = session.work, pool.submit(trainer.run, session.work)
+                if job is not None and job[1].done():
+                    (work, future), job = job, None
+                    values, weight = future.result()
+                    uploads = session.trained(work, values, weight)
+                    replies += uploads
+                    if uploads:
+                        rounds += 1
+                        tell(console, work, trainer, weight)
+                for reply in replies:
+                    link.send(reply)
+        except SecureFedPromptError as error:
+            link.send(m.Leave(type(error).__name__, " ".join(str(error).split())[:500]))
+            raise
+    return rounds
+
+
+def tell(console: Console, work: Work, trainer: LocalTrainer, weight: float) -> None:
+    plan = work.plan
+    what = f"round {plan.learning_round}/{plan.rounds}" if plan.training else "final evaluation"
+    shield = "UNPROTECTED" if plan.protection == "none" else f"under {plan.protection}"
+    clipped = f", [yellow]{trainer.clipped} values clipped to {plan.clip:g}[/]" if trainer.clipped else ""
+    console.print(f"{what}: update of {weight:g} images sent {shield}{clipped}")
+
+
+def save(session: Session, trainer: LocalTrainer, folder: Path) -> Path:
+    """Write the final global prompt beside the journal."""
+    from secure_fedprompt.prompt_file import write_prompt
+
+    assert session.final is not None
+    trainer.load(session.final)
+    path = folder / f"prompt-{session.run.hex()[:8]}.safetensors"
+    write_prompt(path, trainer)
+    return path
+
+
+if __name__ == "__main__":
+    sys.exit(main())

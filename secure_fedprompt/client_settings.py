@@ -1,0 +1,47 @@
+"""The client's file."""
+
+from __future__ import annotations
+
+from secure_fedprompt.clients.training import DataSettings
+from secure_fedprompt.protocol.policy import Policy
+from secure_fedprompt.protocol.settings import Count, Seconds
+
+
+class ModelSettings(DataSettings, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Which frozen CLIP runs, and where.
+
+    Attributes:
+        model: "bundled", "local-dir:PATH", or an open_clip name such as ViT-B-16.
+        pretrained: open_clip tag such as "openai", or a .safetensors file.
+        device: auto, cpu or cuda.
+        precision: fp32, or bf16 / fp16 autocast.
+        threads: of PyTorch on the CPU; 0 leaves its default.
+    """
+
+    model: str = "bundled"
+    pretrained: str = ""
+    device: str = "auto"
+    precision: str = "fp32"
+    threads: Count = 0
+
+
+class ClientSettings(ModelSettings, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A client.
+
+    Attributes:
+        key, roster: own key file and the federation's public roster file.
+        server: address of the server.
+        state_dir: what must survive a restart; default state/NAME.
+        method: take part only if the run uses this method; empty takes the run's.
+        seed: of batch order, for reproducible benchmarks; -1 draws it from the system.
+        patience: seconds without a connection before giving up.
+    """
+
+    key: str = "client.pem"
+    roster: str = "roster.toml"
+    server: str = "tcp://127.0.0.1:5570"
+    state_dir: str = ""
+    method: str = ""
+    seed: int = -1
+    patience: Seconds = 60.0
+    policy: Policy = Policy()

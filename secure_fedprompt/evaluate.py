@@ -1,0 +1,158 @@
+"""Use a trained prompt: ``evaluate`` on a labelled set, ``predict`` on images."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from secure_fedprompt.client_settings import ModelSettings
+from secure_fedprompt.protocol import command
+from secure_fedprompt.protocol.errors import DataError, PromptFileError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from secure_fedprompt.prompt_file import PromptFile
+
+
+def macro_f1(labels: NDArray[np.int64], guesses: NDArray[np.int64]) -> float:
+    """Mean F1 over the labels that are present."""
+    scores = []
+    for label in np.unique(labels):
+        hit = np.count_nonzero((labels == label) & (guesses == label))
+        total = np.count_nonzero(labels == label) + np.count_nonzero(guesses == label)
+        scores.append(2 * hit / total)
+    return float(np.mean(scores))
+
+
+def _parse(argv: list[str], prog: str, text: str, examples: str) -> argparse.ArgumentParser:
+    parser = command.parser(f"secure-fedprompt {prog}", text, examples)
+    parser.add_argument("run", type=Path, metavar="RUN", help="run folder or prompt file")
+    if prog == "predict":
+        parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
+    parser.add_argument("--data", metavar="DIR", help="same as --dataset")
+    parser.add_argument(
+        "--other-classes", action="store_true", help="use the prompt on names it was not trained on"
+    )
+    command.add_flags(parser, ModelSettings)
+    return parser
+
+
+def evaluate(argv: list[str]) -> int:
+    args = _parse(
+        argv,
+        "evaluate",
+        "Accuracy, macro-F1 and accuracy by class of a trained prompt on the test images of a set.",
+        "  secure-fedprompt evaluate runs/20260101-120000 --data photos/\n"
+        "  secure-fedprompt evaluate state/alice/prompt-1a2b3c4d.safetensors --data photos.zip \\\n"
+        "      --model ViT-B-16 --pretrained openai",
+    ).parse_args(argv)
+    return command.guard(lambda: _with(args, _evaluate), args.debug)
+
+
+def predict(argv: list[str]) -> int:
+    args = _parse(
+        argv,
+        "predict",
+        "Name the class of images. The class list comes from a client's prompt file, from "
+        "--class-list, or from the folders of --data.",
+        "  secure-fedprompt predict state/alice/prompt-1a2b3c4d.safetensors cat.jpg dog.jpg",
+    ).parse_args(argv)
+    return command.guard(lambda: _with(args, _predict), args.debug)
+
+
+Body = Callable[[argparse.Namespace, ModelSettings, "PromptFile"], int]
+
+
+def _with(args: argparse.Namespace, body: Body) -> int:
+    from secure_fedprompt.prompt_file import read_prompt
+
+    args.dataset = args.data or args.dataset
+    settings = command.load(ModelSettings, args)
+    return body(args, settings, read_prompt(args.run))
+
+
+def _evaluate(args: argparse.Namespace, settings: ModelSettings, prompt: PromptFile) -> int:
+    from secure_fedprompt.clients.backbone import Backbone
+    from secure_fedprompt.clients.training import Features, load_part, predict as guess
+
+    train, test = load_part(settings)
+    images = test if len(test) else train
+    backbone = Backbone.load(
+        settings.model, settings.pretrained, settings.device, settings.precision
+    )
+    names = images.class_names
+    method = prompt.method(backbone, names, other_classes=args.other_classes)
+    features = Features(backbone, images, method.needs, lambda what, done, total: None, "")
+    guesses, losses = guess(method, features)
+    hits = guesses == images.labels
+    result = {
+        "images": len(images),
+        "accuracy": float(hits.mean()),
+        "macro_f1": macro_f1(images.labels, guesses),
+        "loss": float(losses.mean()),
+        "per_class": {
+            names[c]: float(hits[images.labels == c].mean()) for c in np.unique(images.labels)
+        },
+    }
+    table = Table(title=f"{prompt.path.name} on {len(images)} images")
+    table.add_column("class")
+    table.add_column("accuracy", justify="right")
+    for name, value in result["per_class"].items():
+        table.add_row(name, f"{value:.1%}")
+    console = Console(highlight=False)
+    console.print(table)
+    console.print(f"accuracy {result['accuracy']:.2%}, macro-F1 {result['macro_f1']:.2%}")
+    command.write_json(args.json, result)
+    return 0
+
+
+def _predict(args: argparse.Namespace, settings: ModelSettings, prompt: PromptFile) -> int:
+    import torch
+    from PIL import Image
+
+    from secure_fedprompt.clients.backbone import Backbone
+    from secure_fedprompt.clients.data.sets import read_class_list
+    from secure_fedprompt.clients.methods.base import Batch
+    from secure_fedprompt.clients.training import load_sets
+
+    names = prompt.class_names
+    if settings.class_list:
+        names = read_class_list(Path(settings.class_list))
+    elif args.data or not names:
+        if not args.data:
+            raise PromptFileError(
+                f"prompt {prompt.path} is a server's and names no classes: give --class-list FILE, "
+                "--data DIR, or a client's prompt file"
+            )
+        names = load_sets(msgspec.structs.replace(settings, dataset=args.data))[0].class_names
+    backbone = Backbone.load(
+        settings.model, settings.pretrained, settings.device, settings.precision
+    )
+    method = prompt.method(backbone, names, other_classes=args.other_classes)
+    pixels = []
+    for path in args.images:
+        try:
+            pixels.append(backbone.test_transform(Image.open(path).convert("RGB")))
+        except OSError as error:
+            raise DataError(f"image {path} cannot be read: {error}") from None
+    stack = torch.stack(pixels)
+    images = backbone.image_features(stack) if method.needs == "features" else stack
+    with torch.no_grad():
+        labels = torch.zeros(len(pixels), dtype=torch.long)
+        shares = method.logits(Batch(images, labels)).softmax(1)
+    result = []
+    for path, row in zip(args.images, shares, strict=True):
+        best = row.topk(min(3, len(names)))
+        guesses = {names[int(i)]: float(p) for p, i in zip(*best, strict=True)}
+        print(f"{path}  " + ", ".join(f"{name} {p:.1%}" for name, p in guesses.items()))
+        result.append({"image": str(path), "classes": guesses})
+    command.write_json(args.json, result)
+    return 0

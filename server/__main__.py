@@ -1,0 +1,143 @@
+"""The server program: ``python -m secure_fedprompt.server --config server.toml``."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+
+from secure_fedprompt.protocol import command
+from secure_fedprompt.protocol.errors import ConfigError
+from secure_fedprompt.protocol.plan import default_threshold, tolerated_colluders
+from secure_fedprompt.protocol.settings import ServerSettings
+from secure_fedprompt.server.hub import Hub
+from secure_fedprompt.server.run import Run
+from secure_fedprompt.server.store import Store
+
+EXAMPLES = """\
+  python -m secure_fedprompt.server --config server.toml
+  python -m secure_fedprompt.server --key server.pem --roster roster.toml \\
+      --bind tcp://0.0.0.0:5570 --rounds 10 --n-ctx 16 --lr 0.01
+  # stopped or killed? the same run_dir goes on where it was
+  python -m secure_fedprompt.server --config server.toml --run-dir runs/monday"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = command.parser(
+        "python -m secure_fedprompt.server",
+        "Aggregate the clients' prompts without seeing any single one. Holds no model and no data.",
+        EXAMPLES,
+    )
+    command.add_flags(parser, ServerSettings)
+    args = parser.parse_args(argv)
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, terminate)
+    return command.guard(lambda: serve(command.load(ServerSettings, args), args.json), args.debug)
+
+
+def serve(settings: ServerSettings, json_path: str | None) -> int:
+    """Run to the end.
+
+    Raises:
+        SecureFedPromptError: the run cannot begin, or failed.
+    """
+    console = Console(highlight=False)
+    identity = command.read_identity(settings.key)
+    roster = command.read_roster(settings.roster)
+    me = command.member_of(identity, roster, ("server",))
+    folder = Path(settings.run_dir or time.strftime("runs/%Y%m%d-%H%M%S"))
+    store = Store(folder, settings)
+    try:
+        if store.finished:
+            raise ConfigError(f"run folder {folder} holds a finished run: choose another run_dir")
+        store.on_event.append(lambda kind, value: show(console, kind, value, settings))
+        state = store.load()
+        run = Run(settings, roster, store, os.urandom, state, time.monotonic())
+        warn(console, settings, run.expected)
+
+        def denied(key: str) -> None:
+            console.print(f"[yellow]refused[/] a connection with the unknown key {escape(key)}")
+
+        def count(peer: str, direction: str, kind: str, size: int) -> None:
+            store.count(state.round, peer, direction, kind, size)
+
+        hub = Hub(settings.bind, identity, roster, denied, count)
+        try:
+            where = "resuming" if state.run else "waiting for"
+            console.print(
+                f"[bold]{me.name}[/] on {hub.address}, {where} {run.expected} clients; "
+                f"run folder {folder}"
+            )
+            loop(hub, run)
+        finally:
+            hub.close()
+        if run.error:
+            raise run.error
+        store.event("finished", f"prompt {store.prompt_path(settings.rounds)}")
+        command.write_json(json_path, store.summary())
+    finally:
+        store.close()
+    return 0
+
+
+def loop(hub: Hub, run: Run) -> None:
+    """Move frames between the socket and the state machine until the run is over."""
+    while not run.over:
+        out = [reply for name, msg in hub.poll(0.05) for reply in run.on(name, msg, time.monotonic())]
+        out += run.tick(time.monotonic())
+        while out:
+            name, message = out.pop(0)
+            if not hub.send(name, message):
+                out += run.gone(name, time.monotonic())
+
+
+def warn(console: Console, settings: ServerSettings, clients: int) -> None:
+    """Say what protection the run gives."""
+    if settings.protection == "none":
+        console.print("[bold red]NO PROTECTION: the server sees every client's update.[/]")
+        return
+    t = settings.threshold or default_threshold(clients)
+    if settings.graph == "regular":
+        console.print("masks on a k-regular graph: safe against an honest-but-curious server")
+    else:
+        c = tolerated_colluders(clients, t)
+        console.print(
+            f"masks on the complete graph: {clients} clients, t = {t}; safe against a dishonest "
+            f"server that colludes with up to {c} clients"
+        )
+
+
+def show(console: Console, kind: str, value: Any, settings: ServerSettings) -> None:
+    """One line per event."""
+    if kind != "round":
+        console.print(f"[dim]{kind:>8}[/] {escape(str(value))}")
+        return
+    metrics, seconds = value["metrics"], sum(value["seconds"].values())
+    what = (
+        f"round {value['learning_round']}/{settings.rounds}"
+        if value["learning_round"] <= settings.rounds
+        else "final evaluation"
+    )
+    if value["outcome"] == "aborted":
+        console.print(f"[red]{what} aborted[/]: {escape(value['reason'])}")
+        return
+    accuracy = f"accuracy before {metrics['accuracy']:.1%}  " if "accuracy" in metrics else ""
+    dropped = ", ".join(f"{n} ({s})" for n, s in value["dropped"].items()) or "nobody"
+    console.print(
+        f"[green]{what}[/]  {accuracy}{metrics['contributors']:.0f} clients in, "
+        f"{escape(dropped)} dropped, {seconds:.1f} s"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

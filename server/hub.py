@@ -1,0 +1,124 @@
+"""The server's socket: ROUTER with CURVE, admission by the roster, bounded in every direction.
+
+The name of a sender comes from the CURVE key that its connection proved (ZAP ``User-Id``), never
+from the routing id or the content of a frame.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import zmq
+from zmq.auth.thread import ThreadAuthenticator
+from zmq.utils import z85
+
+from secure_fedprompt.protocol import messages as m
+from secure_fedprompt.protocol.codec import MAX_FRAME
+from secure_fedprompt.protocol.errors import CodecError, ConfigError, PortInUseError
+from secure_fedprompt.protocol.keys import Identity
+from secure_fedprompt.protocol.roster import Roster
+
+DOMAIN = "secure-fedprompt"
+Counter = Callable[[str, str, str, int], None]
+
+
+class _Admission:
+    """ZAP callback: a connection is admitted if its key is on the roster."""
+
+    def __init__(self, names: dict[str, str], denied: Callable[[str], None]) -> None:
+        self._names, self._denied = names, denied
+
+    def callback(self, domain: str, key: bytes) -> bool:
+        known = key.decode() in self._names
+        if not known:
+            self._denied(key.decode())
+        return known
+
+
+class Hub:
+    """Frames from and to authenticated members.
+
+    Args:
+        bind: ZeroMQ address; port ``*`` picks a free one, see ``address``.
+        identity, roster: the server's key and who may connect.
+        denied: called, from the authenticator's thread, with the z85 key of a refused connection.
+        count: called for each frame with peer, "up" or "down", message type and bytes.
+
+    Raises:
+        PortInUseError: the address is taken; ConfigError: it is not an address.
+    """
+
+    def __init__(
+        self,
+        bind: str,
+        identity: Identity,
+        roster: Roster,
+        denied: Callable[[str], None] = lambda key: None,
+        count: Counter = lambda peer, direction, kind, size: None,
+    ) -> None:
+        self._names = {z85.encode(member.curve).decode(): member.name for member in roster.members}
+        self._routes: dict[str, bytes] = {}
+        self._count = count
+        self.context = zmq.Context()
+        self._zap = ThreadAuthenticator(self.context)
+        self._zap.start()
+        self._zap.configure_curve_callback(DOMAIN, _Admission(self._names, denied))
+        self._socket = self.context.socket(zmq.ROUTER)
+        self._socket.linger = 2000
+        self._socket.zap_domain = DOMAIN.encode()
+        self._socket.curve_server = True
+        self._socket.curve_secretkey = z85.encode(identity.curve.private_bytes_raw())
+        self._socket.router_mandatory = True
+        self._socket.maxmsgsize = MAX_FRAME
+        self._socket.rcvhwm = self._socket.sndhwm = 64
+        self._socket.heartbeat_ivl, self._socket.heartbeat_timeout = 2000, 10000
+        self._socket.handshake_ivl = 5000
+        try:
+            self._socket.bind(bind)
+        except zmq.ZMQError as error:
+            self.close()
+            if error.errno == zmq.EADDRINUSE:
+                raise PortInUseError(
+                    f"bind = {bind!r}: the port is in use; stop the other server or choose another"
+                ) from None
+            raise ConfigError(f"bind = {bind!r}: {error}; write tcp://ADDRESS:PORT") from None
+        self.address = self._socket.last_endpoint.decode().rstrip("\0")
+
+    def poll(self, timeout: float) -> Iterator[tuple[str, m.Message]]:
+        """Frames that arrive within ``timeout`` seconds; malformed ones come as ``Leave``."""
+        if not self._socket.poll(int(timeout * 1000)):
+            return
+        for _ in range(256):
+            try:
+                parts = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                return
+            if len(parts) != 2:
+                continue
+            name = self._names[str(parts[1].get("User-Id"))]
+            self._routes[name] = parts[0].bytes
+            frame = parts[1].buffer
+            try:
+                message: m.Message = m.CATALOGUE.decode(frame)
+            except CodecError as error:
+                message = m.Leave(type(error).__name__, f"sent a malformed frame: {error}"[:500])
+            self._count(name, "up", type(message).__name__, len(frame))
+            yield name, message
+
+    def send(self, name: str, message: m.Message) -> bool:
+        """Queue a frame; False if the member is not connected or does not keep up."""
+        route = self._routes.get(name)
+        if route is None:
+            return False
+        frame = m.CATALOGUE.encode(message)
+        try:
+            self._socket.send_multipart([route, frame], zmq.NOBLOCK, copy=False)
+        except zmq.ZMQError:
+            return False
+        self._count(name, "down", type(message).__name__, len(frame))
+        return True
+
+    def close(self) -> None:
+        self._socket.close()
+        self._zap.stop()
+        self.context.term()

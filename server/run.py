@@ -1,0 +1,362 @@
+"""The server over a whole run, as a state machine without I/O.
+
+    gathering -> starting -> round 1 .. R -> evaluation -> finished | failed
+
+It admits clients, plans rounds, retries aborted ones with fresh keys, and averages. Everything
+durable goes through the ``Ledger`` (the run store), and before a plan leaves, its round number is
+stored: a restarted server never uses a round number twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from secure_fedprompt.protocol import layout as lay
+from secure_fedprompt.protocol import masking, shamir
+from secure_fedprompt.protocol import messages as m
+from secure_fedprompt.protocol.errors import (
+    FieldError,
+    MismatchError,
+    NotOnRosterError,
+    ProtocolError,
+    RosterMismatchError,
+    RunFailedError,
+    SecureFedPromptError,
+    TooFewClientsError,
+)
+from secure_fedprompt.protocol.expand import Purpose, digest
+from secure_fedprompt.protocol.fixedpoint import size_layout
+from secure_fedprompt.protocol.layout import TensorSpec
+from secure_fedprompt.protocol.plan import NO_SEED, RoundPlan, default_threshold
+from secure_fedprompt.protocol.roster import Roster
+from secure_fedprompt.protocol.settings import ServerSettings
+from secure_fedprompt.server.coordinator import Deadlines, Outbox, Round, Stage
+
+Prompt = NDArray[np.float32]
+
+
+@dataclass
+class RunState:
+    """What a restart needs: stored by the ledger after every change.
+
+    Attributes:
+        run: its id, empty before the run has begun; then ``server_nonce`` and ``nonces`` explain it.
+        round: the last round number used; learning_round: the next one to complete.
+        tensors, prompt: the global prompt, float32, flat.
+        model_fingerprint, classes_digest, class_count: what the first client announced.
+    """
+
+    run: bytes = b""
+    server_nonce: bytes = b""
+    nonces: tuple[m.Nonce, ...] = ()
+    round: int = 0
+    learning_round: int = 1
+    tensors: tuple[TensorSpec, ...] = ()
+    prompt: Prompt | None = None
+    model_fingerprint: bytes = b""
+    classes_digest: bytes = b""
+    class_count: int = 0
+
+
+class Ledger(Protocol):
+    """The run store, as the state machine sees it."""
+
+    def save(self, state: RunState) -> None: ...
+
+    def round_over(self, round: Round, metrics: Mapping[str, float], prompt: Prompt | None) -> None: ...
+
+    def event(self, kind: str, text: str) -> None: ...
+
+
+@dataclass
+class Client:
+    nonce: bytes
+    seen: float
+    welcomed: bool = False
+
+
+@dataclass
+class Run:
+    """One run. Feed it ``on`` and ``tick``; it returns frames, and sets ``over`` at the end.
+
+    Attributes:
+        error: why the run failed, or None.
+    """
+
+    settings: ServerSettings
+    roster: Roster
+    ledger: Ledger
+    entropy: shamir.Entropy
+    state: RunState
+    began: float
+    clients: dict[str, Client] = field(default_factory=dict)
+    current: Round | None = None
+    error: SecureFedPromptError | None = None
+    over: bool = False
+    attempts: int = 0
+    last_reason: str = ""
+
+    def __post_init__(self) -> None:
+        self.expected = self.settings.clients or len(self.roster.with_role("client"))
+        self.gather_until = self.began + self.settings.gather_seconds
+        self.initial_from = ""
+
+    # -- frames and time -------------------------------------------------------------------------
+
+    def on(self, sender: str, message: m.Message, now: float) -> Outbox:
+        """Take a frame of an authenticated roster member."""
+        if self.over:
+            return []
+        if isinstance(message, m.Hello):
+            return self._hello(sender, message, now)
+        client = self.clients.get(sender)
+        if client is None:
+            return []
+        client.seen = now
+        match message:
+            case m.Alive():
+                return []
+            case m.Leave():
+                self.ledger.event("left", f"{sender} left: {message.error}: {message.reason}")
+                return self.gone(sender, now)
+            case m.Initial():
+                return self._initial(sender, message, now)
+        return self._after(self.current.on(sender, message, now), now) if self.current else []
+
+    def tick(self, now: float) -> Outbox:
+        """Let time act: silent clients, deadlines, the start of the next round."""
+        if self.over:
+            return []
+        out: Outbox = []
+        for name, client in list(self.clients.items()):
+            if now - client.seen > self.settings.alive_seconds:
+                self.ledger.event("lost", f"{name} has been silent for {now - client.seen:.0f} s")
+                out += self.gone(name, now)
+        if self.over:
+            return out
+        if self.current:
+            return out + self._after(self.current.tick(now), now)
+        return out + self._maybe_start(now)
+
+    def gone(self, name: str, now: float) -> Outbox:
+        """A client is no longer there; its current round goes on without it."""
+        self.clients.pop(name, None)
+        if name == self.initial_from:
+            self.initial_from = ""
+        return self._after(self.current.lost(name, now), now) if self.current else []
+
+    # -- admission -------------------------------------------------------------------------------
+
+    def _hello(self, sender: str, hello: m.Hello, now: float) -> Outbox:
+        try:
+            self._admit(sender, hello)
+        except SecureFedPromptError as error:
+            self.ledger.event("refused", f"{sender} refused: {error}")
+            return [(sender, m.Refused(type(error).__name__, str(error)[:500]))]
+        out = self.gone(sender, now) if sender in self.clients else []
+        self.clients[sender] = Client(hello.nonce, now)
+        self.ledger.event("joined", f"{sender} joined ({len(self.clients)} of {self.expected})")
+        if self.state.run:
+            out.append((sender, self._welcome(sender)))
+        return out + (self._maybe_start(now) if not self.current else [])
+
+    def _admit(self, sender: str, hello: m.Hello) -> None:
+        state = self.state
+        if sender not in {member.name for member in self.roster.with_role("client")}:
+            raise NotOnRosterError(f"{sender!r} is on the roster, but not as a client")
+        if hello.roster_digest != self.roster.digest:
+            raise RosterMismatchError(
+                f"roster of {sender} is {hello.roster_digest.hex()[:16]}, the server's is "
+                f"{self.roster.digest.hex()[:16]}: copy the same roster file to every machine"
+            )
+        if hello.method and hello.method != self.settings.method:
+            raise MismatchError(
+                f"method of {sender} is {hello.method!r}, the run's is {self.settings.method!r}"
+            )
+        if not state.model_fingerprint:
+            state.model_fingerprint = hello.model_fingerprint
+            state.classes_digest, state.class_count = hello.classes_digest, hello.class_count
+        if hello.model_fingerprint != state.model_fingerprint:
+            raise MismatchError(
+                f"model of {sender} has fingerprint {hello.model_fingerprint.hex()[:16]}, the run's "
+                f"is {state.model_fingerprint.hex()[:16]}: use the same weights everywhere"
+            )
+        if hello.classes_digest != state.classes_digest:
+            raise MismatchError(
+                f"class list of {sender} has {hello.class_count} names and digest "
+                f"{hello.classes_digest.hex()[:16]}, the run's has {state.class_count} and "
+                f"{state.classes_digest.hex()[:16]}: name the same classes in the same order"
+            )
+
+    def _welcome(self, name: str, *, need_initial: bool = False) -> m.Welcome:
+        self.clients[name].welcomed = True
+        state, settings = self.state, self.settings.method_settings().to_bytes()
+        return m.Welcome(state.run, state.server_nonce, state.nonces, settings, int(need_initial))
+
+    def _initial(self, sender: str, message: m.Initial, now: float) -> Outbox:
+        if self.state.prompt is not None or sender != self.initial_from:
+            return []
+        size = sum(tensor.size for tensor in message.tensors)
+        if message.run != self.state.run or len(message.vector) != 4 * size or not size:
+            raise FieldError(f"initial prompt of {len(message.vector)} bytes for {size} values")
+        prompt = np.frombuffer(message.vector, "<f4").astype(np.float32)
+        if not np.isfinite(prompt).all():
+            raise FieldError("initial prompt holds NaN or infinity")
+        self.state.tensors, self.state.prompt = message.tensors, prompt
+        self.ledger.save(self.state)
+        return self._maybe_start(now)
+
+    # -- rounds ----------------------------------------------------------------------------------
+
+    def _maybe_start(self, now: float) -> Outbox:
+        """Begin the run, ask for the initial prompt, or plan the next round, if it is time."""
+        present, state = len(self.clients), self.state
+        enough = present >= self.settings.min_clients
+        if present < self.expected and now < self.gather_until:
+            return []
+        if not enough:
+            self._fail(TooFewClientsError(
+                f"{present} of at least {self.settings.min_clients} clients "
+                f"({', '.join(sorted(self.clients)) or 'nobody'}) after "
+                f"{now - self.began:.0f} s: start more clients, or raise gather_seconds"
+            ))  # fmt: skip
+            return self._finish_frames()
+        out: Outbox = []
+        if not state.run:
+            state.server_nonce = self.entropy(32)
+            state.nonces = tuple(
+                m.Nonce(name, client.nonce) for name, client in sorted(self.clients.items())
+            )
+            state.run = m.run_id(state.server_nonce, state.nonces)
+            self.ledger.save(state)
+        if state.prompt is None and not self.initial_from:
+            self.initial_from = min(self.clients)
+            out.append((self.initial_from, self._welcome(self.initial_from, need_initial=True)))
+        for name, client in self.clients.items():
+            if not client.welcomed:
+                out.append((name, self._welcome(name)))
+        return out + self._plan(now) if state.prompt is not None else out
+
+    def _plan(self, now: float) -> Outbox:
+        state, settings = self.state, self.settings
+        assert state.prompt is not None
+        cohort = tuple(sorted(self.clients))
+        n, training = len(cohort), state.learning_round <= settings.rounds
+        uniform = settings.weights == "uniform"
+        max_weight = 1 if uniform else settings.max_weight
+        layout = size_layout(
+            state.tensors if training else (),
+            n,
+            clip=settings.clip,
+            max_weight=max_weight,
+            max_seen=settings.max_seen,
+            ring_bits=settings.ring_bits,
+            metrics=settings.metrics,
+        )
+        quorum = settings.threshold or default_threshold(n)
+        degree, threshold, seed = 0, quorum, NO_SEED
+        if settings.graph == "regular":
+            degree, threshold = masking.choose_degree(
+                n, dropout=settings.max_dropout, corruption=settings.max_corruption
+            )
+            seed = self.entropy(32)
+        base = state.prompt.astype("<f4").tobytes()
+        state.round += 1
+        self.ledger.save(state)
+        plan = RoundPlan(
+            run=state.run,
+            round=state.round,
+            learning_round=state.learning_round,
+            rounds=settings.rounds,
+            method=settings.method,
+            protection=settings.protection,
+            settings_digest=digest(Purpose.PAYLOAD, settings.method_settings().to_bytes()),
+            model_fingerprint=state.model_fingerprint,
+            classes_digest=state.classes_digest,
+            roster_digest=self.roster.digest,
+            base_digest=digest(Purpose.PAYLOAD, base),
+            cohort=cohort,
+            quorum=quorum,
+            threshold=threshold,
+            degree=degree,
+            graph_seed=seed,
+            clip=settings.clip,
+            max_weight=max_weight,
+            uniform=int(uniform),
+            layout=layout,
+        )
+        deadlines = Deadlines(settings.stage_seconds, settings.training_seconds)
+        try:
+            self.current = Round(plan, base, self.roster, deadlines)
+        except ProtocolError as error:
+            self._fail(RunFailedError(f"no round can be planned: {error}"))
+            return self._finish_frames()
+        return self.current.start(now)
+
+    def _after(self, out: Outbox, now: float) -> Outbox:
+        """After anything moved in the current round: settle it if it is over."""
+        current = self.current
+        if current is None or not current.over:
+            return out
+        self.current = None
+        for name, fault in current.faults.items():
+            self.ledger.event("fault", f"round {current.plan.round}: {name}: {fault}")
+        if current.stage is Stage.DONE:
+            self._apply(current)
+            self.attempts = 0
+        else:
+            self.attempts += 1
+            self.last_reason = current.reason
+            self.ledger.round_over(current, {}, None)
+        state, settings = self.state, self.settings
+        if state.learning_round > settings.rounds + (1 if settings.metrics else 0):
+            self.over = True
+            return out + self._finish_frames()
+        if self.attempts >= settings.max_attempts:
+            self._fail(RunFailedError(
+                f"learning round {state.learning_round} aborted {self.attempts} times: "
+                f"{self.last_reason}"
+            ))  # fmt: skip
+            return out + self._finish_frames()
+        self.gather_until = now + (settings.gather_seconds if len(self.clients) < settings.min_clients else 0)
+        return out + self._maybe_start(now)
+
+    def _apply(self, done: Round) -> None:
+        """FedAvg: global + sum(n_k * delta_k) / sum(n_k). McMahan et al. 2017, Algorithm 1."""
+        state, result = self.state, done.result
+        assert result is not None
+        assert state.prompt is not None
+        weight, metrics = float(result[lay.WEIGHT]), {}
+        if done.plan.training:
+            updates = [result[f.name].reshape(-1) for f in done.plan.layout if f.update]
+            mean = np.concatenate(updates) / weight
+            state.prompt = (state.prompt.astype(np.float64) + mean).astype(np.float32)
+        if lay.SEEN in result and (seen := float(result[lay.SEEN])) > 0:
+            metrics = {
+                "accuracy": float(result[lay.CORRECT]) / seen,
+                "loss": float(result[lay.LOSS]) / seen,
+                "seen": seen,
+                "clipped": float(result[lay.CLIPPED]),
+            }
+        metrics |= {"weight": weight, "contributors": float(result[lay.CONTRIBUTORS])}
+        state.learning_round += 1
+        self.ledger.round_over(done, metrics, state.prompt)
+        self.ledger.save(state)
+
+    def _fail(self, error: SecureFedPromptError) -> None:
+        self.error, self.over = error, True
+        self.ledger.event("failed", str(error))
+
+    def _finish_frames(self) -> Outbox:
+        if not self.state.run:
+            reason = str(self.error or "the run is over")[:500]
+            return [(name, m.Refused(type(self.error).__name__, reason)) for name in self.clients]
+        prompt = self.state.prompt
+        vector = b"" if prompt is None else prompt.astype("<f4").tobytes()
+        finish = m.Finish(self.state.run, vector, str(self.error or "")[:500])
+        return [(name, finish) for name in self.clients]

@@ -1,0 +1,230 @@
+"""The run folder: SQLite for what happened, safetensors for the prompts.
+
+    run.sqlite      state, rounds, traffic, events
+    prompts/        global-NNNN.safetensors after each learning round, global-0000 the start
+    server.json     the settings of the run (no keys)
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from secure_fedprompt.protocol.codec import decode_fields, encode_fields
+from secure_fedprompt.protocol.errors import ConfigError, PromptFileError
+from secure_fedprompt.protocol.layout import TensorSpec
+from secure_fedprompt.protocol.messages import Nonce
+from secure_fedprompt.protocol.settings import ServerSettings
+from secure_fedprompt.server.coordinator import Round
+from secure_fedprompt.server.run import Prompt, RunState
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS state (id INTEGER PRIMARY KEY CHECK (id = 1), body TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS rounds (
+    round INTEGER PRIMARY KEY, learning_round INTEGER, outcome TEXT, reason TEXT,
+    cohort TEXT, dropped TEXT, faults TEXT, metrics TEXT, seconds TEXT, at REAL);
+CREATE TABLE IF NOT EXISTS traffic (
+    round INTEGER, peer TEXT, direction TEXT, type TEXT, frames INTEGER, bytes INTEGER,
+    PRIMARY KEY (round, peer, direction, type));
+CREATE TABLE IF NOT EXISTS events (at REAL, kind TEXT, text TEXT);
+"""
+_FREE = {"key", "roster", "bind", "run_dir", "gather_seconds", "stage_seconds", "training_seconds",
+         "alive_seconds", "max_attempts", "clients", "min_clients"}  # fmt: skip
+
+
+class Store:
+    """The ledger of a run on disk.
+
+    Raises:
+        ConfigError: the folder holds a finished run, or one with other settings.
+    """
+
+    def __init__(self, folder: Path, settings: ServerSettings) -> None:
+        self.folder = folder
+        (folder / "prompts").mkdir(parents=True, exist_ok=True)
+        self._db = sqlite3.connect(folder / "run.sqlite")
+        self._db.execute("PRAGMA journal_mode=WAL")
+        self._db.execute("PRAGMA synchronous=FULL")
+        self._db.executescript(_SCHEMA)
+        self._traffic: dict[tuple[int, str, str, str], list[int]] = {}
+        self._keep_settings(settings)
+        self.on_event: list[Any] = []
+
+    def _keep_settings(self, settings: ServerSettings) -> None:
+        path, now = self.folder / "server.json", msgspec.to_builtins(settings)
+        if path.exists():
+            before = json.loads(path.read_text())
+            for name in sorted(set(now) - _FREE):
+                if before.get(name) != now[name]:
+                    raise ConfigError(
+                        f"run folder {self.folder} was begun with {name} = {before.get(name)!r}, "
+                        f"now it is {now[name]!r}: use the old value, or another run_dir"
+                    )
+        path.write_text(json.dumps({k: v for k, v in now.items() if k != "key"}, indent=1) + "\n")
+
+    def load(self) -> RunState:
+        """The stored state, or a new one."""
+        row = self._db.execute("SELECT body FROM state").fetchone()
+        if row is None:
+            return RunState()
+        body = json.loads(row[0])
+        state = RunState(
+            run=bytes.fromhex(body["run"]),
+            server_nonce=bytes.fromhex(body["server_nonce"]),
+            nonces=tuple(decode_fields(Nonce, bytes.fromhex(n)) for n in body["nonces"]),
+            round=body["round"],
+            learning_round=body["learning_round"],
+            tensors=tuple(decode_fields(TensorSpec, bytes.fromhex(t)) for t in body["tensors"]),
+            model_fingerprint=bytes.fromhex(body["model_fingerprint"]),
+            classes_digest=bytes.fromhex(body["classes_digest"]),
+            class_count=body["class_count"],
+        )
+        if state.tensors:
+            state.prompt = self._read_prompt(state.learning_round - 1, state.tensors)
+        return state
+
+    @property
+    def finished(self) -> bool:
+        return self._db.execute("SELECT 1 FROM events WHERE kind = 'finished'").fetchone() is not None
+
+    # -- the Ledger ------------------------------------------------------------------------------
+
+    def save(self, state: RunState) -> None:
+        if state.prompt is not None:
+            self._write_prompt(state)
+        body = {
+            "run": state.run.hex(),
+            "server_nonce": state.server_nonce.hex(),
+            "nonces": [encode_fields(n).hex() for n in state.nonces],
+            "round": state.round,
+            "learning_round": state.learning_round,
+            "tensors": [encode_fields(t).hex() for t in state.tensors],
+            "model_fingerprint": state.model_fingerprint.hex(),
+            "classes_digest": state.classes_digest.hex(),
+            "class_count": state.class_count,
+        }
+        with self._db:
+            self._db.execute("INSERT OR REPLACE INTO state VALUES (1, ?)", (json.dumps(body),))
+
+    def round_over(self, round: Round, metrics: Mapping[str, float], prompt: Prompt | None) -> None:
+        plan = round.plan
+        row = (plan.round, plan.learning_round, str(round.stage), round.reason,
+               *(json.dumps(x) for x in (plan.cohort, round.dropped, round.faults, dict(metrics),
+                                         round.seconds)), time.time())  # fmt: skip
+        with self._db:
+            self._db.execute("INSERT OR REPLACE INTO rounds VALUES (?,?,?,?,?,?,?,?,?,?)", row)
+        self.flush_traffic()
+        for listener in self.on_event:
+            listener("round", self.round_row(plan.round))
+
+    def event(self, kind: str, text: str) -> None:
+        with self._db:
+            self._db.execute("INSERT INTO events VALUES (?,?,?)", (time.time(), kind, text))
+        for listener in self.on_event:
+            listener(kind, text)
+
+    # -- traffic ---------------------------------------------------------------------------------
+
+    def count(self, round: int, peer: str, direction: str, kind: str, size: int) -> None:
+        """Count one frame; written to disk at the end of the round."""
+        cell = self._traffic.setdefault((round, peer, direction, kind), [0, 0])
+        cell[0] += 1
+        cell[1] += size
+
+    def flush_traffic(self) -> None:
+        with self._db:
+            self._db.executemany(
+                "INSERT INTO traffic VALUES (?,?,?,?,?,?) ON CONFLICT DO UPDATE SET "
+                "frames = frames + excluded.frames, bytes = bytes + excluded.bytes",
+                [(*key, *cell) for key, cell in self._traffic.items()],
+            )
+        self._traffic.clear()
+
+    # -- prompts and reading ---------------------------------------------------------------------
+
+    def prompt_path(self, learning_round: int) -> Path:
+        return self.folder / "prompts" / f"global-{learning_round:04d}.safetensors"
+
+    def _write_prompt(self, state: RunState) -> None:
+        path = self.prompt_path(state.learning_round - 1)
+        if path.exists():
+            return
+        settings = json.loads((self.folder / "server.json").read_text())
+        metadata = {
+            "format": "secure-fedprompt/1",
+            "method": settings["method"],
+            "settings": json.dumps(settings),
+            "model_fingerprint": state.model_fingerprint.hex(),
+            "classes_digest": state.classes_digest.hex(),
+            "layout": json.dumps([asdict(t) for t in state.tensors]),
+            "learning_round": str(state.learning_round - 1),
+        }
+        assert state.prompt is not None
+        tensors, at = {}, 0
+        for spec in state.tensors:
+            tensors[spec.name] = state.prompt[at : at + spec.size].reshape(spec.shape).copy()
+            at += spec.size
+        partial = path.with_suffix(".partial")
+        save_file(tensors, partial, metadata)
+        partial.replace(path)
+
+    def _read_prompt(self, learning_round: int, tensors: tuple[TensorSpec, ...]) -> Prompt:
+        path = self.prompt_path(learning_round)
+        try:
+            with safe_open(path, "np") as file:
+                parts = [np.asarray(file.get_tensor(t.name)).reshape(-1) for t in tensors]
+        except (OSError, SafetensorError) as error:
+            raise PromptFileError(f"prompt file {path} cannot be read: {error}") from None
+        return np.concatenate(parts).astype(np.float32)
+
+    def round_row(self, round: int) -> dict[str, Any]:
+        """One finished round as a dictionary."""
+        names = ("round", "learning_round", "outcome", "reason", "cohort", "dropped", "faults",
+                 "metrics", "seconds", "at")  # fmt: skip
+        row = self._db.execute("SELECT * FROM rounds WHERE round = ?", (round,)).fetchone()
+        values = dict(zip(names, row, strict=True))
+        for name in ("cohort", "dropped", "faults", "metrics", "seconds"):
+            values[name] = json.loads(values[name])
+        query = "SELECT peer, direction, SUM(bytes) FROM traffic WHERE round = ? GROUP BY 1, 2"
+        values["bytes"] = {"up": {}, "down": {}}
+        for peer, direction, size in self._db.execute(query, (round,)):
+            values["bytes"][direction][peer] = size
+        return values
+
+    def rounds(self) -> list[dict[str, Any]]:
+        rows = self._db.execute("SELECT round FROM rounds ORDER BY round").fetchall()
+        return [self.round_row(number) for (number,) in rows]
+
+    def summary(self) -> dict[str, Any]:
+        """The run as JSON: what ``--json`` writes and the demo shows."""
+        settings = json.loads((self.folder / "server.json").read_text())
+        rounds = self.rounds()
+        scores = [r["metrics"]["accuracy"] for r in rounds if "accuracy" in r["metrics"]]
+        done = [r for r in rounds if r["outcome"] == "done"]
+        up, down = ([b for r in done for b in r["bytes"][way].values()] for way in ("up", "down"))
+        clients = max((len(r["cohort"]) for r in rounds), default=0)
+        return {
+            "run": self.load().run.hex(),
+            "method": settings["method"],
+            "protection": settings["protection"],
+            "rounds": rounds,
+            "accuracy_before": scores[0] if scores else None,
+            "accuracy_after": scores[-1] if scores else None,
+            "bytes_up_per_client": sum(up) // max(clients, 1),
+            "bytes_down_per_client": sum(down) // max(clients, 1),
+            "prompt": str(self.prompt_path(settings["rounds"])),
+        }
+
+    def close(self) -> None:
+        self.flush_traffic()
+        self._db.close()
