@@ -196,7 +196,9 @@ were never trained on:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path("secure_fedprompt/bundled_clip"))
     parser.add_argument("--minutes", type=float, default=14.0)
     parser.add_argument("--batch", type=int, default=192)

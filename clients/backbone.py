@@ -96,7 +96,7 @@ class Backbone:
         Args:
             name: "bundled", "local-dir:PATH" (``open_clip_config.json`` and
                 ``open_clip_model.safetensors``), or an open_clip model name.
-            pretrained: tag for a model name ("openai", "laion2b_s34b_b88k"), or a .safetensors file.
+            pretrained: tag for a model name, such as "openai", or a .safetensors file.
             device: "cpu", "cuda", or "auto".
             precision: see the class.
 
@@ -129,7 +129,9 @@ class Backbone:
             tokenizer = open_clip.get_tokenizer(name)
         except Exception as error:  # open_clip raises anything from KeyError to RuntimeError
             line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-            raise ModelError(f"model {name!r} ({pretrained or 'local'}) does not load: {line}") from None
+            raise ModelError(
+                f"model {name!r} ({pretrained or 'local'}) does not load: {line}"
+            ) from None
         return cls(model, tokenizer, train, test, precision)
 
     @property
@@ -174,12 +176,14 @@ class Backbone:
             key = self.embed(self.words(_spoken(name))).cpu().numpy().tobytes()
             if key in seen:
                 raise ModelError(
-                    f"class names {seen[key]!r} and {name!r} have the same token embeddings in this "
-                    "model (words it never saw): use other names or a larger model"
+                    f"class names {seen[key]!r} and {name!r} have the same token embeddings in "
+                    "this model (words it never saw): use other names or a larger model"
                 )
             seen[key] = name
 
-    def prompt_tokens(self, names: Sequence[str], n_ctx: int, position: str = "end") -> PromptTokens:
+    def prompt_tokens(
+        self, names: Sequence[str], n_ctx: int, position: str = "end"
+    ) -> PromptTokens:
         """Token plan for "[SOS] ctx name . [EOT]" with the name at the end, middle or front.
 
         Raises:
@@ -271,7 +275,7 @@ class Backbone:
             to_own = (q @ k.transpose(-1, -2)).masked_fill(mask, float("-inf"))  # (G, C, H, S', S)
             scores = torch.cat([to_prefix.transpose(1, 2), to_own], -1) * scale
             weights = scores.softmax(-1).to(v.dtype)
-            near_p, near = weights.split([k_p.shape[2], length], -1)
+            near_p, near = weights[..., : k_p.shape[2]], weights[..., k_p.shape[2] :]
             flat = near_p.transpose(1, 2).reshape(groups, heads, classes * steps, -1)
             mixed = (flat @ v_p).reshape(groups, heads, classes, steps, -1).transpose(1, 2)
             mixed = mixed + near @ v  # (G, C, H, S', D)
@@ -302,7 +306,7 @@ def _spoken(name: str) -> str:
 def _qkv(block: Any, x: Tensor, heads: int) -> list[Tensor]:
     """Queries, keys and values (..., H, L, D) of a residual block for tokens (..., L, W)."""
     packed = F.linear(block.ln_1(x), block.attn.in_proj_weight, block.attn.in_proj_bias)
-    parts = packed.unflatten(-1, (3, heads, -1)).unbind(-3)
+    parts = packed.reshape(*packed.shape[:-1], 3, heads, -1).unbind(-3)
     return [part.transpose(-2, -3) for part in parts]
 
 

@@ -100,7 +100,7 @@ class CurveLink:
             CodecError: the server sent something else than a message.
             LinkError: no connection for ``patience`` seconds, or refused on reconnection.
         """
-        self._poller.poll(timeout * 1000)
+        self._poller.poll(int(timeout * 1000))
         self._watch()
         try:
             frame = self._socket.recv(zmq.NOBLOCK, copy=False)

@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from secure_fedprompt.protocol import fixedpoint, masking, shamir
 from secure_fedprompt.protocol import messages as m
@@ -30,8 +29,8 @@ from secure_fedprompt.protocol.errors import (
     UnexpectedMessageError,
 )
 from secure_fedprompt.protocol.expand import Purpose, add_masks
-from secure_fedprompt.protocol.keys import Identity, seal, unseal, verify
-from secure_fedprompt.protocol.layout import CONTRIBUTORS, WEIGHT
+from secure_fedprompt.protocol.keys import Identity, agree, seal, unseal, verify
+from secure_fedprompt.protocol.layout import CONTRIBUTORS, WEIGHT, Values
 from secure_fedprompt.protocol.plan import RoundPlan
 from secure_fedprompt.protocol.policy import Policy
 from secure_fedprompt.protocol.roster import Roster
@@ -170,7 +169,7 @@ class Advertised(State):
             if peer == own:
                 own_shares = mask_share + self_share
                 continue
-            shared = masking.agree(self.secrets.seal, by_name[peer].seal_key, peer)
+            shared = agree(self.secrets.seal, by_name[peer].seal_key, peer)
             key = masking.seal_key(plan, own, peer, shared)
             context = masking.seal_context(plan, own, peer)
             boxes.append(seal(key, mask_share + self_share, context))
@@ -199,7 +198,9 @@ class Shared(State):
         if list(senders) != sorted(set(senders)) or not set(senders) <= set(self.incoming):
             raise AdvertMismatchError("inbox names a sender that is doubled or never advertised")
         if len(message.boxes) != m.BOX * len(senders):
-            raise AdvertMismatchError(f"inbox of {len(message.boxes)} bytes, {len(senders)} senders")
+            raise AdvertMismatchError(
+                f"inbox of {len(message.boxes)} bytes, {len(senders)} senders"
+            )
         if len(senders) + 1 < plan.threshold:
             raise ThresholdError(
                 f"{len(senders) + 1} clients shared keys, threshold is {plan.threshold}"
@@ -224,7 +225,7 @@ class Ready(State):
     adverts: bytes
     shares: Mapping[str, bytes]
 
-    def upload(self, values: Mapping[str, NDArray[np.floating]], weight: float) -> Step:
+    def upload(self, values: Values, weight: float) -> Step:
         """Encode, mask and send a contribution, once.
 
         Args:
@@ -251,7 +252,7 @@ class Ready(State):
         return Uploaded(self.party, plan, self.adverts, self.shares), [reply]
 
 
-def _fingerprint(plan: RoundPlan, values: Mapping[str, NDArray[np.floating]]) -> bytes | None:
+def _fingerprint(plan: RoundPlan, values: Values) -> bytes | None:
     """Digest of the update tensors, or None if the round carries counters only."""
     updates = [field.name for field in plan.layout if field.update]
     h = hashlib.sha256()

@@ -6,7 +6,6 @@ plan and the global prompt; the caller trains and hands the result to ``trained`
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -25,7 +24,7 @@ from secure_fedprompt.protocol.errors import (
     UnexpectedMessageError,
 )
 from secure_fedprompt.protocol.expand import Purpose, digest
-from secure_fedprompt.protocol.layout import TensorSpec
+from secure_fedprompt.protocol.layout import TensorSpec, Values
 from secure_fedprompt.protocol.plan import RoundPlan
 from secure_fedprompt.protocol.settings import MethodSettings
 
@@ -66,9 +65,7 @@ class Session:
         final: the last global prompt, once the run has ended well.
     """
 
-    def __init__(
-        self, party: participant.Party, workload: Workload, method: str = ""
-    ) -> None:
+    def __init__(self, party: participant.Party, workload: Workload, method: str = "") -> None:
         self.party, self.workload, self.method = party, workload, method
         self.nonce = party.entropy(32)
         self.run = b""
@@ -114,9 +111,7 @@ class Session:
         self.round, replies = self.round.on(message)
         return self._ready(replies)
 
-    def trained(
-        self, work: Work, values: Mapping[str, NDArray[np.floating]], weight: float
-    ) -> participant.Replies:
+    def trained(self, work: Work, values: Values, weight: float) -> participant.Replies:
         """Upload the result of ``work``, unless the round has ended meanwhile."""
         state = self.round
         if not isinstance(state, participant.Ready) or state.plan is not work.plan:
@@ -154,7 +149,7 @@ class Session:
         if settings is None or plan.run != self.run:
             raise UnexpectedMessageError("plan of a run that did not welcome us")
         base = self._check_base(plan, message.base)
-        expected = {
+        expected: dict[str, tuple[str | bytes, str | bytes]] = {
             "method": (plan.method, settings.method),
             "settings": (plan.settings_digest, digest(Purpose.PAYLOAD, settings.to_bytes())),
             "model": (plan.model_fingerprint, self.workload.model_fingerprint),

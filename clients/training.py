@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
@@ -27,7 +27,7 @@ from secure_fedprompt.protocol.settings import Count, MethodSettings, Positive, 
 
 _CHUNK = 256  # images at a time through the image tower
 Progress = Callable[[str, int, int], None]
-Values = dict[str, NDArray[np.floating]]
+Values = dict[str, NDArray[np.floating[Any]] | np.float64]
 
 
 class DataSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -96,33 +96,42 @@ def load_sets(settings: DataSettings) -> tuple[ImageSet, ImageSet]:
     return train, test
 
 
+def load_shares(settings: DataSettings) -> tuple[ImageSet, ImageSet, list[partitions.Part]]:
+    """Training (after few-shot sampling) and test images, and every client's share of them.
+
+    Raises:
+        DataError: also if the partition cannot be made.
+    """
+    train, test = load_sets(settings)
+    train = train.subset(partitions.few_shot(train.labels, settings.shots, settings.data_seed))
+    labels, n, seed = (train.labels, test.labels), settings.parts, settings.data_seed
+    match settings.partition:
+        case "pathological":
+            shares = partitions.pathological(*labels, n, seed)
+        case "dirichlet":
+            shares = partitions.dirichlet(*labels, n, seed, settings.beta)
+        case "domain":
+            shares = partitions.by_domain(train.domains, test.domains, n)
+        case _:
+            shares = partitions.iid(*labels, n, seed)
+    return train, test, shares
+
+
 def load_part(settings: DataSettings) -> tuple[ImageSet, ImageSet]:
     """This client's share.
 
     Raises:
         DataError: also if the share has no training image.
     """
-    train, test = load_sets(settings)
-    train = train.subset(partitions.few_shot(train.labels, settings.shots, settings.data_seed))
-    if settings.parts > 1:
-        if settings.part >= settings.parts:
-            raise DataError(f"part = {settings.part}: must be below parts = {settings.parts}")
-        labels = (train.labels, test.labels)
-        seed, n = settings.data_seed, settings.parts
-        match settings.partition:
-            case "pathological":
-                shares = partitions.pathological(*labels, n, seed)
-            case "dirichlet":
-                shares = partitions.dirichlet(*labels, n, seed, settings.beta)
-            case "domain":
-                shares = partitions.by_domain(train.domains, test.domains, n)
-            case _:
-                shares = partitions.iid(*labels, n, seed)
-        own = shares[settings.part]
-        train, test = train.subset(own.train), test.subset(own.test)
-    if not len(train):
+    if settings.part >= settings.parts:
+        raise DataError(f"part = {settings.part}: must be below parts = {settings.parts}")
+    if settings.parts == 1:
+        settings = msgspec.structs.replace(settings, partition="iid")
+    train, test, shares = load_shares(settings)
+    own = shares[settings.part]
+    if not len(own.train):
         raise DataError(f"share {settings.part} of {settings.dataset} has no training images")
-    return train, test
+    return train.subset(own.train), test.subset(own.test)
 
 
 def classes_digest(names: Sequence[str]) -> bytes:
@@ -152,9 +161,18 @@ class Features:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def subset(self, index: NDArray[np.int64]) -> Features:
+        """Some of the images, without computing anything again."""
+        part = object.__new__(Features)
+        rows = torch.from_numpy(index)
+        part.images = self.images[rows.to(self.images.device)]
+        part.labels = self.labels[rows.to(self.labels.device)]
+        return part
+
     def batches(self, size: int, order: NDArray[np.int64] | None = None) -> Iterator[Batch]:
         index = torch.from_numpy(np.arange(len(self)) if order is None else order)
-        for rows in index.to(self.labels.device).split(size):
+        for start in range(0, len(index), size):
+            rows = index[start : start + size].to(self.labels.device)
             yield Batch(self.images[rows.to(self.images.device)], self.labels[rows])
 
 
@@ -165,7 +183,9 @@ def predict(method: Method, images: Features) -> tuple[NDArray[np.int64], NDArra
     for batch in images.batches(_CHUNK):
         logits = method.logits(batch).float()
         guesses.append(logits.argmax(1).cpu().numpy())
-        losses.append(F.cross_entropy(logits, batch.labels, reduction="none").double().cpu().numpy())
+        losses.append(
+            F.cross_entropy(logits, batch.labels, reduction="none").double().cpu().numpy()
+        )
     if not guesses:
         return np.zeros(0, np.int64), np.zeros(0)
     return np.concatenate(guesses), np.concatenate(losses)
@@ -179,6 +199,7 @@ class LocalTrainer:
         train, test: this client's images.
         seed: of batch order; None draws it from the operating system.
         progress: called with what is being done, how far, out of how much.
+        features: pooled features of ``train`` and ``test``, if they are known already.
     """
 
     def __init__(
@@ -188,6 +209,7 @@ class LocalTrainer:
         test: ImageSet,
         seed: int | None = None,
         progress: Progress = lambda what, done, total: None,
+        features: tuple[Features, Features] | None = None,
     ) -> None:
         self.backbone, self.progress, self.seed = backbone, progress, seed
         self.class_names = train.class_names
@@ -195,7 +217,7 @@ class LocalTrainer:
         self.classes_digest = classes_digest(train.class_names)
         self.class_count = len(train.class_names)
         self._sets = train, test
-        self._features: dict[str, tuple[Features, Features]] = {}
+        self._features = {"features": features} if features else {}
         self.method: Method | None = None
         self.settings: MethodSettings | None = None
         self.clipped = 0  # update values beyond the plan's clip in the last round
@@ -254,7 +276,7 @@ class LocalTrainer:
         if not plan.uniform and len(train) > plan.max_weight:
             raise UpdateError(
                 f"{len(train)} training images exceed the run's max_weight {plan.max_weight}: the "
-                "server must raise max_weight or set weights = \"uniform\""
+                'server must raise max_weight or set weights = "uniform"'
             )
         self.load(work.base)
         self.clipped = 0
@@ -291,7 +313,7 @@ class LocalTrainer:
         for _ in range(s.epochs):
             for batch in images.batches(s.batch_size, rng.permutation(len(images))):
                 optimiser.zero_grad()
-                method.loss(batch).backward()
+                torch.autograd.backward(method.loss(batch))
                 optimiser.step()
                 done += 1
                 self.progress("training", done, steps)

@@ -200,7 +200,7 @@ def _coder(annotation: Any, where: str) -> tuple[Writer, Reader]:
 
 
 @functools.cache
-def _struct(cls: type) -> tuple[Writer, Reader]:
+def _struct(cls: type[Any]) -> tuple[Writer, Reader]:
     hints = get_type_hints(cls, include_extras=True)
     parts = [(f.name, *_coder(hints[f.name], f"{cls.__name__}.{f.name}")) for f in fields(cls)]
 
@@ -214,10 +214,14 @@ def _struct(cls: type) -> tuple[Writer, Reader]:
     return write, read
 
 
+def _coder_of(value: object) -> Writer:
+    return _struct(typing.cast(Any, type(value)))[0]
+
+
 def encode_fields(value: object) -> bytes:
     """Canonical bytes of a dataclass, without version and type: the form that digests use."""
     out: list[bytes] = []
-    _struct(type(value))[0](value, out)
+    _coder_of(value)(value, out)
     return b"".join(out)
 
 
@@ -228,7 +232,7 @@ def decode_fields(cls: type[T], data: bytes | memoryview) -> T:
         CodecError: bytes are missing, left over, or out of a field's domain.
     """
     cursor = Cursor(data)
-    value: T = _struct(cls)[1](cursor)
+    value: T = _struct(typing.cast(Any, cls))[1](cursor)
     if cursor.at != len(cursor.data):
         left = len(cursor.data) - cursor.at
         raise TrailingBytesError(f"{cls.__name__}: {left} bytes after the last field")
@@ -244,10 +248,12 @@ class Catalogue:
 
     def encode(self, message: object) -> bytes:
         out = [bytes((VERSION, self._codes[type(message)]))]
-        _struct(type(message))[0](message, out)
+        _coder_of(message)(message, out)
         frame = b"".join(out)
         if len(frame) > MAX_FRAME:
-            raise TooLargeError(f"{type(message).__name__}: {len(frame)} bytes, at most {MAX_FRAME}")
+            raise TooLargeError(
+                f"{type(message).__name__}: {len(frame)} bytes, at most {MAX_FRAME}"
+            )
         return frame
 
     def decode(self, frame: bytes | memoryview) -> Any:

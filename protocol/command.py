@@ -18,7 +18,12 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import msgspec
 
-from secure_fedprompt.protocol.errors import ConfigError, KeyFileError, RosterError, SecureFedPromptError
+from secure_fedprompt.protocol.errors import (
+    ConfigError,
+    KeyFileError,
+    RosterError,
+    SecureFedPromptError,
+)
 from secure_fedprompt.protocol.keys import Identity, Member
 from secure_fedprompt.protocol.roster import Roster
 from secure_fedprompt.protocol.settings import CHOICES
@@ -65,9 +70,13 @@ def member_of(identity: Identity, roster: Roster, roles: Sequence[str]) -> Membe
     for member in roster.members:
         if member.identity == identity.public() and member.curve == identity.curve_public():
             if member.role not in roles:
-                raise RosterError(f"{member.name} is a {member.role} on the roster, not a {roles[0]}")
+                raise RosterError(
+                    f"{member.name} is a {member.role} on the roster, not a {roles[0]}"
+                )
             return member
-    raise RosterError("our key is not on the roster: add its entry with 'secure-fedprompt roster add'")
+    raise RosterError(
+        "our key is not on the roster: add its entry with 'secure-fedprompt roster add'"
+    )
 
 
 def load(cls: type[S], args: argparse.Namespace) -> S:
@@ -107,7 +116,9 @@ def _merge(
     if unknown := sorted(set(values) - set(hints)):
         close = difflib.get_close_matches(unknown[0], hints, n=1)
         advice = f"did you mean {close[0]!r}?" if close else "see --help for the known ones"
-        raise ConfigError(f"{where}: unknown key {prefix.replace('_', '.')}{unknown[0]!r}; {advice}")
+        raise ConfigError(
+            f"{where}: unknown key {prefix.replace('_', '.')}{unknown[0]!r}; {advice}"
+        )
     for name, hint in hints.items():
         if _is_struct(hint):
             table = values.setdefault(name, {})
@@ -125,30 +136,33 @@ def _is_struct(hint: Any) -> bool:
     return isinstance(hint, type) and issubclass(hint, msgspec.Struct)
 
 
-def add_flags(parser: argparse.ArgumentParser, cls: type, prefix: str = "") -> None:
+def add_flags(
+    parser: argparse.ArgumentParser, cls: type, prefix: str = "", skip: frozenset[str] = frozenset()
+) -> None:
     """A flag per field, with the words of the "Attributes" section as help."""
-    if not prefix:
+    if not prefix and "config" not in skip:
         text = "TOML file with the fields below as keys"
         parser.add_argument("--config", metavar="FILE", help=text)
     texts = _attribute_texts(cls)
     for name, hint in get_type_hints(cls, include_extras=True).items():
+        if name in skip:
+            continue
         if _is_struct(hint):
             add_flags(parser, hint, f"{name}_")
             continue
-        while get_origin(hint) is Annotated:
-            hint = get_args(hint)[0]
+        kind = get_args(hint)[0] if get_origin(hint) is Annotated else hint
         default = next(f.default for f in msgspec.structs.fields(cls) if f.name == name)
         help_ = f"{texts.get(name, '')} (default: {default!r})".strip().replace("%", "%%")
         flag = f"--{(prefix + name).replace('_', '-')}"
         options: dict[str, Any] = {"dest": prefix + name, "default": None, "help": help_}
-        if hint is bool:
+        if kind is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
-        elif get_origin(hint) is tuple:
+        elif get_origin(kind) is tuple:
             options |= {"metavar": "A,B", "type": lambda text: [x for x in text.split(",") if x]}
             parser.add_argument(flag, **options)
         else:
             options["choices" if name in CHOICES else "metavar"] = CHOICES.get(name, name.upper())
-            parser.add_argument(flag, type=hint, **options)
+            parser.add_argument(flag, type=kind, **options)
 
 
 def _attribute_texts(cls: type) -> dict[str, str]:

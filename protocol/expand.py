@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from enum import IntEnum
+from typing import Any
 
 import numpy as np
 from cryptography.hazmat.primitives import hashes
@@ -87,7 +88,7 @@ def add_masks(total: Words, plus: list[bytes], minus: list[bytes]) -> None:
 
     Works chunk by chunk over all keys, so the accumulator is read and written once.
     """
-    streams = [(_stream(key), np.add) for key in plus]
+    streams: list[tuple[CipherContext, Any]] = [(_stream(key), np.add) for key in plus]
     streams += [(_stream(key), np.subtract) for key in minus]
     buffer = bytearray(4 * min(_CHUNK, len(total)) + 16)
     zeros = memoryview(_ZEROS)

@@ -13,7 +13,7 @@ n * m. It is read back as a signed residue, which is exact as long as n * m <= 2
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,8 +21,16 @@ from numpy.typing import NDArray
 from secure_fedprompt.protocol import layout as lay
 from secure_fedprompt.protocol.errors import FieldError, OverflowPlanError, UpdateError
 from secure_fedprompt.protocol.expand import keystream
-from secure_fedprompt.protocol.layout import Field, Layout, TensorSpec, Vector
-from secure_fedprompt.protocol.ring import MAX_BITS, MIN_BITS, Words, pack, packed_size, signed, unpack
+from secure_fedprompt.protocol.layout import Field, Layout, TensorSpec, Values, Vector
+from secure_fedprompt.protocol.ring import (
+    MAX_BITS,
+    MIN_BITS,
+    Words,
+    pack,
+    packed_size,
+    signed,
+    unpack,
+)
 
 MAX_FRAC = 24
 LOSS_CLIP = 20.0
@@ -50,7 +58,9 @@ def check_fits(field: Field, clients: int) -> None:
         )
 
 
-def _sized(name: str, shape: tuple[int, ...], bound: float, bits: int, n: int, update: bool) -> Field:
+def _sized(
+    name: str, shape: tuple[int, ...], bound: float, bits: int, n: int, update: bool
+) -> Field:
     limit = (1 << (bits - 1)) - 1
     for frac in range(MAX_FRAC, -1, -1):
         if n * magnitude(bound, frac) <= limit:
@@ -105,9 +115,7 @@ def size_layout(
     return tuple(fields)
 
 
-def weighted(
-    layout: Layout, values: Mapping[str, NDArray[np.floating]], *, weight: float, clip: float
-) -> Vector:
+def weighted(layout: Layout, values: Values, *, weight: float, clip: float) -> Vector:
     """Clip and weight a contribution: the float64 vector that ``encode`` rounds.
 
     Args:
@@ -137,7 +145,9 @@ def weighted(
             part[:] = clipped
         largest = max(part.max(initial=0), -part.min(initial=0))
         if largest > field.bound:
-            raise UpdateError(f"field {field.name!r} is {largest:g}, the plan allows {field.bound:g}")
+            raise UpdateError(
+                f"field {field.name!r} is {largest:g}, the plan allows {field.bound:g}"
+            )
     return vector
 
 
@@ -202,4 +212,6 @@ def to_integers(layout: Layout, words: Words) -> NDArray[np.int64]:
 def decode(layout: Layout, integers: NDArray[np.int64]) -> Vector:
     """A sum of encoded contributions as float64, at natural scale. Exact."""
     scales = [np.full(field.size, float(field.frac)) for field in layout]
-    return np.asarray(np.ldexp(integers.astype(np.float64), -np.concatenate(scales).astype(np.int32)))
+    return np.asarray(
+        np.ldexp(integers.astype(np.float64), -np.concatenate(scales).astype(np.int32))
+    )

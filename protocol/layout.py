@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,7 @@ from secure_fedprompt.protocol.codec import F64, U8, U32, Many, Text
 from secure_fedprompt.protocol.errors import FieldError, UpdateError
 
 Vector = NDArray[np.float64]
+Values = Mapping[str, NDArray[np.floating[Any]] | np.float64]
 FieldName = Annotated[str, Text(48)]
 
 WEIGHT, CONTRIBUTORS, CLIPPED = "weight", "contributors", "clipped"
@@ -68,7 +69,7 @@ def total_size(layout: Layout) -> int:
     return sum(field.size for field in layout)
 
 
-def flatten(layout: Layout, values: Mapping[str, NDArray[np.floating]]) -> Vector:
+def flatten(layout: Layout, values: Values) -> Vector:
     """Named tensors as one float64 vector in layout order.
 
     Raises:

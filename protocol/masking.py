@@ -95,7 +95,7 @@ def choose_degree(
                 return k, t
     raise PlanError(
         f"no k-regular graph of {clients} clients tolerates {dropout:.0%} dropout and "
-        f"{corruption:.0%} collusion at sigma {sigma}, eta {eta}: use graph = \"complete\""
+        f'{corruption:.0%} collusion at sigma {sigma}, eta {eta}: use graph = "complete"'
     )
 
 

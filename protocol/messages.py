@@ -13,7 +13,7 @@
                        <-           SurvivorList
       Consistent       ->                            signature on the list
                        <-           UnmaskRequest
-      Reveal           ->                            shares of survivors' self masks and dropped keys
+      Reveal           ->                            shares of self masks and of dropped keys
                        <-           RoundEnd         or the next Plan
                        <-           Finish           final prompt
 

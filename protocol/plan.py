@@ -35,7 +35,7 @@ NO_SEED = bytes(32)
 
 
 def default_threshold(clients: int) -> int:
-    """t = floor(2n/3) + 1: with c = 2t - n - 1 colluding clients an active server learns no more."""
+    """t = floor(2n/3) + 1; see ``tolerated_colluders`` for what that buys."""
     return 2 * clients // 3 + 1
 
 
@@ -105,7 +105,9 @@ class RoundPlan:
         if list(self.cohort) != sorted(set(self.cohort)) or not n:
             raise PlanError("cohort is not a sorted list of distinct names")
         if self.protection not in PROTECTIONS:
-            raise PlanError(f"protection {self.protection!r} is not one of {', '.join(PROTECTIONS)}")
+            raise PlanError(
+                f"protection {self.protection!r} is not one of {', '.join(PROTECTIONS)}"
+            )
         if not 1 <= self.quorum <= n:
             raise PlanError(f"quorum {self.quorum} does not fit a cohort of {n}")
         if self.degree == 0 and self.threshold != self.quorum:

@@ -16,7 +16,9 @@ from secure_fedprompt.protocol.errors import RosterError, SignatureError
 from secure_fedprompt.protocol.expand import Purpose, digest
 from secure_fedprompt.protocol.keys import NAME, ROLES, Member
 
-_HEADER = "# Public keys of a secure-fedprompt federation. Not secret; keep it the same everywhere.\n"
+_HEADER = (
+    "# Public keys of a secure-fedprompt federation. Not secret; keep it the same everywhere.\n"
+)
 _SIZES = {"identity": 32, "curve": 32, "signature": 64}
 
 

@@ -10,7 +10,10 @@ COMMANDS = {
     "keygen": ("secure_fedprompt.cli", "make a key file and its roster entry"),
     "roster": ("secure_fedprompt.cli", "add to, list and check the roster of public keys"),
     "check": ("secure_fedprompt.cli", "test a client's keys, data, model and server"),
-    "server": ("secure_fedprompt.server.__main__", "aggregate (same as -m secure_fedprompt.server)"),
+    "server": (
+        "secure_fedprompt.server.__main__",
+        "aggregate (same as -m secure_fedprompt.server)",
+    ),
     "client": ("secure_fedprompt.client", "take part (same as -m secure_fedprompt.client)"),
     "simulate": ("secure_fedprompt.simulation", "many clients in one process"),
     "evaluate": ("secure_fedprompt.evaluate", "accuracy of a trained prompt on a data set"),

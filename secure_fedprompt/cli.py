@@ -83,7 +83,9 @@ def roster(argv: list[str]) -> int:
         "  secure-fedprompt roster check",
     )
     parser.add_argument("action", choices=("add", "list", "check"))
-    parser.add_argument("entries", nargs="*", metavar="ENTRY", help="NAME.entry.toml files, for add")
+    parser.add_argument(
+        "entries", nargs="*", metavar="ENTRY", help="NAME.entry.toml files, for add"
+    )
     parser.add_argument("--roster", default="roster.toml", metavar="FILE")
     args = parser.parse_args(argv)
     return command.guard(lambda: _roster(args), args.debug)
@@ -107,9 +109,12 @@ def _roster(args: argparse.Namespace) -> int:
         raise ConfigError(f"roster {path} names {count} servers: it must name one")
     for member in current.members:
         print(f"{member.name:20} {member.role:7} {short(member.identity)}")
-    print(f"roster digest {current.digest.hex()[:16]}  ({len(current.members)} members, signatures good)")
-    rows = [{"name": m.name, "role": m.role, "fingerprint": short(m.identity)} for m in current.members]
-    command.write_json(args.json, {"digest": current.digest.hex(), "members": rows})
+    digest = current.digest.hex()
+    print(f"roster digest {digest[:16]}  ({len(current.members)} members, signatures good)")
+    rows = [
+        {"name": m.name, "role": m.role, "fingerprint": short(m.identity)} for m in current.members
+    ]
+    command.write_json(args.json, {"digest": digest, "members": rows})
     return 0
 
 
@@ -167,7 +172,9 @@ def _check(settings: object, json_path: str | None) -> int:
         with Progress(disable=True) as progress:
             trainer = client.load_trainer(settings, console, progress)
         attempt("model", f"fingerprint {trainer.model_fingerprint.hex()[:16]}")
-        attempt("data", f"{trainer.class_count} classes, digest {trainer.classes_digest.hex()[:16]}")
+        attempt(
+            "data", f"{trainer.class_count} classes, digest {trainer.classes_digest.hex()[:16]}"
+        )
     except SecureFedPromptError as error:
         failed("data", error)
     command.write_json(json_path, results)

@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
 
 from secure_fedprompt.clients.journal import FileJournal
 from secure_fedprompt.clients.link import CurveLink
@@ -94,7 +101,7 @@ def load_trainer(settings: ClientSettings, console: Console, progress: Progress)
         f"{len(train)} training and {len(test)} test images, {len(train.class_names)} classes; "
         f"model {settings.model} on {backbone.device}"
     )
-    tasks: dict[str, int] = {}
+    tasks: dict[str, TaskID] = {}
 
     def report(what: str, done: int, total: int) -> None:
         if what not in tasks:
@@ -116,7 +123,12 @@ def take_part(settings: ClientSettings, json_path: str | None) -> int:
     state_dir = Path(settings.state_dir or f"state/{me.name}")
     journal = FileJournal(state_dir / "journal.jsonl")
     link = CurveLink(settings.server, server.curve, identity, settings.patience)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
     try:
         link.connect()
         console.print(f"[bold]{me.name}[/] connected to {settings.server}")
@@ -175,7 +187,9 @@ def tell(console: Console, work: Work, trainer: LocalTrainer, weight: float) -> 
     plan = work.plan
     what = f"round {plan.learning_round}/{plan.rounds}" if plan.training else "final evaluation"
     shield = "UNPROTECTED" if plan.protection == "none" else f"under {plan.protection}"
-    clipped = f", [yellow]{trainer.clipped} values clipped to {plan.clip:g}[/]" if trainer.clipped else ""
+    clipped = (
+        f", [yellow]{trainer.clipped} values clipped to {plan.clip:g}[/]" if trainer.clipped else ""
+    )
     console.print(f"{what}: update of {weight:g} images sent {shield}{clipped}")
 
 

@@ -81,7 +81,8 @@ def _with(args: argparse.Namespace, body: Body) -> int:
 
 def _evaluate(args: argparse.Namespace, settings: ModelSettings, prompt: PromptFile) -> int:
     from secure_fedprompt.clients.backbone import Backbone
-    from secure_fedprompt.clients.training import Features, load_part, predict as guess
+    from secure_fedprompt.clients.training import Features, load_part
+    from secure_fedprompt.clients.training import predict as guess
 
     train, test = load_part(settings)
     images = test if len(test) else train
@@ -93,19 +94,18 @@ def _evaluate(args: argparse.Namespace, settings: ModelSettings, prompt: PromptF
     features = Features(backbone, images, method.needs, lambda what, done, total: None, "")
     guesses, losses = guess(method, features)
     hits = guesses == images.labels
+    per_class = {names[c]: float(hits[images.labels == c].mean()) for c in np.unique(images.labels)}
     result = {
         "images": len(images),
         "accuracy": float(hits.mean()),
         "macro_f1": macro_f1(images.labels, guesses),
         "loss": float(losses.mean()),
-        "per_class": {
-            names[c]: float(hits[images.labels == c].mean()) for c in np.unique(images.labels)
-        },
+        "per_class": per_class,
     }
     table = Table(title=f"{prompt.path.name} on {len(images)} images")
     table.add_column("class")
     table.add_column("accuracy", justify="right")
-    for name, value in result["per_class"].items():
+    for name, value in per_class.items():
         table.add_row(name, f"{value:.1%}")
     console = Console(highlight=False)
     console.print(table)

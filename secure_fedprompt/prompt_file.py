@@ -93,14 +93,16 @@ def read_prompt(where: Path) -> PromptFile:
     """
     path = where
     if where.is_dir():
-        found = sorted([*where.glob("prompts/global-*.safetensors"), *where.glob("prompt-*.safetensors")])
+        found = sorted(
+            [*where.glob("prompts/global-*.safetensors"), *where.glob("prompt-*.safetensors")]
+        )
         if not found:
             raise PromptFileError(f"run folder {where} holds no prompt yet")
         path = found[-1]
     try:
         with safe_open(path, "np") as file:
             metadata = file.metadata() or {}
-            tensors = {key: np.asarray(file.get_tensor(key), np.float32) for key in file.keys()}
+            tensors = {key: np.asarray(file.get_tensor(key), np.float32) for key in file.keys()}  # noqa: SIM118
         if metadata.get("format") != FORMAT:
             raise PromptFileError(f"{path} is not a prompt of this program (format {FORMAT})")
         all_settings = json.loads(metadata["settings"])

@@ -6,17 +6,14 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-import numpy as np
-from numpy.typing import NDArray
-
 from secure_fedprompt.clients import participant
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.errors import SecureFedPromptError
+from secure_fedprompt.protocol.layout import Values
 from secure_fedprompt.protocol.messages import CATALOGUE
 from secure_fedprompt.protocol.plan import RoundPlan
 from secure_fedprompt.server.coordinator import Deadlines, Round, Stage
 
-Values = Mapping[str, NDArray[np.floating]]
 Tap = Callable[[str, str, m.Message], m.Message | None]
 
 

@@ -93,7 +93,9 @@ def serve(settings: ServerSettings, json_path: str | None) -> int:
 def loop(hub: Hub, run: Run) -> None:
     """Move frames between the socket and the state machine until the run is over."""
     while not run.over:
-        out = [reply for name, msg in hub.poll(0.05) for reply in run.on(name, msg, time.monotonic())]
+        out = [
+            reply for name, msg in hub.poll(0.05) for reply in run.on(name, msg, time.monotonic())
+        ]
         out += run.tick(time.monotonic())
         while out:
             name, message = out.pop(0)

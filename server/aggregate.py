@@ -107,7 +107,7 @@ def reconstruct(
 
 
 def _subsets(count: int, size: int) -> Iterator[tuple[int, ...]]:
-    """The first ``size`` of ``count``; then, lazily, those that leave out one, two, three senders."""
+    """The first ``size`` of ``count``; then, lazily, those without one, two or three senders."""
     yield tuple(range(size))
     for left_out in range(1, min(4, count - size + 1)):
         for gone in itertools.combinations(range(count), left_out):
@@ -168,7 +168,9 @@ def masks_to_remove(
             raw, bad = reconstruct(plan, owner, by_sender, bases[first], check)
             secret = X25519PrivateKey.from_private_bytes(raw)
             for peer in peers:
-                key = masking.pair_key(plan, owner, peer, agree(secret, adverts[peer].mask_key, peer))
+                key = masking.pair_key(
+                    plan, owner, peer, agree(secret, adverts[peer].mask_key, peer)
+                )
                 # The peer added this mask if the owner's name comes after its own.
                 (minus if owner > peer else plus).append(key)
         liars.update(bad)

@@ -133,7 +133,10 @@ class Round:
 
     def _accept(self, sender: str, message: m.Message) -> None:
         plan = self.plan
-        if (getattr(message, "run", None), getattr(message, "round", None)) != (plan.run, plan.round):
+        if (getattr(message, "run", None), getattr(message, "round", None)) != (
+            plan.run,
+            plan.round,
+        ):
             raise UnexpectedMessageError(f"{message!r} belongs to another round")
         masked = plan.protection == "masks"
         upload = m.MaskedUpload if masked else m.PlainUpload

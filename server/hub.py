@@ -82,7 +82,7 @@ class Hub:
                     f"bind = {bind!r}: the port is in use; stop the other server or choose another"
                 ) from None
             raise ConfigError(f"bind = {bind!r}: {error}; write tcp://ADDRESS:PORT") from None
-        self.address = self._socket.last_endpoint.decode().rstrip("\0")
+        self.address = self._socket.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
 
     def poll(self, timeout: float) -> Iterator[tuple[str, m.Message]]:
         """Frames that arrive within ``timeout`` seconds; malformed ones come as ``Leave``."""

@@ -45,7 +45,7 @@ class RunState:
     """What a restart needs: stored by the ledger after every change.
 
     Attributes:
-        run: its id, empty before the run has begun; then ``server_nonce`` and ``nonces`` explain it.
+        run: its id, empty before it has begun; made of ``server_nonce`` and ``nonces``.
         round: the last round number used; learning_round: the next one to complete.
         tensors, prompt: the global prompt, float32, flat.
         model_fingerprint, classes_digest, class_count: what the first client announced.
@@ -68,7 +68,9 @@ class Ledger(Protocol):
 
     def save(self, state: RunState) -> None: ...
 
-    def round_over(self, round: Round, metrics: Mapping[str, float], prompt: Prompt | None) -> None: ...
+    def round_over(
+        self, round: Round, metrics: Mapping[str, float], prompt: Prompt | None
+    ) -> None: ...
 
     def event(self, kind: str, text: str) -> None: ...
 
@@ -183,8 +185,8 @@ class Run:
             state.classes_digest, state.class_count = hello.classes_digest, hello.class_count
         if hello.model_fingerprint != state.model_fingerprint:
             raise MismatchError(
-                f"model of {sender} has fingerprint {hello.model_fingerprint.hex()[:16]}, the run's "
-                f"is {state.model_fingerprint.hex()[:16]}: use the same weights everywhere"
+                f"model of {sender} has fingerprint {hello.model_fingerprint.hex()[:16]}, the "
+                f"run's is {state.model_fingerprint.hex()[:16]}: use the same weights everywhere"
             )
         if hello.classes_digest != state.classes_digest:
             raise MismatchError(
@@ -323,7 +325,8 @@ class Run:
                 f"{self.last_reason}"
             ))  # fmt: skip
             return out + self._finish_frames()
-        self.gather_until = now + (settings.gather_seconds if len(self.clients) < settings.min_clients else 0)
+        short = len(self.clients) < settings.min_clients
+        self.gather_until = now + (settings.gather_seconds if short else 0)
         return out + self._maybe_start(now)
 
     def _apply(self, done: Round) -> None:

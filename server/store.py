@@ -1,8 +1,8 @@
 """The run folder: SQLite for what happened, safetensors for the prompts.
 
-    run.sqlite      state, rounds, traffic, events
-    prompts/        global-NNNN.safetensors after each learning round, global-0000 the start
-    server.json     the settings of the run (no keys)
+run.sqlite      state, rounds, traffic, events
+prompts/        global-NNNN.safetensors after each learning round, global-0000 the start
+server.json     the settings of the run (no keys)
 """
 
 from __future__ import annotations
@@ -95,7 +95,9 @@ class Store:
 
     @property
     def finished(self) -> bool:
-        return self._db.execute("SELECT 1 FROM events WHERE kind = 'finished'").fetchone() is not None
+        return (
+            self._db.execute("SELECT 1 FROM events WHERE kind = 'finished'").fetchone() is not None
+        )
 
     # -- the Ledger ------------------------------------------------------------------------------
 
@@ -217,6 +219,7 @@ class Store:
             "run": self.load().run.hex(),
             "method": settings["method"],
             "protection": settings["protection"],
+            "learning_rounds": settings["rounds"],
             "rounds": rounds,
             "accuracy_before": scores[0] if scores else None,
             "accuracy_after": scores[-1] if scores else None,

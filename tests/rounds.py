@@ -96,9 +96,7 @@ def make_updates(plan: RoundPlan, seed: int = 0) -> dict[str, Update]:
     rng = np.random.default_rng(seed)
     result: dict[str, Update] = {}
     for name in plan.cohort:
-        values = {
-            f.name: rng.normal(0, 0.4, f.shape) for f in plan.layout if f.update
-        }
+        values = {f.name: rng.normal(0, 0.4, f.shape) for f in plan.layout if f.update}
         seen = int(rng.integers(1, 100))
         values["seen"], values["correct"] = np.float64(seen), np.float64(rng.integers(0, seen + 1))
         values["loss"] = np.float64(rng.uniform(0, 3 * seen))
@@ -106,7 +104,9 @@ def make_updates(plan: RoundPlan, seed: int = 0) -> dict[str, Update]:
     return result
 
 
-def plain_sum(plan: RoundPlan, updates: dict[str, Update], who: Sequence[str], seed: str = "") -> np.ndarray:
+def plain_sum(
+    plan: RoundPlan, updates: dict[str, Update], who: Sequence[str], seed: str = ""
+) -> np.ndarray:
     """The reference: encode each update with the client's own rounding stream and add integers."""
     from secure_fedprompt.protocol import layout as lay
     from secure_fedprompt.protocol.masking import RoundSecrets

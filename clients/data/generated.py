@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,9 +46,7 @@ def _ordered_classes() -> tuple[str, ...]:
             colour = (s + turn // 2 * 2 + 3 * (twin // 2) + turn) % len(COLOURS)
             pattern = (s + turn // len(PATTERNS) + twin % 2 + 2 * (turn % 2)) % len(PATTERNS)
             names.append(f"{PATTERNS[pattern]} {list(COLOURS)[colour]} {shape}")
-    everything = [
-        f"{p} {c} {s}" for p, c, s in itertools.product(PATTERNS, COLOURS, SHAPES)
-    ]
+    everything = [f"{p} {c} {s}" for p, c, s in itertools.product(PATTERNS, COLOURS, SHAPES)]
     return tuple(dict.fromkeys([*names, *everything]))
 
 
@@ -73,7 +72,8 @@ def _polygon(x: Floats, y: Floats, corners: Sequence[tuple[float, float]]) -> Fl
         crosses = (ay > y) != (by > y)
         if ey:
             inside ^= crosses & (x < ax + (y - ay) * ex / ey)
-    return np.where(inside, -1, 1).astype(np.float32) * np.sqrt(distance, dtype=np.float32)
+    sign = np.where(inside, -1, 1).astype(np.float32)
+    return np.asarray(sign * np.sqrt(distance), np.float32)
 
 
 def _turned(count: int, radii: Sequence[float], start: float) -> list[tuple[float, float]]:
@@ -87,10 +87,10 @@ def _turned(count: int, radii: Sequence[float], start: float) -> list[tuple[floa
 def _heart(x: Floats, y: Floats) -> Floats:
     lobes = np.minimum(np.hypot(x - 0.42, y + 0.3), np.hypot(x + 0.42, y + 0.3)) - 0.5
     tip = _polygon(x, y, [(-0.86, -0.06), (0.0, -0.3), (0.86, -0.06), (0.0, 0.95)])
-    return np.minimum(lobes, tip).astype(np.float32)
+    return np.asarray(np.minimum(lobes, tip), np.float32)
 
 
-DISTANCE: dict[str, Callable[[Floats, Floats], Floats]] = {
+DISTANCE: dict[str, Callable[[Any, Any], Any]] = {
     "circle": lambda x, y: np.hypot(x, y) - np.float32(0.9),
     "square": lambda x, y: np.maximum(np.abs(x), np.abs(y)) - np.float32(0.8),
     "triangle": lambda x, y: _polygon(x, y, _turned(3, [1.05], 0.0)),
@@ -110,11 +110,9 @@ def _texture(pattern: str, x: Floats, y: Floats, rng: np.random.Generator) -> Fl
         return np.ones_like(x)
     waves = rng.uniform(5.5, 7.5)
     if pattern == "striped":
-        return (np.sin(waves * 1.3 * y + rng.uniform(0, 6)) > 0).astype(np.float32)
+        return np.asarray(np.sin(waves * 1.3 * y + rng.uniform(0, 6)) > 0, np.float32)
     u, v = np.sin(waves * x + rng.uniform(0, 6)), np.sin(waves * y + rng.uniform(0, 6))
-    if pattern == "checked":
-        return (u * v > 0).astype(np.float32)
-    return 1 - (u * v > 0.35).astype(np.float32)
+    return np.asarray(u * v > 0 if pattern == "checked" else u * v <= 0.35, np.float32)
 
 
 def _smooth_noise(rng: np.random.Generator, cells: int) -> Floats:

@@ -59,9 +59,11 @@ class ImageSet:
         return replace(self, labels=self.labels[index], domains=self.domains[index], _keys=keys)
 
 
-def _generated(names: tuple[str, ...], styles: tuple[str, ...], per_class: int, seed: int) -> ImageSet:
+def _generated(
+    names: tuple[str, ...], styles: tuple[str, ...], per_class: int, seed: int
+) -> ImageSet:
     pixels, labels, domains = generated.pictures(names, styles, per_class, seed)
-    return ImageSet(names, labels, domains, styles, pixels, Image.fromarray)
+    return ImageSet(names, labels, domains, styles, list(pixels), Image.fromarray)
 
 
 def generated_sets(
@@ -157,7 +159,7 @@ def hold_out(images: ImageSet, share: float, seed: int) -> tuple[ImageSet, Image
     test: list[int] = []
     for label in np.unique(images.labels):
         index = rng.permutation(np.flatnonzero(images.labels == label))
-        test += index[: max(int(round(share * len(index))), 1 if len(index) > 1 else 0)].tolist()
+        test += index[: max(round(share * len(index)), 1 if len(index) > 1 else 0)].tolist()
     is_test = np.zeros(len(images), bool)
     is_test[test] = True
     return images.subset(np.flatnonzero(~is_test)), images.subset(np.flatnonzero(is_test))
@@ -183,7 +185,7 @@ def torchvision_sets(
             "of torchvision (such as OxfordIIITPet, Flowers102, Food101, DTD, CIFAR10)"
         )
     parameters = inspect.signature(cls).parameters
-    parts = {}
+    parts: dict[str, ImageSet] = {}
     for part in ("train", "test"):
         options: dict[str, Any] = {"root": str(root)}
         if "download" in parameters:

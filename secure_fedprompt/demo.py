@@ -1,0 +1,247 @@
+"""A federation on this machine: real keys, real sockets, one process each.
+
+Writes ordinary key, roster and TOML files, starts exactly the commands that it prints, and shows
+the server's output. Nothing is shared between the processes but the public roster.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+
+from secure_fedprompt import show
+from secure_fedprompt.cli import make_key
+from secure_fedprompt.protocol import command
+from secure_fedprompt.protocol.errors import ConfigError, RunFailedError
+from secure_fedprompt.protocol.roster import Roster
+
+NAMES = ("alice", "bob", "carol", "dave", "erin", "frank", "grace", "heidi")
+METHODS: dict[str, dict[str, Any]] = {
+    "promptfl": {
+        "defaults": {"n_ctx": 4, "init": "a photo of a", "lr": 0.02, "epochs": 4, "batch_size": 32},
+        "published": "16 random context tokens, lr 0.001, 1 to 5 epochs, batch 32, 10 to 20 rounds",
+    },
+}
+DATA = {
+    "dataset": "generated",
+    "styles": "poster,sketch",
+    "per_class": 16,
+    "test_per_class": 12,
+    "shots": 24,
+    "partition": "dirichlet",
+    "beta": 0.3,
+}
+GRACE_SECONDS = 10.0
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = command.parser(
+        "secure-fedprompt demo",
+        "Train a shared prompt with a server and clients as processes on this machine, on "
+        "generated pictures and a small CLIP that ship with the package. No network, no GPU.",
+        "  secure-fedprompt demo\n"
+        "  secure-fedprompt demo --clients 6 --rounds 3 --run-dir my-demo --json result.json\n"
+        "  secure-fedprompt demo --protection none    # the same without protection",
+    )
+    parser.add_argument("--method", choices=sorted(METHODS), default="promptfl")
+    parser.add_argument("--clients", type=int, default=4, metavar="N")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N")
+    parser.add_argument("--protection", choices=("masks", "none"), default="masks")
+    parser.add_argument("--seed", type=int, default=0, help="of data and batch order")
+    parser.add_argument("--run-dir", type=Path, metavar="DIR", help="default: a new folder")
+    args = parser.parse_args(argv)
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, terminate)
+    return command.guard(
+        lambda: run(
+            args.method,
+            args.clients,
+            args.rounds,
+            args.protection,
+            args.seed,
+            args.run_dir,
+            args.json,
+        ),
+        args.debug,
+    )
+
+
+def run(
+    method: str,
+    clients: int,
+    rounds: int,
+    protection: str,
+    seed: int,
+    folder: Path | None,
+    json_path: str | None,
+) -> int:
+    """Set up, start, watch, report.
+
+    Raises:
+        ConfigError: fewer than three clients, or the folder is in use.
+        RunFailedError: a process failed; carries its own line.
+    """
+    if clients < 3:
+        raise ConfigError(
+            f"clients = {clients}: at least 3, or a peer's update is a subtraction away"
+        )
+    if rounds < 1:
+        raise ConfigError(f"rounds = {rounds}: at least 1")
+    console, begin = Console(highlight=False), time.monotonic()
+    if folder is None:
+        folder = Path(tempfile.mkdtemp(prefix="demo-", dir=Path.cwd()))
+    elif folder.exists() and any(folder.iterdir()):
+        raise ConfigError(f"run-dir {folder} is not empty: choose another, or remove it")
+    commands = write_files(folder, method, clients, rounds, protection, seed)
+    published = METHODS[method]["published"]
+    ours = ", ".join(f"{k} {v!r}" for k, v in METHODS[method]["defaults"].items())
+    console.print(f"[bold]{method}[/] with {ours}, {rounds} rounds; published: {published}")
+    console.print("data: posters and sketches, 32 classes, labels spread by Dirichlet(0.3)")
+    console.print("starting, each as a process of its own:")
+    for words in commands:
+        console.print("  python " + " ".join(words[1:]), soft_wrap=True)
+    with processes(commands, folder, clients) as started:
+        watch(console, started, folder)
+    import json
+
+    summary = json.loads((folder / "server" / "result.json").read_text())
+    summary |= {"seconds": time.monotonic() - begin, "run_dir": str(folder), "clients": clients}
+    show.show_run(console, summary)
+    prompt = next((folder / NAMES[0] / "state").glob("prompt-*.safetensors"))
+    console.print(
+        f"{summary['seconds']:.0f} s; use the prompt: secure-fedprompt predict {prompt} IMAGE...",
+        soft_wrap=True,
+    )
+    command.write_json(json_path, summary)
+    return 0
+
+
+def write_files(
+    folder: Path, method: str, clients: int, rounds: int, protection: str, seed: int
+) -> list[list[str]]:
+    """Keys, roster and configs as an operator would write them; returns the commands to start."""
+    names = [*NAMES, *(f"client{i:03d}" for i in range(len(NAMES), clients))][:clients]
+    members = [make_key("server", "server", folder / "server")]
+    members += [make_key(name, "client", folder / name) for name in names]
+    roster = folder / "roster.toml"
+    roster.write_text(Roster.of(tuple(members)).to_toml())
+    address = f"tcp://127.0.0.1:{free_port()}"
+    settings = METHODS[method]["defaults"]
+    server = {
+        "key": str(folder / "server" / "server.pem"), "roster": str(roster), "bind": address,
+        "run_dir": str(folder / "server" / "run"), "method": method, "rounds": rounds,
+        "protection": protection, "clients": clients, "gather_seconds": 120.0, **settings,
+    }  # fmt: skip
+    write_toml(folder / "server" / "server.toml", server)
+    python = sys.executable
+    config = str(folder / "server" / "server.toml")
+    result = str(folder / "server" / "result.json")
+    commands = [[python, "-m", "secure_fedprompt.server", "--config", config, "--json", result]]
+    threads = max(1, (os.cpu_count() or 1) // clients)
+    for i, name in enumerate(names):
+        client = {
+            "key": str(folder / name / f"{name}.pem"), "roster": str(roster), "server": address,
+            "state_dir": str(folder / name / "state"), "threads": threads, "seed": seed,
+            **DATA, "part": i, "parts": clients, "data_seed": seed,
+        }  # fmt: skip
+        path = folder / name / "client.toml"
+        allowed = {"protections": [protection]} if protection != "masks" else {}
+        write_toml(path, client, {"policy": allowed} if allowed else {})
+        commands.append([python, "-m", "secure_fedprompt.client", "--config", str(path)])
+    return commands
+
+
+def write_toml(
+    path: Path, values: dict[str, Any], tables: dict[str, dict[str, Any]] | None = None
+) -> None:
+    """Plain TOML of strings, numbers, booleans and lists of strings: JSON writes these alike."""
+    import json
+
+    lines = [f"{key} = {json.dumps(value)}" for key, value in values.items()]
+    for name, table in (tables or {}).items():
+        lines += ["", f"[{name}]"] + [
+            f"{key} = {json.dumps(value)}" for key, value in table.items()
+        ]
+    path.write_text("\n".join(lines) + "\n")
+
+
+def free_port() -> int:
+    """A port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def processes(
+    commands: list[list[str]], folder: Path, clients: int
+) -> Iterator[list[subprocess.Popen[str]]]:
+    """Start the commands; whatever happens, none of them outlives the block."""
+    threads = str(max(1, (os.cpu_count() or 1) // clients))
+    env = {**os.environ, "OMP_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1", "COLUMNS": "100"}
+    started: list[subprocess.Popen[str]] = []
+    try:
+        with contextlib.ExitStack() as files:
+            for words in commands:
+                own = Path(words[4]).parent
+                log = files.enter_context(open(own / "output.log", "w"))
+                out = subprocess.PIPE if not started else log
+                started.append(
+                    subprocess.Popen(
+                        words, stdout=out, stderr=subprocess.STDOUT, text=True, env=env,
+                        start_new_session=True,
+                    )
+                )  # fmt: skip
+            yield started
+    finally:
+        for process in started:
+            if process.poll() is None:
+                process.terminate()
+        deadline = time.monotonic() + GRACE_SECONDS
+        for process in started:
+            try:
+                process.wait(max(0.1, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def watch(console: Console, started: list[subprocess.Popen[str]], folder: Path) -> None:
+    """Show the server's lines until it ends; then everybody must have ended well.
+
+    Raises:
+        RunFailedError: with the failing process's own last line.
+    """
+    server, last = started[0], ""
+    assert server.stdout is not None
+    for line in server.stdout:
+        last = line.rstrip() or last
+        console.print(f"  server | {line.rstrip()}", markup=False, soft_wrap=True)
+    if server.wait():
+        reasons = [f"server: {last}"]
+        for log in sorted(folder.glob("*/output.log")):
+            lines = log.read_text().strip().splitlines()
+            if lines and "Error" in lines[-1]:
+                reasons.append(f"{log.parent.name}: {lines[-1]}")
+        raise RunFailedError("; ".join(reasons))
+    for process in started[1:]:
+        process.wait(GRACE_SECONDS)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,74 @@
+"""How a finished run is shown: the table of rounds, and what the server saw."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+Summary = dict[str, Any]
+
+
+def size(count: float) -> str:
+    """Bytes for people."""
+    return f"{count:.0f} B" if count < 1000 else f"{count / 1000:.1f} kB"
+
+
+def rounds_table(summary: Summary) -> Table:
+    """Per round: accuracy before and after, clients, bytes per client, seconds by stage."""
+    table = Table(title=f"{summary['method']} under {summary['protection']}; bytes are per client")
+    for name in ("round", "before", "after", "in", "dropped", "up", "down", "seconds by stage"):
+        table.add_column(
+            name, justify="left" if name in ("dropped", "seconds by stage") else "right"
+        )
+    rows = summary["rounds"]
+    accuracy = {r["learning_round"]: r["metrics"].get("accuracy") for r in rows if r["metrics"]}
+    for r in rows:
+        n, clients = r["learning_round"], max(len(r["cohort"]), 1)
+        label = str(n) if n <= summary["learning_rounds"] else "final"
+        if r["outcome"] != "done":
+            table.add_row(label, "", "", "0", "aborted", "", "", r["reason"])
+            continue
+        stages = ", ".join(f"{k} {v:.1f}" for k, v in r["seconds"].items() if v >= 0.05)
+        table.add_row(
+            label,
+            _percent(accuracy.get(n)),
+            _percent(accuracy.get(n + 1)),
+            str(len(r["cohort"]) - len(r["dropped"])),
+            ", ".join(r["dropped"]) or "-",
+            size(sum(r["bytes"]["up"].values()) / clients),
+            size(sum(r["bytes"]["down"].values()) / clients),
+            stages or "below 0.05",
+        )
+    return table
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.1%}"
+
+
+def what_the_server_saw(summary: Summary) -> str:
+    """One honest sentence."""
+    if summary["protection"] == "none":
+        return (
+            "the server saw every client's update, image count and accuracy: "
+            'protection "none" is for comparison only'
+        )
+    rows = [r for r in summary["rounds"] if r["outcome"] == "done"]
+    fewest = min((len(r["cohort"]) - len(r["dropped"]) for r in rows), default=0)
+    return (
+        f"the server saw {len(rows)} sums over at least {fewest} clients each, and could not see "
+        "any client's update, image count, accuracy or loss"
+    )
+
+
+def show_run(console: Console, summary: Summary) -> None:
+    console.print(rounds_table(summary))
+    before, after = summary["accuracy_before"], summary["accuracy_after"]
+    if before is not None:
+        points = 100 * (after - before)
+        console.print(
+            f"accuracy of the global prompt {before:.1%} -> {after:.1%} ({points:+.1f} points)"
+        )
+    console.print(what_the_server_saw(summary), soft_wrap=True)

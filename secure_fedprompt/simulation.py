@@ -1,0 +1,167 @@
+"""``secure-fedprompt simulate``: many clients in one process, the same state machines.
+
+Server and clients are the machines of the real programs, frames are encoded and decoded as on the
+wire; only sockets, processes and waiting are left out. Image features are computed once for all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+from collections import deque
+from pathlib import Path
+
+import msgspec
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress
+
+from secure_fedprompt import show
+from secure_fedprompt.client_settings import ClientSettings
+from secure_fedprompt.clients.journal import MemoryJournal
+from secure_fedprompt.clients.participant import Party
+from secure_fedprompt.clients.session import Session
+from secure_fedprompt.clients.training import Features, LocalTrainer, load_shares
+from secure_fedprompt.protocol import command
+from secure_fedprompt.protocol import messages as m
+from secure_fedprompt.protocol.errors import ConfigError
+from secure_fedprompt.protocol.keys import Identity, Member
+from secure_fedprompt.protocol.policy import Policy
+from secure_fedprompt.protocol.roster import Roster
+from secure_fedprompt.protocol.settings import ServerSettings
+from secure_fedprompt.server.run import Run, RunState
+from secure_fedprompt.server.store import Store
+
+# Not a choice here: there are no keys, addresses or waiting.
+_ABSENT = {
+    *("config", "key", "roster", "bind", "server", "state_dir", "part", "clients", "policy"),
+    *("patience", "gather_seconds", "stage_seconds", "training_seconds", "alive_seconds"),
+}
+_POLICY = Policy(protections=("masks", "none"), graphs=("complete", "regular"))
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = command.parser(
+        "secure-fedprompt simulate",
+        "Run a federation in one process, with the same protocol state machines as the programs.",
+        "  secure-fedprompt simulate --parts 50 --rounds 3 --partition dirichlet --shots 16\n"
+        "  secure-fedprompt simulate --parts 20 --dropout 0.1 --dataset photos.zip --lr 0.01",
+    )
+    parser.add_argument(
+        "--dropout", type=float, default=0.0, metavar="SHARE",
+        help="share of the clients that vanish in each round, at a random message",
+    )  # fmt: skip
+    command.add_flags(parser, ServerSettings, skip=frozenset(_ABSENT))
+    shared = set(ServerSettings.__struct_fields__)
+    command.add_flags(parser, ClientSettings, skip=frozenset(_ABSENT | shared))
+    parser.set_defaults(parts=10)
+    args = parser.parse_args(argv)
+    return command.guard(lambda: _run(args), args.debug)
+
+
+def _run(args: argparse.Namespace) -> int:
+    server, client = command.load(ServerSettings, args), command.load(ClientSettings, args)
+    if not 0 <= args.dropout < 1:
+        raise ConfigError(f"dropout = {args.dropout}: must be at least 0 and below 1")
+    console = Console(highlight=False)
+    with tempfile.TemporaryDirectory() as scratch, Progress(console=console, transient=True) as bar:
+        task = bar.add_task("rounds", total=server.rounds + int(server.metrics))
+        trainers = make_trainers(client)
+        store = Store(Path(server.run_dir or scratch), server)
+        store.on_event.append(lambda kind, value: bar.advance(task) if kind == "round" else None)
+        try:
+            simulate_run(server, store, trainers, args.dropout)
+            summary = store.summary()
+        finally:
+            store.close()
+    show.show_run(console, summary)
+    command.write_json(args.json, summary)
+    return 0
+
+
+def make_trainers(settings: ClientSettings) -> dict[str, LocalTrainer]:
+    """One trainer per client, over one model and one feature cache."""
+    import torch
+
+    from secure_fedprompt.clients.backbone import Backbone
+
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    train, test, shares = load_shares(settings)
+    backbone = Backbone.load(
+        settings.model, settings.pretrained, settings.device, settings.precision
+    )
+    quiet = lambda what, done, total: None  # noqa: E731
+    features = [Features(backbone, images, "features", quiet, "") for images in (train, test)]
+    return {
+        f"client{k:03d}": LocalTrainer(
+            backbone,
+            train.subset(share.train),
+            test.subset(share.test),
+            max(0, settings.seed),
+            features=(features[0].subset(share.train), features[1].subset(share.test)),
+        )
+        for k, share in enumerate(shares)
+    }
+
+
+def simulate_run(
+    settings: ServerSettings,
+    store: Store,
+    trainers: dict[str, LocalTrainer],
+    dropout: float = 0.0,
+) -> RunState:
+    """Drive server and sessions to the end of the run.
+
+    Raises:
+        SecureFedPromptError: the run failed.
+    """
+    identities = {name: Identity.generate() for name in ("server", *trainers)}
+    roster = Roster.of(tuple(
+        Member.of(key, name, "client" if name in trainers else "server")
+        for name, key in identities.items()
+    ))  # fmt: skip
+    sessions = {
+        name: Session(
+            Party(name, identities[name], roster, _POLICY, MemoryJournal(), os.urandom), trainer
+        )
+        for name, trainer in trainers.items()
+    }
+    server = msgspec.structs.replace(settings, clients=len(trainers), alive_seconds=1e12)
+    run = Run(server, roster, store, os.urandom, RunState(), 0.0)
+    rng, clock = np.random.default_rng(settings.seed), 0.0
+    vanish: dict[str, int] = {}
+    queue: deque[tuple[str, str, m.Message]] = deque(
+        (name, "", session.hello()) for name, session in sessions.items()
+    )
+    while not run.over or queue:
+        if not queue:  # everybody has spoken: time passes
+            clock = run.current.deadline if run.current else run.gather_until
+            queue.extend(("", *out) for out in run.tick(clock))
+            continue
+        sender, recipient, message = queue.popleft()
+        frame = m.CATALOGUE.encode(message)
+        kind = type(message).__name__
+        if sender:
+            left = vanish.get(sender)
+            if left == 0:
+                continue
+            if left is not None:
+                vanish[sender] = left - 1
+            store.count(run.state.round, sender, "up", kind, len(frame))
+            queue.extend(("", *out) for out in run.on(sender, m.CATALOGUE.decode(frame), clock))
+            continue
+        store.count(run.state.round, recipient, "down", kind, len(frame))
+        if isinstance(message, m.Plan) and recipient == message.plan.cohort[0]:
+            gone = rng.choice(list(sessions), round(dropout * len(sessions)), replace=False)
+            vanish = {str(name): int(rng.integers(0, 5)) for name in gone}
+        session = sessions[recipient]
+        replies = session.on(m.CATALOGUE.decode(frame))
+        if session.work is not None:
+            work = session.work
+            replies += session.trained(work, *trainers[recipient].run(work))
+        queue.extend((recipient, "", reply) for reply in replies)
+    if run.error:
+        raise run.error
+    return run.state
