@@ -69,6 +69,9 @@ def reconstruct(
 ) -> tuple[bytes, tuple[str, ...]]:
     """A secret from its shares, and the senders of shares that do not belong to it.
 
+    The first ``threshold`` shares are used; if they give something else than the owner committed
+    to, other subsets are tried, and every sender off the polynomial that fits is named.
+
     Args:
         plan: of the round.
         owner: whose secret it is.

@@ -22,7 +22,13 @@ from secure_fedprompt.protocol.policy import Policy
 from secure_fedprompt.protocol.roster import Roster
 from secure_fedprompt.protocol.shamir import Entropy
 
-OPEN = Policy(min_cohort=1, min_survivors=1, min_threshold=1, protections=("masks", "none"))
+OPEN = Policy(
+    min_cohort=1,
+    min_survivors=1,
+    min_threshold=1,
+    protections=("masks", "none"),
+    graphs=("complete", "regular"),
+)
 CTX = (TensorSpec("ctx", (3, 5)),)
 
 

@@ -1,0 +1,104 @@
+"""Write the test vectors: ``python tests/make_vectors.py``.
+
+``round_ok.json`` is a whole round of five clients, one of which drops out before uploading, with
+every frame in hex, from fixed entropy. The other files hold, each, the client's frames up to one
+frame that it must refuse, and the name of the error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from rounds import entropy_from, make_parties, make_plan, make_updates
+
+from secure_fedprompt.protocol import messages as m
+from secure_fedprompt.protocol.messages import CATALOGUE
+from secure_fedprompt.protocol.plan import RoundPlan
+from secure_fedprompt.server.coordinator import Stage
+from secure_fedprompt.simulate import run_round
+
+FOLDER = Path(__file__).parent / "vectors"
+CLIENT, DROPPED = "c001", "c003"
+Frames = list[tuple[str, str, bytes]]
+
+
+def plan() -> RoundPlan:
+    return make_plan(5)
+
+
+def good_round() -> tuple[Frames, list[int]]:
+    p = plan()
+    outcome = run_round(
+        p, make_parties(5, seed="vectors"), make_updates(p, 7), {DROPPED: Stage.COLLECTING}
+    )
+    assert outcome.round.integers is not None
+    return outcome.frames, outcome.round.integers.tolist()
+
+
+# name -> (the frame to spoil, how, the error)
+BAD: dict[str, tuple[type, Callable[[Any], Any], str]] = {
+    "overlapping_lists": (
+        m.UnmaskRequest, lambda u: dataclasses.replace(u, dropped=("c002", DROPPED)), "OverlapError"),
+    "wrong_threshold": (
+        m.SurvivorList, lambda s: dataclasses.replace(s, survivors=s.survivors[:3]), "ThresholdError"),
+    "replayed_round": (m.Inbox, lambda i: dataclasses.replace(i, round=0), "ReplayError"),
+    "bad_signature": (
+        m.UnmaskRequest,
+        lambda u: dataclasses.replace(u, signers=(
+            *u.signers[:-1], dataclasses.replace(u.signers[-1], signature=bytes(64)))),
+        "SignatureError"),
+    "altered_box": (
+        m.Inbox,
+        lambda i: dataclasses.replace(i, boxes=bytes([i.boxes[0] ^ 1]) + bytes(i.boxes[1:])),
+        "SealError"),
+    "truncated": (m.Adverts, lambda a: CATALOGUE.encode(a)[:-1], "TruncatedError"),
+    "trailing_bytes": (m.Adverts, lambda a: CATALOGUE.encode(a) + b"\0", "TrailingBytesError"),
+    "unknown_version": (m.Adverts, lambda a: b"\x02" + CATALOGUE.encode(a)[1:], "UnknownVersionError"),
+    "unknown_type": (m.Adverts, lambda a: b"\x01\xff" + CATALOGUE.encode(a)[2:], "UnknownTypeError"),
+}  # fmt: skip
+
+
+def main() -> None:
+    FOLDER.mkdir(exist_ok=True)
+    frames, total = good_round()
+    as_hex = [[s, r, f.hex()] for s, r, f in frames]
+    write("round_ok", {"plan_digest": plan().digest.hex(), "frames": as_hex, "sum": total})
+    received = [frame for _, recipient, frame in frames if recipient == CLIENT]
+    for name, (kind, spoil, error) in BAD.items():
+        until: list[str] = []
+        for frame in received:
+            message = CATALOGUE.decode(frame)
+            if isinstance(message, kind):
+                spoiled = spoil(message)
+                raw = spoiled if isinstance(spoiled, bytes) else CATALOGUE.encode(spoiled)
+                until.append(raw.hex())
+                break
+            until.append(frame.hex())
+        write(f"client_{name}", {"client": CLIENT, "frames": until, "error": error})
+    request = next(f for f in received if isinstance(CATALOGUE.decode(f), m.UnmaskRequest))
+    until = [f.hex() for f in received[: received.index(request) + 1]] + [request.hex()]
+    write("client_second_unmask", {"client": CLIENT, "frames": until, "error": "SecondUnmaskError"})
+    # The server's side: all frames to it, with one bad share at the bare threshold.
+    to_server = [[s, f.hex()] for s, r, f in frames if not r]
+    for row in reversed(to_server):
+        message = CATALOGUE.decode(bytes.fromhex(row[1]))
+        if isinstance(message, m.Reveal):
+            shares = bytes([message.shares[0] ^ 1]) + bytes(message.shares[1:])
+            row[1] = CATALOGUE.encode(dataclasses.replace(message, shares=shares)).hex()
+            break
+    write("server_bad_share", {"frames": to_server, "error": "BadShareError"})
+
+
+def write(name: str, content: dict[str, Any]) -> None:
+    (FOLDER / f"{name}.json").write_text(json.dumps(content, indent=0) + "\n")
+
+
+if __name__ == "__main__":
+    main()

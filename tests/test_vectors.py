@@ -1,0 +1,75 @@
+"""Recorded rounds: the good one must come out the same, the bad ones must fail as recorded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import make_vectors
+import pytest
+from rounds import make_parties, make_updates, roster
+
+from secure_fedprompt.clients import participant
+from secure_fedprompt.protocol import errors
+from secure_fedprompt.protocol import messages as m
+from secure_fedprompt.protocol.messages import CATALOGUE
+from secure_fedprompt.server.coordinator import Deadlines, Round, Stage
+
+FOLDER = Path(__file__).parent / "vectors"
+
+
+def load(name: str) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((FOLDER / f"{name}.json").read_text())
+    return content
+
+
+def test_the_good_round_is_reproduced_byte_for_byte() -> None:
+    vector = load("round_ok")
+    frames, total = make_vectors.good_round()
+    assert make_vectors.plan().digest.hex() == vector["plan_digest"]
+    assert [[s, r, f.hex()] for s, r, f in frames] == vector["frames"]
+    assert total == vector["sum"]
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in FOLDER.glob("client_*.json")))
+def test_client_refuses(name: str) -> None:
+    vector = load(name)
+    plan = make_vectors.plan()
+    party = make_parties(5, seed="vectors")[vector["client"]]
+    updates = make_updates(plan, 7)
+    state: participant.State | None = None
+
+    def take(raw: str) -> None:
+        nonlocal state
+        message = CATALOGUE.decode(bytes.fromhex(raw))
+        if isinstance(message, m.Plan):
+            state, _ = participant.start(party, message.plan)
+        else:
+            assert state is not None
+            state, _ = state.on(message)
+        if isinstance(state, participant.Ready):
+            state, _ = state.upload(*updates[party.name])
+
+    for raw in vector["frames"][:-1]:
+        take(raw)
+    with pytest.raises(getattr(errors, vector["error"])):
+        take(vector["frames"][-1])
+
+
+def test_server_refuses_a_bad_share() -> None:
+    vector = load("server_bad_share")
+    server = Round(make_vectors.plan(), b"", roster(5), Deadlines(1, 1))
+    server.start(0.0)
+    for sender, raw in vector["frames"]:
+        if server.stage is Stage.COLLECTING and len(server.waiting) == 1:
+            server.tick(server.deadline)  # the dropped client never uploads
+        server.on(sender, CATALOGUE.decode(bytes.fromhex(raw)), 0.0)
+    assert server.stage is Stage.ABORTED
+    assert server.reason.startswith(vector["error"])
+
+
+def test_there_is_a_vector_for_each_failure() -> None:
+    found = {p.stem for p in FOLDER.glob("*.json")}
+    expected = {f"client_{name}" for name in make_vectors.BAD}
+    assert found == expected | {"round_ok", "client_second_unmask", "server_bad_share"}
