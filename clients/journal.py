@@ -84,6 +84,7 @@ class FileJournal(MemoryJournal):
             try:
                 super()._apply(json.loads(line))
             except (ValueError, KeyError, TypeError, AssertionError):
+                self._file.close()
                 raise ConfigError(
                     f"journal {path}, line {number} is damaged: restore it from a backup, or give "
                     "this client a new state_dir and a new key"

@@ -111,9 +111,17 @@ class Run:
     # -- frames and time -------------------------------------------------------------------------
 
     def on(self, sender: str, message: m.Message, now: float) -> Outbox:
-        """Take a frame of an authenticated roster member."""
+        """Take a frame of an authenticated roster member; one that breaks a rule is turned away."""
         if self.over:
             return []
+        try:
+            return self._take(sender, message, now)
+        except SecureFedPromptError as error:
+            self.ledger.event("fault", f"{sender}: {type(error).__name__}: {error}")
+            refusal = m.Refused(type(error).__name__, str(error)[:500])
+            return [(sender, refusal), *self.gone(sender, now)]
+
+    def _take(self, sender: str, message: m.Message, now: float) -> Outbox:
         if isinstance(message, m.Hello):
             return self._hello(sender, message, now)
         client = self.clients.get(sender)

@@ -90,7 +90,8 @@ class Store:
             class_count=body["class_count"],
         )
         if state.tensors:
-            state.prompt = self._read_prompt(state.learning_round - 1, state.tensors)
+            rounds = json.loads((self.folder / "server.json").read_text())["rounds"]
+            state.prompt = self._read_prompt(min(state.learning_round - 1, rounds), state.tensors)
         return state
 
     @property
@@ -158,10 +159,11 @@ class Store:
         return self.folder / "prompts" / f"global-{learning_round:04d}.safetensors"
 
     def _write_prompt(self, state: RunState) -> None:
-        path = self.prompt_path(state.learning_round - 1)
+        settings = json.loads((self.folder / "server.json").read_text())
+        number = min(state.learning_round - 1, settings["rounds"])  # an evaluation changes nothing
+        path = self.prompt_path(number)
         if path.exists():
             return
-        settings = json.loads((self.folder / "server.json").read_text())
         metadata = {
             "format": "secure-fedprompt/1",
             "method": settings["method"],
@@ -169,7 +171,7 @@ class Store:
             "model_fingerprint": state.model_fingerprint.hex(),
             "classes_digest": state.classes_digest.hex(),
             "layout": json.dumps([asdict(t) for t in state.tensors]),
-            "learning_round": str(state.learning_round - 1),
+            "learning_round": str(number),
         }
         assert state.prompt is not None
         tensors, at = {}, 0
