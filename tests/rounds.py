@@ -69,11 +69,12 @@ def make_plan(
     ring_bits: int = 32,
     clip: float = 1.0,
     max_weight: int = 64,
+    max_seen: int = 100,
     threshold: int | None = None,
     **changes: object,
 ) -> RoundPlan:
     layout = fixedpoint.size_layout(
-        tensors, count, clip=clip, max_weight=max_weight, max_seen=100,
+        tensors, count, clip=clip, max_weight=max_weight, max_seen=max_seen,
         ring_bits=ring_bits, metrics=True,
     )  # fmt: skip
     t = default_threshold(count) if threshold is None else threshold

@@ -1,0 +1,213 @@
+"""Data sets and partitions."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from secure_fedprompt.clients.data import generated, partitions, sets
+from secure_fedprompt.clients.training import DataSettings, load_part, load_sets
+from secure_fedprompt.protocol.errors import DataError
+
+
+def test_the_generated_world_is_wide_enough() -> None:
+    assert len(generated.STYLES) >= 4
+    assert len(set(generated.ALL_CLASSES)) == 256
+    names = generated.class_names(24)
+    assert len(names) == 24
+    for position in range(3):
+        assert len({name.split()[position] for name in names}) >= 4
+
+
+def test_pictures_are_functions_of_class_style_and_seed() -> None:
+    one = generated.render("striped red circle", "sketch", 5)
+    assert one.shape == (64, 64, 3)
+    assert (one == generated.render("striped red circle", "sketch", 5)).all()
+    for other in (("striped red circle", "sketch", 6), ("striped red circle", "photo", 5),
+                  ("striped blue circle", "sketch", 5), ("dotted red circle", "sketch", 5)):  # fmt: skip
+        assert (one != generated.render(*other)).any()
+
+
+def test_train_and_test_pictures_differ() -> None:
+    train, test = sets.generated_sets(4, ["poster"], 3, 3, 0)
+    a = {train.image(i).tobytes() for i in range(len(train))}
+    assert len(a) == 12
+    assert not a & {test.image(i).tobytes() for i in range(len(test))}
+
+
+def make_folder(root: Path, classes: dict[str, int], shade: int = 0) -> Path:
+    for k, (name, count) in enumerate(classes.items()):
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            Image.new("RGB", (9, 8), (k * 40, i * 10, shade)).save(root / name / f"{i}.png")
+    return root
+
+
+def test_folders_and_zips_give_the_same(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "data", {"cat": 4, "dog": 6, "sea_lion": 1})
+    archive = tmp_path / "data.zip"
+    with zipfile.ZipFile(archive, "w") as file:
+        for path in sorted(folder.rglob("*.png")):
+            file.write(path, f"top/{path.relative_to(folder)}")
+    pairs = [sets.folder_sets(p, None, 0.5, 3) for p in (folder, archive)]
+    for (train, test), (train2, test2) in [pairs]:
+        assert train.class_names == ("cat", "dog", "sea_lion")
+        assert (train.labels == train2.labels).all()
+        assert (test.labels == test2.labels).all()
+        assert [train.image(i).tobytes() for i in range(len(train))] == [
+            train2.image(i).tobytes() for i in range(len(train2))
+        ]
+        assert np.bincount(test.labels).tolist() == [2, 3]
+
+
+def test_train_and_test_folders_are_used(tmp_path: Path) -> None:
+    make_folder(tmp_path / "d" / "train", {"a": 3, "b": 2})
+    make_folder(tmp_path / "d" / "test", {"a": 1, "b": 1}, shade=9)
+    train, test = sets.folder_sets(tmp_path / "d", None, 0.3, 0)
+    assert (len(train), len(test)) == (5, 2)
+
+
+def test_labels_follow_their_images_through_subsets(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "d", {"a": 5, "b": 5, "c": 5})
+    train, _ = sets.folder_sets(folder, None, 0.2, 0)
+    part = train.subset(np.random.default_rng(0).permutation(len(train))[:6])
+    for i in range(len(part)):
+        assert part.image(i).getpixel((0, 0))[0] == 40 * part.labels[i]  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("prepare", "words"),
+    [
+        (lambda p: None, "does not exist"),
+        (lambda p: p.mkdir(), "holds no images"),
+        (lambda p: make_folder(p, {"only": 3}), "has one class, 'only'"),
+        (lambda p: p.write_bytes(b"PK nonsense"), "not a readable zip"),
+    ],
+)
+def test_bad_folders(tmp_path: Path, prepare: Callable[[Path], object], words: str) -> None:
+    path = tmp_path / "data"
+    prepare(path)
+    with pytest.raises(DataError, match=words):
+        load_sets(DataSettings(dataset=str(path)))
+
+
+def test_a_corrupt_image_is_named(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "d", {"a": 2, "b": 2})
+    (folder / "a" / "bad.jpg").write_bytes(b"\xff\xd8\xff not a jpeg")
+    train, test = sets.folder_sets(folder, None, 0.0, 0)
+    with pytest.raises(DataError, match=r"a/bad\.jpg"):
+        [images.image(i) for images in (train, test) for i in range(len(images))]
+
+
+def test_class_list_lets_clients_lack_classes(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "d", {"b": 4})
+    listed = tmp_path / "classes.txt"
+    listed.write_text("a\nb\nc\n")
+    train, _ = load_sets(DataSettings(dataset=str(folder), class_list=str(listed)))
+    assert train.class_names == ("a", "b", "c")
+    assert set(train.labels) == {1}
+    listed.write_text("a\nc\n")
+    with pytest.raises(DataError, match="folder 'b' is not in the class list"):
+        load_sets(DataSettings(dataset=str(folder), class_list=str(listed)))
+    listed.write_text("a\na\n")
+    with pytest.raises(DataError, match="'a' twice"):
+        load_sets(DataSettings(dataset=str(folder), class_list=str(listed)))
+
+
+def test_torchvision_by_name(tmp_path: Path) -> None:
+    """OxfordIIITPet's own files, made here: the real loader reads them."""
+    base = tmp_path / "oxford-iiit-pet"
+    (base / "images").mkdir(parents=True)
+    (base / "annotations").mkdir()
+    for split, numbers in (("trainval", range(3)), ("test", range(3, 5))):
+        lines = []
+        for k, name in enumerate(("Abyssinian", "great_pyrenees")):
+            for i in numbers:
+                Image.new("RGB", (8, 8), (k * 99, i, 0)).save(base / "images" / f"{name}_{i}.jpg")
+                lines.append(f"{name}_{i} {k + 1} 1 1")
+        (base / "annotations" / f"{split}.txt").write_text("\n".join(lines) + "\n")
+    train, test = load_sets(DataSettings(dataset="OxfordIIITPet", data_root=str(tmp_path)))
+    assert train.class_names == ("Abyssinian", "Great Pyrenees")
+    assert (len(train), len(test)) == (6, 4)
+    assert train.image(3).size == (8, 8)
+    with pytest.raises(DataError, match="--download"):
+        load_sets(DataSettings(dataset="OxfordIIITPet", data_root=str(tmp_path / "no")))
+    with pytest.raises(DataError, match="neither 'generated'"):
+        load_sets(DataSettings(dataset="OxfordPet"))
+
+
+RULES: dict[str, Callable[[np.ndarray, np.ndarray, int, int], list[partitions.Part]]] = {
+    "iid": partitions.iid,
+    "pathological": partitions.pathological,
+    "dirichlet": lambda a, b, n, s: partitions.dirichlet(a, b, n, s, 0.3),
+    "domain": lambda a, b, n, s: partitions.by_domain(a, b, n),
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+@given(st.integers(2, 5), st.integers(0, 50))
+@settings(max_examples=15, deadline=None)
+def test_partitions_deal_out_everything_once(rule: str, parts: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    train, test = rng.integers(0, 8, 400), rng.integers(0, 8, 90)
+    shares = RULES[rule](train, test, parts, seed)
+    again = RULES[rule](train, test, parts, seed)
+    assert len(shares) == parts
+    for x in ("train", "test"):
+        dealt = np.concatenate([getattr(s, x) for s in shares])
+        total = 400 if x == "train" else 90
+        if rule != "domain" or parts >= 8:
+            assert sorted(dealt.tolist()) == list(range(total))
+        assert len(set(dealt.tolist())) == len(dealt)
+        for a, b in zip(shares, again, strict=True):
+            assert (getattr(a, x) == getattr(b, x)).all()
+
+
+def test_pathological_classes_are_disjoint_and_test_follows() -> None:
+    labels = np.repeat(np.arange(10), 20)
+    shares = partitions.pathological(labels, labels, 5, 0)
+    seen: set[int] = set()
+    for share in shares:
+        own = set(labels[share.train].tolist())
+        assert own == set(labels[share.test].tolist())
+        assert not own & seen
+        seen |= own
+    with pytest.raises(DataError, match="10 classes for 11"):
+        partitions.pathological(labels, labels, 11, 0)
+
+
+def test_dirichlet_is_skewed_and_keeps_its_promise() -> None:
+    labels = np.repeat(np.arange(10), 100)
+    shares = partitions.dirichlet(labels, labels, 5, 0, 0.1)
+    assert min(len(s.train) for s in shares) >= partitions.MIN_SAMPLES
+    largest = [np.bincount(labels[s.train], minlength=10).max() / len(s.train) for s in shares]
+    even = [np.bincount(labels[s.train], minlength=10).max() / len(s.train)
+            for s in partitions.iid(labels, labels, 5, 0)]  # fmt: skip
+    assert np.mean(largest) > 2 * np.mean(even)
+    for share in shares:  # test images in the training proportions
+        a, b = (np.bincount(labels[x], minlength=10) for x in (share.train, share.test))
+        assert np.abs(a - b).max() <= 2
+    with pytest.raises(DataError, match="10 each are needed"):
+        partitions.dirichlet(labels[:30], labels, 5, 0, 0.3)
+
+
+def test_few_shot_draws_k_of_each_class() -> None:
+    labels = np.repeat(np.arange(5), 9)
+    index = partitions.few_shot(labels, 4, 1)
+    assert np.bincount(labels[index]).tolist() == [4] * 5
+    assert (index != partitions.few_shot(labels, 4, 2)).any()
+    assert len(partitions.few_shot(labels, 0, 1)) == 45
+
+
+def test_domain_gives_each_client_one_style() -> None:
+    train, _ = load_part(DataSettings(per_class=1, test_per_class=1, partition="domain", parts=4, part=2))
+    assert set(train.domains.tolist()) == {2}
+    with pytest.raises(DataError, match="part = 4"):
+        load_part(DataSettings(parts=4, part=4))

@@ -1,0 +1,213 @@
+"""Key files, rosters, settings: what a user gets wrong, in one line each."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import stat
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rounds import identity, roster
+
+from secure_fedprompt import cli
+from secure_fedprompt.__main__ import COMMANDS, main
+from secure_fedprompt.client_settings import ClientSettings
+from secure_fedprompt.protocol import command, errors
+from secure_fedprompt.protocol.keys import Identity, Member, agree, seal, unseal
+from secure_fedprompt.protocol.roster import Roster, member_to_toml
+from secure_fedprompt.protocol.settings import MethodSettings, ServerSettings
+
+
+def flags(cls: type, words: list[str]) -> argparse.Namespace:
+    parser = command.parser("x", "y", "z")
+    command.add_flags(parser, cls)
+    return parser.parse_args(words)
+
+
+def test_keygen_writes_a_private_key_and_a_public_entry(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["keygen", "--name", "alice", "--out", str(tmp_path)]) == 0
+    key, entry = tmp_path / "alice.pem", tmp_path / "alice.entry.toml"
+    assert stat.S_IMODE(key.stat().st_mode) == 0o600
+    made = command.read_identity(str(key))
+    (member,) = Roster.from_toml(entry.read_text(), "entry").members
+    assert (member.identity, member.curve) == (made.public(), made.curve_public())
+    shown = capsys.readouterr().out
+    private = made.signing.private_bytes_raw().hex()
+    assert private not in shown + entry.read_text()
+    assert "PRIVATE" not in shown
+    assert main(["keygen", "--name", "alice", "--out", str(tmp_path)]) == 2
+    assert "exists" in capsys.readouterr().err
+    assert command.read_identity(str(key)).public() == made.public()  # nothing was lost
+
+
+def test_identity_prints_nothing() -> None:
+    made = Identity.generate()
+    assert repr(made) == str(made) == "Identity(<private>)"
+
+
+@pytest.mark.parametrize(
+    ("prepare", "words"),
+    [
+        (lambda p: p.unlink(), "no such file; make one with"),
+        (lambda p: p.chmod(0o644), "open to others.*0644.*chmod 600"),
+        (lambda p: p.write_bytes(b"hello"), "does not hold one Ed25519 and one X25519"),
+        (lambda p: p.write_bytes(p.read_bytes()[: len(p.read_bytes()) // 2]), "does not hold"),
+        (lambda p: p.write_bytes(p.read_bytes().replace(b"MC4C", b"MC4D")), "cannot be read"),
+    ],
+)
+def test_bad_key_files(tmp_path: Path, prepare: object, words: str) -> None:
+    cli.make_key("bob", "client", tmp_path)
+    path = tmp_path / "bob.pem"
+    prepare(path)  # type: ignore[operator]
+    with pytest.raises(errors.KeyFileError, match=words):
+        command.read_identity(str(path))
+
+
+def test_roster_add_list_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    os.chdir(tmp_path)
+    for name, role in (("server", "server"), ("alice", "client"), ("bob", "client")):
+        cli.make_key(name, role, tmp_path)
+    assert main(["roster", "add", "server.entry.toml", "alice.entry.toml"]) == 0
+    assert main(["roster", "add", "bob.entry.toml"]) == 0
+    assert main(["roster", "check"]) == 0
+    assert [m.name for m in command.read_roster("roster.toml").members] == ["alice", "bob", "server"]
+    before = Path("roster.toml").read_text()
+    capsys.readouterr()
+    assert main(["roster", "add", "bob.entry.toml"]) == 2
+    assert "same" in capsys.readouterr().err
+    assert Path("roster.toml").read_text() == before
+
+
+def test_roster_entries_are_bound_by_their_signature() -> None:
+    members = roster(3).members
+    text = "".join(member_to_toml(member) for member in members)
+    assert Roster.from_toml(text, "r").digest == roster(3).digest
+    promoted = text.replace('name = "c002"\nrole = "client"', 'name = "c002"\nrole = "server"')
+    with pytest.raises(errors.RosterError, match="c002.*does not verify"):
+        Roster.from_toml(promoted, "r")
+    with pytest.raises(errors.RosterError, match="role 'admin'"):
+        Roster.from_toml(text.replace('role = "client"', 'role = "admin"', 1), "r")
+    with pytest.raises(errors.RosterError, match="not 32 bytes"):
+        Roster.from_toml(text.replace('curve = "', 'curve = "AA', 1), "r")
+    with pytest.raises(errors.RosterError, match="lacks or does not know"):
+        Roster.from_toml(text.replace('role = "client"\n', "", 1), "r")
+    with pytest.raises(errors.RosterError, match="not TOML"):
+        Roster.from_toml("[[member", "r")
+    with pytest.raises(errors.RosterError, match=r"name '\.\./x'"):
+        Roster.of((Member.of(identity("x"), "../x", "client"),))
+
+
+def test_a_copied_entry_under_another_name_is_refused() -> None:
+    twin = Member.of(identity("c001"), "mallory", "client")
+    with pytest.raises(errors.RosterError, match="same identity"):
+        roster(3).add(twin)
+
+
+@given(st.text(max_size=300))
+def test_any_text_as_a_roster_is_a_roster_error_or_empty(text: str) -> None:
+    try:
+        assert Roster.from_toml(text, "x").members == ()
+    except errors.RosterError as error:
+        assert "x" in str(error)
+
+
+def test_seals_open_only_under_key_and_context() -> None:
+    a, b = Identity.generate().curve, Identity.generate().curve
+    key = agree(a, b.public_key().public_bytes_raw(), "b")
+    assert key == agree(b, a.public_key().public_bytes_raw(), "a")
+    box = seal(key, b"share", b"run1")
+    assert unseal(key, box, b"run1", "a") == b"share"
+    for other in ((bytes(32), box, b"run1"), (key, box[:-1], b"run1"), (key, box, b"run2")):
+        with pytest.raises(errors.SealError, match="from a"):
+            unseal(*other, "a")
+    with pytest.raises(errors.SealError, match="not a usable curve point"):
+        agree(a, bytes(32), "mallory")
+
+
+def test_settings_come_from_the_file_and_flags_win(tmp_path: Path) -> None:
+    path = tmp_path / "c.toml"
+    path.write_text('key = "a.pem"\nshots = 4\n[policy]\nmin_cohort = 5\nprotections = ["masks"]\n')
+    words = ["--config", str(path), "--shots", "8", "--policy-min-survivors", "4", "--no-download",
+             "--policy-protections", "masks,none"]  # fmt: skip
+    settings = command.load(ClientSettings, flags(ClientSettings, words))
+    assert (settings.key, settings.shots, settings.download) == ("a.pem", 8, False)
+    assert (settings.policy.min_cohort, settings.policy.min_survivors) == (5, 4)
+    assert settings.policy.protections == ("masks", "none")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("rouds = 3", r"unknown key 'rouds'; did you mean 'rounds'\?"),
+        ("rounds = 0", "rounds = 0: expected `int` >= 1"),
+        ('rounds = "three"', "rounds = 'three': expected `int`, got `str`"),
+        ('protection = "mask"', "protection = 'mask': must be one of masks, none"),
+        ("ring_bits = 40", "ring_bits = 40: expected `int` <= 32"),
+        ("rounds = ", "cannot be read"),
+    ],
+)
+def test_config_typos_name_file_key_value_and_remedy(tmp_path: Path, text: str, words: str) -> None:
+    path = tmp_path / "server.toml"
+    path.write_text(text)
+    with pytest.raises(errors.ConfigError, match=words) as caught:
+        command.load(ServerSettings, flags(ServerSettings, ["--config", str(path)]))
+    assert "server.toml" in str(caught.value)
+
+
+def test_policy_typos_too(tmp_path: Path) -> None:
+    path = tmp_path / "client.toml"
+    path.write_text("[policy]\nmin_cohrt = 3")
+    with pytest.raises(errors.ConfigError, match="'min_cohrt'; did you mean 'min_cohort'"):
+        command.load(ClientSettings, flags(ClientSettings, ["--config", str(path)]))
+    with pytest.raises(errors.ConfigError, match="does not exist"):
+        command.load(ClientSettings, flags(ClientSettings, ["--config", "nowhere.toml"]))
+
+
+@pytest.mark.parametrize("cls", [ServerSettings, ClientSettings])
+def test_every_field_has_a_flag_with_help(cls: type) -> None:
+    parser = command.parser("x", "y", "z")
+    command.add_flags(parser, cls)
+    actions = {a.dest: a for a in parser._actions}
+    for name in cls.__struct_fields__:  # type: ignore[attr-defined]
+        if name == "policy":
+            continue
+        text = actions[name].help or ""
+        assert len(text.split("(default")[0].strip()) > 5, f"--{name} has no help text"
+
+
+def test_method_settings_are_canonical_and_closed() -> None:
+    settings = MethodSettings(lr=0.5)
+    assert MethodSettings.from_bytes(settings.to_bytes()) == settings
+    with pytest.raises(errors.ConfigError, match="not understood"):
+        MethodSettings.from_bytes(b'{"method":"promptfl","surprise":1}')
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help_with_examples(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([name, "--help"])
+    assert stop.value.code == 0
+    assert "examples:" in capsys.readouterr().out
+
+
+def test_unknown_command_and_error_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["dmeo"]) == 2
+    assert "unknown command 'dmeo'" in capsys.readouterr().err
+    assert main(["roster", "list", "--roster", "nowhere.toml"]) == 2
+    captured = capsys.readouterr().err
+    assert captured.startswith("RosterError: roster = 'nowhere.toml'")
+    assert captured.count("\n") == 1
+
+
+def test_exit_codes_are_those_of_the_tree() -> None:
+    """The tree in the docstring and the classes agree."""
+    tree = errors.__doc__ or ""
+    for name, cls in vars(errors).items():
+        if isinstance(cls, type) and issubclass(cls, errors.SecureFedPromptError):
+            assert name in tree, f"{name} is missing in the tree"
+    assert errors.NotOnRosterError.exit_code == 4
+    assert errors.WrongServerKeyError.exit_code == 5
+    assert errors.UnreachableError.exit_code == 3

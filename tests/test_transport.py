@@ -1,0 +1,185 @@
+"""Real sockets: who gets in, who is told what, and what a frame's sender is."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+
+import numpy as np
+import pytest
+import zmq
+from rounds import identity, make_parties, make_plan, make_updates, names, plain_sum, roster
+from zmq.utils import z85
+
+from secure_fedprompt.clients import participant
+from secure_fedprompt.clients.link import CurveLink
+from secure_fedprompt.protocol import errors
+from secure_fedprompt.protocol import messages as m
+from secure_fedprompt.protocol.keys import Identity
+from secure_fedprompt.server.coordinator import Deadlines, Round, Stage
+from secure_fedprompt.server.hub import Hub
+
+PATIENCE = 20.0
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    with closing(Hub("tcp://127.0.0.1:*", identity("server"), roster(4))) as made:
+        yield made
+
+
+@pytest.fixture
+def connect(hub: Hub) -> Iterator[Callable[..., CurveLink]]:
+    """Open links that are closed at the end."""
+    with ExitStack() as stack:
+
+        def make(who: Identity, server: bytes | None = None, patience: float = 5.0) -> CurveLink:
+            key = identity("server").curve_public() if server is None else server
+            return stack.enter_context(closing(CurveLink(hub.address, key, who, patience)))
+
+        yield make
+
+
+def collect(hub: Hub, count: int) -> list[tuple[str, m.Message]]:
+    got: list[tuple[str, m.Message]] = []
+    deadline = time.monotonic() + PATIENCE
+    while len(got) < count and time.monotonic() < deadline:
+        got += hub.poll(0.05)
+    return got
+
+
+def test_the_sender_is_the_authenticated_key(
+    hub: Hub, connect: Callable[..., CurveLink]
+) -> None:
+    for name in names(2):
+        link = connect(identity(name))
+        link.connect()
+        link.send(m.Alive())
+        assert collect(hub, 1) == [(name, m.Alive())]
+        assert hub.send(name, m.RoundEnd(bytes(16), 1, name))
+        assert link.receive(PATIENCE) == m.RoundEnd(bytes(16), 1, name)
+    assert not hub.send("c004", m.Alive())
+
+
+def test_a_chosen_routing_id_gives_no_other_name(hub: Hub) -> None:
+    """c002 connects under the routing id that c001 has; it still speaks as c002."""
+    context = zmq.Context()
+    opened = []
+    for name in ("c001", "c002"):
+        peer = context.socket(zmq.DEALER)
+        peer.linger = 0
+        peer.routing_id = b"c001"
+        peer.curve_serverkey = z85.encode(identity("server").curve_public())
+        peer.curve_publickey = z85.encode(identity(name).curve_public())
+        peer.curve_secretkey = z85.encode(identity(name).curve.private_bytes_raw())
+        peer.connect(hub.address)
+        peer.send(m.CATALOGUE.encode(m.Alive()))
+        opened.append(peer)
+        got = collect(hub, 1) if name == "c001" else list(hub.poll(1.0))
+        assert all(sender == name for sender, _ in got)
+    context.destroy(linger=0)
+
+
+def test_not_on_the_roster(connect: Callable[..., CurveLink]) -> None:
+    with pytest.raises(errors.NotOnRosterError, match=r"status 400.*not on the server's roster"):
+        connect(Identity.generate()).connect()
+
+
+def test_wrong_server_key(connect: Callable[..., CurveLink]) -> None:
+    wrong = Identity.generate().curve_public()
+    with pytest.raises(errors.WrongServerKeyError, match="probably not this server's"):
+        connect(identity("c001"), wrong, patience=15.0).connect()
+
+
+def test_unreachable() -> None:
+    with socket.socket() as taken:  # bound, never listening: connections are refused
+        taken.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
+        link = CurveLink(address, identity("server").curve_public(), identity("c001"), 0.5)
+        with closing(link), pytest.raises(errors.UnreachableError, match="check the address"):
+            link.connect()
+
+
+def test_port_in_use_and_bad_addresses(hub: Hub) -> None:
+    with pytest.raises(errors.PortInUseError, match="stop the other server"):
+        Hub(hub.address, identity("server"), roster(4))
+    with pytest.raises(errors.ConfigError, match="tcp://ADDRESS:PORT"):
+        Hub("nonsense", identity("server"), roster(4))
+    with pytest.raises(errors.ConfigError, match="tcp://HOST:PORT"):
+        CurveLink("nonsense", identity("server").curve_public(), identity("c001"))
+
+
+def test_malformed_frames_are_reported_with_their_sender(
+    hub: Hub, connect: Callable[..., CurveLink]
+) -> None:
+    link = connect(identity("c003"))
+    link.connect()
+    link._socket.send(b"\x01\xffgarbage")
+    ((sender, message),) = collect(hub, 1)
+    assert sender == "c003"
+    assert isinstance(message, m.Leave)
+    assert message.error == "UnknownTypeError"
+    link._socket.send_multipart([b"two", b"parts"])
+    link.send(m.Alive())
+    assert collect(hub, 1) == [("c003", m.Alive())]
+
+
+def test_unencrypted_peers_get_nothing(hub: Hub) -> None:
+    with zmq.Context() as context, context.socket(zmq.DEALER) as plain:
+        plain.linger = 0
+        plain.connect(hub.address)
+        plain.send(m.CATALOGUE.encode(m.Alive()))
+        assert not list(hub.poll(0.5))
+
+
+def test_a_link_that_comes_back_counts_a_new_connection() -> None:
+    first = Hub("tcp://127.0.0.1:*", identity("server"), roster(4))
+    address = first.address
+    link = CurveLink(address, identity("server").curve_public(), identity("c001"), PATIENCE)
+    with closing(link):
+        link.connect()
+        first.close()
+        with closing(Hub(address, identity("server"), roster(4))) as second:
+            deadline = time.monotonic() + PATIENCE
+            while link.connections < 2 and time.monotonic() < deadline:
+                link.receive(0.1)
+            link.send(m.Alive())
+            assert collect(second, 1) == [("c001", m.Alive())]
+
+
+def test_a_round_of_random_vectors_over_sockets(
+    hub: Hub, connect: Callable[..., CurveLink]
+) -> None:
+    plan = make_plan(4)
+    updates = make_updates(plan)
+    parties = make_parties(4)
+    links = {name: connect(identity(name)) for name in names(4)}
+    for link in links.values():
+        link.connect()
+        link.send(m.Alive())
+    collect(hub, 4)
+    server = Round(plan, b"", roster(4), Deadlines())
+    states: dict[str, participant.State] = {}
+    out = server.start(0.0)
+    deadline = time.monotonic() + PATIENCE
+    while not server.over and time.monotonic() < deadline:
+        for name, message in out:
+            assert hub.send(name, message)
+        for name, link in links.items():
+            message = link.receive(0.01)
+            if message is None:
+                continue
+            if isinstance(message, m.Plan):
+                states[name], replies = participant.start(parties[name], message.plan)
+            else:
+                states[name], replies = states[name].on(message)
+            if isinstance(state := states[name], participant.Ready):
+                states[name], replies = state.upload(*updates[name])
+            for reply in replies:
+                link.send(reply)
+        out = [o for name, msg in hub.poll(0.01) for o in server.on(name, msg, 0.0)]
+    assert server.stage is Stage.DONE
+    assert server.integers is not None
+    assert np.array_equal(server.integers, plain_sum(plan, updates, plan.cohort))
