@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Iterable
@@ -20,6 +21,7 @@ class MemoryJournal:
         self._uploaded: set[tuple[str, int]] = set()
         self._updates: set[str] = set()
         self._survivors: dict[str, list[tuple[str, ...]]] = {}
+        self._opened: dict[tuple[str, str], tuple[str, ...]] = {}
 
     def begin_round(self, run: bytes, round: int) -> None:
         last = self._last.get(run.hex(), 0)
@@ -45,6 +47,15 @@ class MemoryJournal:
     def survivor_lists(self, run: bytes) -> Iterable[tuple[str, ...]]:
         return tuple(self._survivors.get(run.hex(), ()))
 
+    def record_reveal(
+        self, run: bytes, round: int, base: bytes, survivors: tuple[str, ...]
+    ) -> None:
+        record = {"event": "reveal", "run": run.hex(), "round": round, "base": base.hex()}
+        self._apply({**record, "survivors": list(survivors)})
+
+    def opened(self, run: bytes, base: bytes) -> tuple[str, ...] | None:
+        return self._opened.get((run.hex(), base.hex()))
+
     def knows(self, run: bytes) -> bool:
         """Whether this client has entered a round of the run before."""
         return run.hex() in self._last
@@ -61,6 +72,10 @@ class MemoryJournal:
                 names = record["survivors"]
                 assert isinstance(names, list)
                 self._survivors.setdefault(run, []).append(tuple(names))
+            case "reveal":
+                names = record["survivors"]
+                assert isinstance(names, list)
+                self._opened[run, str(record["base"])] = tuple(names)
             case event:
                 raise ValueError(f"unknown event {event!r}")
 
@@ -77,6 +92,7 @@ class FileJournal(MemoryJournal):
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         self._file = os.fdopen(descriptor, "r+b")
+        self._lock(path)
         whole = 0
         for number, line in enumerate(self._file, start=1):
             if not line.endswith(b"\n"):
@@ -93,10 +109,33 @@ class FileJournal(MemoryJournal):
         self._file.seek(whole)
         self._file.truncate()
 
+    def _lock(self, path: Path) -> None:
+        try:
+            import fcntl
+        except ImportError:  # no such locks on this system
+            return
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._file.close()
+            raise ConfigError(
+                f"journal {path} is in use by another client process: stop it, or use another "
+                "state_dir and key"
+            ) from None
+
     def _apply(self, record: Record) -> None:
-        self._file.write(json.dumps(record, separators=(",", ":")).encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        begin = self._file.tell()
+        try:
+            self._file.write(json.dumps(record, separators=(",", ":")).encode() + b"\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self._file.seek(begin)
+                self._file.truncate()
+            raise ConfigError(
+                f"journal cannot be written ({error.strerror}): free the disk"
+            ) from None
         super()._apply(record)
 
     def close(self) -> None:

@@ -15,12 +15,17 @@ from numpy.typing import NDArray
 from secure_fedprompt.clients import participant
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.errors import (
+    AdvertMismatchError,
     FieldError,
     MismatchError,
     PolicyError,
+    ProtocolError,
     ReplayError,
     RunFailedError,
+    SealError,
     SecureFedPromptError,
+    SignatureError,
+    SurvivorError,
     UnexpectedMessageError,
 )
 from secure_fedprompt.protocol.expand import Purpose, digest
@@ -29,6 +34,8 @@ from secure_fedprompt.protocol.plan import RoundPlan
 from secure_fedprompt.protocol.settings import MethodSettings
 
 Prompt = NDArray[np.float32]
+MAX_WITHDRAWN = 3  # rounds in a row
+ROUND_ERRORS = (SealError, AdvertMismatchError, SurvivorError, SignatureError)  # a peer's doing
 _SAME_START = 1e-5  # initial prompts of two machines may differ by this much
 
 
@@ -72,6 +79,8 @@ class Session:
         self.settings: MethodSettings | None = None
         self.round: participant.State | None = None
         self.work: Work | None = None
+        self._withdrawn = 0
+        self._progress = (1, 0)  # learning round, rounds of the run
         self.final: Prompt | None = None
         self.over = False
 
@@ -103,8 +112,11 @@ class Session:
                 return self._finish(message)
             case m.Plan():
                 return self._plan(message)
+            case m.Rejoin():
+                return [self.hello()]
             case m.RoundEnd():
-                self.work = None
+                if self.round and (message.run, message.round) == (self.run, self.round.plan.round):
+                    self.round = self.work = None
                 return []
         if self.round is None:
             return []  # a frame of a round that a reconnection ended
@@ -116,9 +128,28 @@ class Session:
         state = self.round
         if not isinstance(state, participant.Ready) or state.plan is not work.plan:
             return []
-        self.work = None
+        self.work, self._withdrawn = None, 0
         self.round, replies = state.upload(values, weight)
         return replies
+
+    def withdraw(self, error: SecureFedPromptError) -> participant.Replies:
+        """Leave the current round, not the run.
+
+        Raises:
+            SecureFedPromptError: ``error`` itself, if it concerns more than a round, or is the
+                third in a row.
+        """
+        state, self.round, self.work = self.round, None, None
+        self._withdrawn += 1
+        if not isinstance(error, ROUND_ERRORS) or state is None or self._withdrawn >= MAX_WITHDRAWN:
+            raise error
+        kind, reason = type(error).__name__, m.line(error)
+        return [m.Withdraw(state.plan.run, state.plan.round, kind, reason)]
+
+    def leave(self, error: SecureFedPromptError) -> m.Leave:
+        """The last frame. Only errors about what the server itself sent carry their text."""
+        told = isinstance(error, ProtocolError | MismatchError)
+        return m.Leave(type(error).__name__ if told else "Stopped", m.line(error) if told else "")
 
     def _welcome(self, message: m.Welcome) -> participant.Replies:
         if message.run != m.run_id(message.server_nonce, message.nonces):
@@ -128,15 +159,17 @@ class Session:
             raise PolicyError(
                 "run began without this client's nonce, and policy.allow_late_join is false"
             )
-        if self.run and self.run != message.run and self.round is not None:
-            raise UnexpectedMessageError("welcome to another run in the middle of a round")
+        if self.run not in (b"", message.run):
+            raise ReplayError("welcome to another run: start this client again to join it")
         settings = MethodSettings.from_bytes(message.settings)
+        if self.settings not in (None, settings):
+            raise MismatchError("the run's settings changed: start this client again")
         allowed = self.party.policy.methods
         if allowed and settings.method not in allowed:
             raise PolicyError(
                 f"run wants method {settings.method!r}, policy.methods allows {', '.join(allowed)}"
             )
-        if settings != self.settings:
+        if self.settings is None:
             self.workload.prepare(settings)
         self.settings, self.run = settings, message.run
         if not message.need_initial:
@@ -151,7 +184,7 @@ class Session:
         base = self._check_base(plan, message.base)
         expected: dict[str, tuple[str | bytes, str | bytes]] = {
             "method": (plan.method, settings.method),
-            "settings": (plan.settings_digest, digest(Purpose.PAYLOAD, settings.to_bytes())),
+            "settings": (plan.settings_digest, digest(Purpose.SETTINGS, settings.to_bytes())),
             "model": (plan.model_fingerprint, self.workload.model_fingerprint),
             "classes": (plan.classes_digest, self.workload.classes_digest),
         }
@@ -168,13 +201,21 @@ class Session:
             base, self.workload.initial(), rtol=0, atol=_SAME_START
         ):
             raise MismatchError("starting prompt is not what our model and the settings give")
+        if plan.learning_round < self._progress[0] or plan.rounds != (
+            self._progress[1] or plan.rounds
+        ):
+            raise ReplayError(
+                f"plan is for learning round {plan.learning_round} of {plan.rounds}, "
+                f"after {self._progress[0]} of {self._progress[1]}"
+            )
         self.round, replies = participant.start(self.party, plan)
+        self._progress = plan.learning_round, plan.rounds
         self.work = None
         self._base = base
         return self._ready(replies)
 
     def _check_base(self, plan: RoundPlan, data: bytes | memoryview) -> Prompt:
-        if digest(Purpose.PAYLOAD, bytes(data)) != plan.base_digest or len(data) % 4:
+        if digest(Purpose.BASE, bytes(data)) != plan.base_digest or len(data) % 4:
             raise MismatchError("global prompt is not the one that the plan names")
         base = np.frombuffer(data, "<f4").astype(np.float32)
         if not np.isfinite(base).all():
@@ -192,7 +233,13 @@ class Session:
         self.over = True
         if message.reason:
             raise RunFailedError(f"server ended the run: {message.reason}")
-        self.final = np.frombuffer(message.vector, "<f4").astype(np.float32)
+        size = sum(t.size for t in self.workload.tensors())
+        if len(message.vector) != 4 * size:
+            raise FieldError(f"final prompt of {len(message.vector)} bytes, {4 * size} expected")
+        final = np.frombuffer(message.vector, "<f4").astype(np.float32)
+        if not np.isfinite(final).all():
+            raise FieldError("final prompt holds NaN or infinity")
+        self.final = final
         return []
 
 

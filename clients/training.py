@@ -4,67 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import msgspec
 import numpy as np
 import torch
 import torch.nn.functional as F
-from msgspec import Meta
 from numpy.typing import NDArray
 
 from secure_fedprompt.clients.backbone import Backbone
 from secure_fedprompt.clients.data import partitions, sets
 from secure_fedprompt.clients.data.sets import ImageSet
+from secure_fedprompt.clients.data.settings import DataSettings
 from secure_fedprompt.clients.methods.base import Batch, Method, build
 from secure_fedprompt.clients.session import Prompt, Work
 from secure_fedprompt.protocol import layout as lay
-from secure_fedprompt.protocol.errors import DataError, UpdateError
+from secure_fedprompt.protocol.errors import DataError
 from secure_fedprompt.protocol.expand import Purpose, digest
 from secure_fedprompt.protocol.fixedpoint import LOSS_CLIP
 from secure_fedprompt.protocol.layout import TensorSpec
-from secure_fedprompt.protocol.settings import Count, MethodSettings, Positive, Rate
+from secure_fedprompt.protocol.settings import MethodSettings
 
 _CHUNK = 256  # images at a time through the image tower
 Progress = Callable[[str, int, int], None]
 Values = dict[str, NDArray[np.floating[Any]] | np.float64]
-
-
-class DataSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Which images a client holds.
-
-    Attributes:
-        dataset: "generated", a folder or zip file (CLASS/IMAGE), or a torchvision name.
-        data_root: where torchvision data sets lie.
-        download: fetch a missing torchvision data set.
-        class_list: text file with one class name a line, the same at every client; needed where
-            a client lacks some classes.
-        test_share: part of each class held out for testing if the data have no test split.
-        shots: training images per class, 0 for all, drawn before the partition.
-        styles: of the generated set, comma-separated.
-        generated_classes: how many of its classes.
-        per_class, test_per_class: pictures of each class and style of the generated set.
-        partition: how a shared data set is dealt out: iid, pathological, dirichlet or domain.
-        part, parts: which of how many shares this client takes; parts = 1 takes everything.
-        beta: concentration of the Dirichlet partition.
-        data_seed: of all these draws.
-    """
-
-    dataset: str = "generated"
-    data_root: str = "data"
-    download: bool = False
-    class_list: str = ""
-    test_share: Annotated[float, Meta(ge=0, lt=1)] = 0.3
-    shots: Count = 0
-    styles: str = "photo,poster,sketch,neon"
-    generated_classes: Positive = 32
-    per_class: Positive = 16
-    test_per_class: Positive = 8
-    partition: str = "iid"
-    part: Count = 0
-    parts: Positive = 1
-    beta: Rate = 0.3
-    data_seed: Count = 0
 
 
 def load_sets(settings: DataSettings) -> tuple[ImageSet, ImageSet]:
@@ -135,7 +98,7 @@ def load_part(settings: DataSettings) -> tuple[ImageSet, ImageSet]:
 
 
 def classes_digest(names: Sequence[str]) -> bytes:
-    return digest(Purpose.PAYLOAD, *(name.encode() for name in names))
+    return digest(Purpose.CLASSES, *(name.encode() for name in names))
 
 
 class Features:
@@ -265,19 +228,11 @@ class LocalTrainer:
 
         Returns:
             update tensors and metric counters by field name, and the weight n_k.
-
-        Raises:
-            UpdateError: more images than the plan's largest weight.
         """
         assert self.method is not None
         assert self.settings is not None
         plan, method = work.plan, self.method
         train, test = self._load_features(method.needs)
-        if not plan.uniform and len(train) > plan.max_weight:
-            raise UpdateError(
-                f"{len(train)} training images exceed the run's max_weight {plan.max_weight}: the "
-                'server must raise max_weight or set weights = "uniform"'
-            )
         self.load(work.base)
         self.clipped = 0
         values: Values = {}

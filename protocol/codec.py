@@ -16,10 +16,11 @@ second encoding of the same value, so a digest of the bytes is a digest of the m
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import struct
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -151,12 +152,15 @@ def _text(where: str, limit: int) -> tuple[Writer, Reader]:
             raise FieldError(f"{where}: holds control characters")
         return value
 
-    def write(value: str, out: list[bytes]) -> None:
+    @functools.lru_cache(maxsize=8192)  # the same few names again and again
+    def encoded(value: str) -> bytes:
         if not value.isprintable():
             raise FieldError(f"{where}: holds control characters")
+        out: list[bytes] = []
         write_bytes(value.encode(), out)
+        return b"".join(out)
 
-    return write, read
+    return lambda value, out: out.append(encoded(value)), read
 
 
 def _many(where: str, limit: int, item: tuple[Writer, Reader]) -> tuple[Writer, Reader]:
@@ -208,10 +212,43 @@ def _struct(cls: type[Any]) -> tuple[Writer, Reader]:
         for name, put, _ in parts:
             put(getattr(value, name), out)
 
+    readers = _grouped(
+        cls.__name__, [(hints[f.name], parts[i][2]) for i, f in enumerate(fields(cls))]
+    )
+
     def read(cursor: Cursor) -> Any:
-        return cls(*(get(cursor) for _, _, get in parts))
+        values: list[Any] = []
+        for get in readers:
+            values += get(cursor)
+        return cls(*values)
 
     return write, read
+
+
+def _grouped(
+    where: str, parts: list[tuple[Any, Reader]]
+) -> list[Callable[[Cursor], Sequence[Any]]]:
+    """Readers of one or more fields each: neighbours of fixed width are unpacked at once."""
+    result: list[Callable[[Cursor], Sequence[Any]]] = []
+    for fixed, run in itertools.groupby(parts, key=lambda part: _format(part[0]) != ""):
+        members = list(run)
+        if fixed:
+            packer = struct.Struct("<" + "".join(_format(hint) for hint, _ in members))
+            result.append(lambda c, p=packer: p.unpack(c.take(p.size, where)))  # type: ignore[misc]
+        else:
+            result += [lambda c, get=get: (get(c),) for _, get in members]  # type: ignore[misc]
+    return result
+
+
+def _format(annotation: Any) -> str:
+    """The struct code of a field of fixed width, or "" (floats are checked one by one)."""
+    kind = get_args(annotation)[1] if get_origin(annotation) is Annotated else None
+    match kind:
+        case Number(form) if form != "<d":
+            return form[1:]
+        case Exact(size):
+            return f"{size}s"
+    return ""
 
 
 def _coder_of(value: object) -> Writer:
@@ -245,8 +282,13 @@ class Catalogue:
     def __init__(self, *types: type) -> None:
         self.types = dict(enumerate(types, start=1))
         self._codes = {cls: code for code, cls in self.types.items()}
+        self._last: tuple[object, bytes] = (None, b"")
 
     def encode(self, message: object) -> bytes:
+        """A message as its frame. A broadcast, the same object again, is encoded once."""
+        last, frame = self._last
+        if message is last:
+            return frame
         out = [bytes((VERSION, self._codes[type(message)]))]
         _coder_of(message)(message, out)
         frame = b"".join(out)
@@ -254,6 +296,7 @@ class Catalogue:
             raise TooLargeError(
                 f"{type(message).__name__}: {len(frame)} bytes, at most {MAX_FRAME}"
             )
+        self._last = message, frame
         return frame
 
     def decode(self, frame: bytes | memoryview) -> Any:

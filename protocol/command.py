@@ -10,10 +10,13 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import signal
 import sys
+import threading
 import tomllib
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import msgspec
@@ -206,7 +209,17 @@ def write_json(path: str | None, result: object) -> None:
 
 
 def guard(body: Callable[[], int], debug: bool = False) -> int:
-    """Run a command: expected failures are one line on stderr and an exit code."""
+    """Run a command: expected failures are one line on stderr and an exit code.
+
+    SIGTERM and SIGINT interrupt it alike, also where a shell started it with SIGINT ignored.
+    """
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, interrupt)
+        signal.signal(signal.SIGINT, interrupt)
     try:
         return body()
     except KeyboardInterrupt:

@@ -204,10 +204,10 @@ class BadShareError(ProtocolError):
     """A reconstructed secret does not match its commitment.
 
     Attributes:
-        senders: names whose shares disagree with the verified polynomial, empty if the
-            responders are too few to tell.
+        owner: whose shares do not give what it committed to, if there were enough of them to
+            rule out that a responder lies; else empty.
     """
 
-    def __init__(self, message: str, senders: tuple[str, ...] = ()) -> None:
+    def __init__(self, message: str, owner: str = "") -> None:
         super().__init__(message)
-        self.senders = senders
+        self.owner = owner

@@ -42,8 +42,9 @@ class Purpose(IntEnum):
     SELF_COMMITMENT = 10
     SHARE_SEAL = 11
     GRAPH = 12
-    ROUNDING = 13
-    PAYLOAD = 14
+    SETTINGS = 13
+    BASE = 14
+    CLASSES = 15
 
 
 _TAGS = {purpose: TAG + purpose.name.lower().encode() + b"\0" for purpose in Purpose}

@@ -34,6 +34,7 @@ from secure_fedprompt.protocol.ring import (
 
 MAX_FRAC = 24
 LOSS_CLIP = 20.0
+_CHUNK = 1 << 14  # values encoded at a time, to stay in the cache
 MIN_UPDATE_STEPS = 128  # a clip range coarser than +-128 steps is refused
 
 
@@ -50,6 +51,8 @@ def check_fits(field: Field, clients: int) -> None:
     """
     if not MIN_BITS <= field.bits <= MAX_BITS:
         raise OverflowPlanError(f"field {field.name!r}: ring of {field.bits} bits, must be 8 to 32")
+    if field.frac > MAX_FRAC or not 0 < field.bound < 2**32:
+        raise OverflowPlanError(f"field {field.name!r}: bound {field.bound:g} at 2^{field.frac}")
     largest, limit = clients * magnitude(field.bound, field.frac), (1 << (field.bits - 1)) - 1
     if largest > limit:
         raise OverflowPlanError(
@@ -107,7 +110,8 @@ def size_layout(
     counters = {lay.WEIGHT: float(max_weight), lay.CONTRIBUTORS: 1.0}
     if metrics:
         counters |= {lay.CORRECT: max_seen, lay.SEEN: max_seen}
-        counters |= {lay.LOSS: LOSS_CLIP * max_seen, lay.CLIPPED: values}
+        counters |= {lay.LOSS: LOSS_CLIP * max_seen}
+        counters |= {lay.CLIPPED: values} if values else {}
     for name, bound in counters.items():
         field = _sized(name, (), bound, 32, clients, False)
         whole = name != lay.LOSS
@@ -122,12 +126,16 @@ def weighted(layout: Layout, values: Values, *, weight: float, clip: float) -> V
         layout: of the plan.
         values: update tensors (unweighted) and counters, by field name. The number of clipped
             values is filled in if the layout has a field for it.
-        weight: n_k, the multiplier of the update fields.
+        weight: n_k, the multiplier of the update fields; at most the weight field's bound counts.
         clip: C.
 
+    Counters beyond their bound are saturated, silently: a refusal would tell the server, which
+    sets the bounds, on which side of them a private count lies.
+
     Raises:
-        UpdateError: NaN or infinity, a counter beyond its bound, a wrong shape.
+        UpdateError: NaN or infinity, or a wrong shape.
     """
+    weight = min(weight, next(field.bound for field in layout if field.name == lay.WEIGHT))
     counted = any(field.name == lay.CLIPPED for field in layout)
     vector = lay.flatten(layout, {lay.CLIPPED: np.float64(0), **values} if counted else values)
     if not np.isfinite(vector).all():
@@ -143,11 +151,7 @@ def weighted(layout: Layout, values: Values, *, weight: float, clip: float) -> V
             part *= weight
         elif field.name == lay.CLIPPED:
             part[:] = clipped
-        largest = max(part.max(initial=0), -part.min(initial=0))
-        if largest > field.bound:
-            raise UpdateError(
-                f"field {field.name!r} is {largest:g}, the plan allows {field.bound:g}"
-            )
+        np.clip(part, -field.bound, field.bound, out=part)
     return vector
 
 
@@ -162,13 +166,14 @@ def encode(layout: Layout, vector: Vector, rounding_key: bytes) -> Words:
     # 20 bits, centred: |value| < 2^31 keeps the addition exact, so that it never carries a value
     # past its bound.
     draws = np.frombuffer(keystream(rounding_key, 4 * len(vector)), "<u4")
-    words, at = np.empty(len(vector), np.uint32), 0
+    words, begin = np.empty(len(vector), np.uint32), 0
     for field in layout:
-        here = slice(at, at + field.size)
-        scaled = vector[here] * 2.0**field.frac
-        scaled += (draws[here] >> np.uint32(12)) * 2.0**-20 + 2.0**-21
-        words[here] = np.floor(scaled, out=scaled).astype(np.int64).astype(np.uint32)
-        at += field.size
+        for at in range(begin, begin + field.size, _CHUNK):
+            here = slice(at, min(at + _CHUNK, begin + field.size))
+            scaled = vector[here] * 2.0**field.frac
+            scaled += (draws[here] >> np.uint32(12)) * 2.0**-20 + 2.0**-21
+            words[here] = np.floor(scaled, out=scaled).astype(np.int32).view(np.uint32)
+        begin += field.size
     return words
 
 

@@ -17,7 +17,8 @@
                        <-           RoundEnd         or the next Plan
                        <-           Finish           final prompt
 
-``Alive`` and ``Leave`` (client) and ``Refused`` (server) may come at any time. The sender is the
+``Alive``, ``Withdraw`` (from one round) and ``Leave`` (client), and ``Rejoin`` and ``Refused``
+(server) may come at any time. The sender is the
 authenticated CurveZMQ key, so no message names it. ``repr`` never shows vectors, shares or boxes.
 """
 
@@ -236,8 +237,23 @@ class Alive(Message):
 
 
 @dataclass(frozen=True, repr=False)
+class Withdraw(Message):
+    """The client refuses to go on with this round, but stays in the run."""
+
+    run: RunId
+    round: U32
+    error: Annotated[str, Text(48)]
+    reason: Line
+
+
+@dataclass(frozen=True, repr=False)
+class Rejoin(Message):
+    """The server does not know this client any more: say Hello again."""
+
+
+@dataclass(frozen=True, repr=False)
 class Leave(Message):
-    """The client stops: the class of its error and one line."""
+    """The client stops. ``reason`` is empty if it could say anything about private data."""
 
     error: Annotated[str, Text(48)]
     reason: Line
@@ -253,8 +269,16 @@ class Refused(Message):
 
 CATALOGUE = Catalogue(
     Hello, Welcome, Initial, Plan, Advert, Adverts, Shares, Inbox, MaskedUpload, PlainUpload,
-    SurvivorList, Consistent, UnmaskRequest, Reveal, RoundEnd, Finish, Alive, Leave, Refused,
+    SurvivorList, Consistent, UnmaskRequest, Reveal, RoundEnd, Finish, Alive,
+    Withdraw, Rejoin, Leave, Refused,
 )  # fmt: skip
+
+
+def line(text: object) -> str:
+    """Any text as a ``Line``: one printable line of at most 512 bytes."""
+    words = " ".join(str(text).split())
+    printable = "".join(c if c.isprintable() else "?" for c in words)
+    return printable.encode()[:512].decode(errors="ignore")
 
 
 def run_id(server_nonce: bytes, nonces: Sequence[Nonce]) -> bytes:

@@ -27,9 +27,10 @@ from secure_fedprompt.protocol.codec import (
 from secure_fedprompt.protocol.errors import PlanError
 from secure_fedprompt.protocol.expand import Purpose, digest
 from secure_fedprompt.protocol.fixedpoint import check_fits
-from secure_fedprompt.protocol.layout import Field
+from secure_fedprompt.protocol.layout import Field, total_size
 
 MAX_COHORT = 4096
+MAX_VALUES = 1 << 25
 PROTECTIONS = ("masks", "none")
 NO_SEED = bytes(32)
 
@@ -40,8 +41,12 @@ def default_threshold(clients: int) -> int:
 
 
 def tolerated_colluders(clients: int, threshold: int) -> int:
-    """c = 2t - n - 1: two survivor lists with t signatures each need 2t - n or more dishonest."""
-    return max(0, 2 * threshold - clients - 1)
+    """c = min(2t - n - 1, t - 2), how many clients may collude with an active server.
+
+    Two survivor lists with t signatures each need 2t - n or more dishonest clients, and a sum of t
+    updates hides an honest one only while another honest one is in it.
+    """
+    return max(0, min(2 * threshold - clients - 1, threshold - 2))
 
 
 @dataclass(frozen=True)
@@ -112,7 +117,8 @@ class RoundPlan:
             raise PlanError(f"quorum {self.quorum} does not fit a cohort of {n}")
         if self.degree == 0 and self.threshold != self.quorum:
             raise PlanError(f"threshold {self.threshold} and quorum {self.quorum} differ")
-        if self.degree and (self.degree % 2 or not self.threshold <= self.degree + 1 < n):
+        half = self.degree // 2
+        if self.degree and (self.degree % 2 or not half < self.threshold <= self.degree + 1 < n):
             raise PlanError(f"degree {self.degree}, threshold {self.threshold} with {n} clients")
         if not 1 <= self.learning_round <= self.rounds + 1:
             raise PlanError(f"learning round {self.learning_round} of {self.rounds}")
@@ -125,6 +131,8 @@ class RoundPlan:
             raise PlanError("layout lacks the weight or contributor count, or doubles a name")
         if self.training != any(field.update for field in self.layout):
             raise PlanError("update fields in an evaluation round, or none in a training round")
+        if total_size(self.layout) > MAX_VALUES:
+            raise PlanError(f"layout of {total_size(self.layout)} values, at most {MAX_VALUES}")
         for field in self.layout:
             check_fits(field, n)
             if field.update and field.bound < self.clip * self.max_weight:

@@ -16,22 +16,29 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     Attributes:
         min_cohort: smallest cohort to take part in; below 3 a peer's update is a subtraction away.
         min_survivors: smallest number of updates in a sum that this client helps to open.
-        min_threshold: smallest t. On the complete graph t must also exceed half the cohort.
+        min_threshold: smallest t.
+        min_threshold_share: on the complete graph t must also exceed this share of the cohort. With
+            the default of two thirds, a third of the clients may collude with the server.
         protections, methods, graphs: allowed values; an empty ``methods`` allows every method.
-        max_rounds: most learning rounds of one run.
+        max_rounds: most learning rounds of one run, and half the attempts at them.
         allow_late_join: take part in a run that began without this client's nonce.
+        allow_base_replay: open a second sum over the same global prompt with other survivors. Off,
+            since such sums can be subtracted from each other almost exactly.
         min_survivor_change: refuse a survivor list that differs from an earlier one of the run
-            by fewer clients than this, unless equal. 0 is off: it would let one dropout stop a run.
+            by fewer clients than this, unless equal. Add the colluders you expect: swapping them
+            counts as change. 0 is off: it would let one dropout stop a run.
     """
 
     min_cohort: int = 3
     min_survivors: int = 3
     min_threshold: int = 2
+    min_threshold_share: float = 2 / 3
     protections: tuple[str, ...] = ("masks",)
     methods: tuple[str, ...] = ()
     graphs: tuple[str, ...] = ("complete",)
     max_rounds: int = 1000
     allow_late_join: bool = True
+    allow_base_replay: bool = False
     min_survivor_change: int = 0
 
     def check_plan(self, plan: RoundPlan) -> None:
@@ -48,6 +55,8 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             raise PolicyError(_outside("methods", self.methods, plan.method))
         if plan.rounds > self.max_rounds:
             raise PolicyError(_below("max_rounds", self.max_rounds, f"{plan.rounds} rounds"))
+        if plan.round > 2 * self.max_rounds + 8:
+            raise PolicyError(_below("max_rounds", self.max_rounds, f"attempt {plan.round}"))
         if n < self.min_cohort:
             raise PolicyError(_below("min_cohort", self.min_cohort, f"a cohort of {n}"))
         if plan.protection != "masks":
@@ -58,10 +67,10 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             raise PolicyError(_below("min_survivors", self.min_survivors, f"quorum {plan.quorum}"))
         if plan.threshold < self.min_threshold:
             raise PolicyError(_below("min_threshold", self.min_threshold, f"t = {plan.threshold}"))
-        if 2 * plan.quorum <= n:
+        if plan.quorum <= self.min_threshold_share * n:
             raise PolicyError(
-                f"quorum {plan.quorum} of {n} is not a majority: two disjoint survivor lists "
-                "could be opened; the server must plan a larger threshold"
+                f"plan has t = {plan.quorum} of {n} clients, but policy.min_threshold_share is "
+                f"{self.min_threshold_share:.2f}: a smaller t lets fewer colluders open updates"
             )
 
     def check_survivors(self, new: Sequence[str], earlier: Iterable[Sequence[str]]) -> None:

@@ -29,14 +29,14 @@ class MethodSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     """
 
     method: str = "promptfl"
-    n_ctx: Positive = 16
+    n_ctx: Annotated[int, Meta(ge=1, le=1024)] = 16
     init: str = ""
     position: str = "end"
     lr: Rate = 1e-3
     momentum: NonNegative = 0.9
     weight_decay: NonNegative = 5e-4
-    batch_size: Positive = 32
-    epochs: Positive = 1
+    batch_size: Annotated[int, Meta(ge=1, le=65536)] = 32
+    epochs: Annotated[int, Meta(ge=1, le=1000)] = 1
     seed: Count = 0
 
     def to_bytes(self) -> bytes:
@@ -46,9 +46,12 @@ class MethodSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     @classmethod
     def from_bytes(cls, data: bytes | memoryview) -> MethodSettings:
         try:
-            return msgspec.json.decode(data, type=cls)
+            settings = msgspec.json.decode(data, type=cls)
         except (msgspec.DecodeError, msgspec.ValidationError) as error:
             raise ConfigError(f"the server's settings are not understood: {error}") from None
+        if settings.position not in CHOICES["position"]:
+            raise ConfigError(f"the server's settings are not understood: {settings.position!r}")
+        return settings
 
 
 class ServerSettings(MethodSettings, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -74,6 +77,8 @@ class ServerSettings(MethodSettings, frozen=True, forbid_unknown_fields=True, kw
         metrics: whether clients count accuracy and loss at all (inside the protected sum).
         gather_seconds, stage_seconds, training_seconds: deadlines.
         alive_seconds: silence after which a client counts as gone.
+        model_fingerprint, classes_digest: what every client must hold, as the first hex digits that
+            'secure-fedprompt check' prints; empty takes what the first client announces.
     """
 
     key: str = "server.pem"
@@ -99,6 +104,8 @@ class ServerSettings(MethodSettings, frozen=True, forbid_unknown_fields=True, kw
     stage_seconds: Seconds = 30.0
     training_seconds: Seconds = 900.0
     alive_seconds: Seconds = 15.0
+    model_fingerprint: str = ""
+    classes_digest: str = ""
 
     def method_settings(self) -> MethodSettings:
         names = MethodSettings.__struct_fields__

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -56,11 +54,6 @@ def main(argv: list[str] | None = None) -> int:
     )
     command.add_flags(parser, ClientSettings)
     args = parser.parse_args(argv)
-
-    def terminate(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, terminate)
     body = lambda: take_part(command.load(ClientSettings, args), args.json)  # noqa: E731
     return command.guard(body, args.debug)
 
@@ -151,17 +144,27 @@ def loop(link: CurveLink, session: Session, trainer: LocalTrainer, console: Cons
     """Move frames between socket and session; train in one worker thread. Returns rounds done."""
     connections, alive_at, rounds = 0, 0.0, 0
     job: tuple[Work, Future[tuple[Values, float]]] | None = None
+    welcome: Future[list[m.Message]] | None = None
     with ThreadPoolExecutor(1) as pool:
         try:
             while not session.over:
-                if link.connections != connections:
+                if link.connections != connections and welcome is None:
                     connections = link.connections
                     link.send(session.hello())
                 if (now := time.monotonic()) - alive_at > ALIVE_SECONDS:
                     link.send(m.Alive())
                     alive_at = now
-                message = link.receive(0.02 if job else 0.2)
-                replies = session.on(message) if message is not None else []
+                message, replies = None, list[m.Message]()
+                if welcome is None:
+                    message = link.receive(0.02 if job else 0.2)
+                elif welcome.done():
+                    replies, welcome = welcome.result(), None
+                else:
+                    wait([welcome], 0.2)
+                if isinstance(message, m.Welcome):  # encodes all images: keep the link alive
+                    welcome = pool.submit(session.on, message)
+                elif message is not None:
+                    replies += react(session, message, console)
                 if isinstance(message, m.RoundEnd) and message.reason:
                     reason = escape(message.reason)
                     console.print(f"[yellow]round {message.round} aborted[/]: {reason}")
@@ -178,9 +181,19 @@ def loop(link: CurveLink, session: Session, trainer: LocalTrainer, console: Cons
                 for reply in replies:
                     link.send(reply)
         except SecureFedPromptError as error:
-            link.send(m.Leave(type(error).__name__, " ".join(str(error).split())[:500]))
+            link.send(session.leave(error))
             raise
     return rounds
+
+
+def react(session: Session, message: m.Message, console: Console) -> list[m.Message]:
+    """The answer to a frame; an error of one round only ends our part in that round."""
+    try:
+        return session.on(message)
+    except SecureFedPromptError as error:
+        replies = session.withdraw(error)
+        console.print(f"[yellow]withdrawn from this round[/]: {escape(str(error))}")
+        return replies
 
 
 def tell(console: Console, work: Work, trainer: LocalTrainer, weight: float) -> None:
@@ -190,6 +203,10 @@ def tell(console: Console, work: Work, trainer: LocalTrainer, weight: float) -> 
     clipped = (
         f", [yellow]{trainer.clipped} values clipped to {plan.clip:g}[/]" if trainer.clipped else ""
     )
+    if weight > plan.max_weight:
+        console.print(
+            f"[yellow]our {weight:g} images count as the plan's max_weight {plan.max_weight}[/]"
+        )
     console.print(f"{what}: update of {weight:g} images sent {shield}{clipped}")
 
 

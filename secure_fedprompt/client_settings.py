@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from secure_fedprompt.clients.training import DataSettings
+from secure_fedprompt.clients.data.settings import DataSettings
 from secure_fedprompt.protocol.policy import Policy
 from secure_fedprompt.protocol.settings import Count, Seconds
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import time
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from rich.console import Console
@@ -37,11 +35,6 @@ def main(argv: list[str] | None = None) -> int:
     )
     command.add_flags(parser, ServerSettings)
     args = parser.parse_args(argv)
-
-    def terminate(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, terminate)
     return command.guard(lambda: serve(command.load(ServerSettings, args), args.json), args.debug)
 
 

@@ -15,18 +15,20 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 import numpy as np
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from numpy.typing import NDArray
 
 from secure_fedprompt.protocol import fixedpoint, layout, masking
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.errors import (
     AdvertMismatchError,
+    BadShareError,
     FieldError,
     ProtocolError,
     UnexpectedMessageError,
 )
 from secure_fedprompt.protocol.expand import Purpose
-from secure_fedprompt.protocol.keys import verify
+from secure_fedprompt.protocol.keys import agree, verify
 from secure_fedprompt.protocol.plan import RoundPlan
 from secure_fedprompt.protocol.roster import Roster
 from secure_fedprompt.server.aggregate import MaskedSum, PlainSum, masks_to_remove
@@ -92,6 +94,9 @@ class Round:
         self._shared: dict[str, tuple[str, ...]] = {}
         self._survivors: tuple[str, ...] = ()
         self._survivors_body = b""
+        self._gone: set[str] = set()
+        self._keys: set[bytes] = set()
+        self._probe = X25519PrivateKey.generate()
         self._sum = PlainSum(self.plan) if self.plan.protection == "none" else MaskedSum(self.plan)
 
     @property
@@ -101,51 +106,64 @@ class Round:
     def start(self, now: float) -> Outbox:
         masked = self.plan.protection == "masks"
         self._begin(Stage.ADVERTISING if masked else Stage.COLLECTING, self.plan.cohort, now)
-        return [(name, m.Plan(self.plan, self.base)) for name in self.plan.cohort]
+        message = m.Plan(self.plan, self.base)
+        return [(name, message) for name in self.plan.cohort]
 
     def on(self, sender: str, message: m.Message, now: float) -> Outbox:
         """Take a frame of an authenticated sender; a bad one drops the sender from the round."""
-        if self.over or sender not in self.waiting:
-            return []
+        of = getattr(message, "run", None), getattr(message, "round", None)
+        if self.over or sender not in self.waiting or of != (self.plan.run, self.plan.round):
+            return []  # late: a frame may cross the end of its round
+        if isinstance(message, m.Withdraw):
+            self.faults[sender] = f"withdrew: {message.error}: {message.reason}"
+            return self.lost(sender, now)
         try:
             self._accept(sender, message)
         except ProtocolError as error:
             self.faults[sender] = f"{type(error).__name__}: {error}"
             return self.lost(sender, now)
         self.waiting.discard(sender)
-        return self._advance(now) if not self.waiting else []
+        return self._settle(now)
 
     def lost(self, sender: str, now: float) -> Outbox:
         """A client is gone for the rest of this round."""
-        if self.over or sender not in self.waiting:
-            return []
+        self._gone.add(sender)
         self.waiting.discard(sender)
-        return self._advance(now) if not self.waiting else []
+        return self._settle(now)
 
     def tick(self, now: float) -> Outbox:
         """Let the deadline act. ``deadline`` says when the next call is due."""
-        return self._advance(now) if not self.over and now >= self.deadline else []
+        if not self.over and now >= self.deadline:
+            self.waiting = set()
+        return self._settle(now)
+
+    def _settle(self, now: float) -> Outbox:
+        out: Outbox = []
+        while not self.over and not self.waiting:
+            out += self._advance(now)
+        return out
 
     def _begin(self, stage: Stage, names: tuple[str, ...], now: float) -> None:
         limit = self.deadlines.training if stage is Stage.COLLECTING else self.deadlines.stage
-        self.stage, self.waiting, self.answers = stage, set(names), {}
+        self.stage, self.waiting, self.answers = stage, set(names) - self._gone, {}
         self.began, self.deadline = now, now + limit
 
     def _accept(self, sender: str, message: m.Message) -> None:
         plan = self.plan
-        if (getattr(message, "run", None), getattr(message, "round", None)) != (
-            plan.run,
-            plan.round,
-        ):
-            raise UnexpectedMessageError(f"{message!r} belongs to another round")
         masked = plan.protection == "masks"
         upload = m.MaskedUpload if masked else m.PlainUpload
         if not isinstance(message, EXPECTED.get(self.stage, upload)):
             raise UnexpectedMessageError(f"{type(message).__name__} while {self.stage}")
         match message:
             case m.Advert():
-                if message.name != sender:
-                    raise AdvertMismatchError(f"advert of {sender} is in the name {message.name}")
+                keys = {message.seal_key, message.mask_key}
+                if message.name != sender or len(keys) != 2 or keys & self._keys:
+                    raise AdvertMismatchError(
+                        f"advert of {sender}: another name, or keys used twice"
+                    )
+                for key in keys:
+                    agree(self._probe, key, sender)  # refuses points of small order
+                self._keys |= keys
                 identity = self.roster.identity_of(sender)
                 verify(identity, Purpose.ADVERT, message.body(plan), message.signature, sender)
             case m.Shares():
@@ -185,6 +203,10 @@ class Round:
         }
         try:
             return step[self.stage](names, now)
+        except BadShareError as error:
+            if error.owner:
+                self.faults[error.owner] = f"BadShareError: {error}"
+            return self._abort(f"BadShareError: {error}")
         except ProtocolError as error:
             return self._abort(f"{type(error).__name__}: {error}")
 
@@ -198,18 +220,22 @@ class Round:
     def _send_inboxes(self, names: tuple[str, ...], now: float) -> Outbox:
         near = masking.neighbourhoods(self.plan)
         alive = set(names)
-        boxes: dict[tuple[str, str], bytes] = {}
+        boxes: dict[str, bytes] = {}
+        places: dict[str, dict[str, int]] = {}  # sender -> recipient -> offset of its box
         for sender in names:
             answer = self.answers[sender]
             assert isinstance(answer, m.Shares)
             recipients = [n for n in near[sender] if n in self._adverts and n != sender]
-            for i, recipient in enumerate(recipients):
-                boxes[sender, recipient] = bytes(answer.boxes[m.BOX * i : m.BOX * (i + 1)])
+            boxes[sender] = bytes(answer.boxes)
+            places[sender] = dict(zip(recipients, range(0, len(answer.boxes), m.BOX), strict=True))
         self._shared = {name: tuple(n for n in near[name] if n in alive) for name in names}
         out: Outbox = []
         for name in names:
             senders = tuple(n for n in self._shared[name] if n != name)
-            data = b"".join(boxes[sender, name] for sender in senders)
+            offsets = [places[sender][name] for sender in senders]
+            data = b"".join(
+                [boxes[s][at : at + m.BOX] for s, at in zip(senders, offsets, strict=True)]
+            )
             out.append((name, m.Inbox(self.plan.run, self.plan.round, senders, data)))
         self._begin(Stage.COLLECTING, names, now)
         return out
@@ -227,7 +253,7 @@ class Round:
     def _ask_to_unmask(self, names: tuple[str, ...], now: float) -> Outbox:
         signers = tuple(
             m.Signed(name, a.signature)
-            for name in names
+            for name in names[: self.plan.quorum]  # enough for every client, and less to verify
             if isinstance(a := self.answers[name], m.Consistent)
         )
         dropped = tuple(sorted(set(self._shared) - set(self._survivors)))
@@ -252,7 +278,7 @@ class Round:
         result = layout.unflatten(self.plan.layout, total)
         counted, weight = float(result[layout.CONTRIBUTORS]), float(result[layout.WEIGHT])
         expected = len(self.plan.cohort) - len(self.dropped)
-        if round(counted) != expected or weight <= 0:
+        if not np.isfinite(total).all() or round(counted) != expected or weight <= 0:
             return self._abort(
                 f"the sum counts {counted:g} contributors of weight {weight:g}, "
                 f"{expected} uploads were added"
@@ -263,8 +289,8 @@ class Round:
     def _abort(self, reason: str) -> Outbox:
         self.stage, self.reason = Stage.ABORTED, reason
         self.waiting = set()
-        return self._tell_all(reason[:500])
+        return self._tell_all(reason)
 
     def _tell_all(self, reason: str) -> Outbox:
-        message = m.RoundEnd(self.plan.run, self.plan.round, reason)
+        message = m.RoundEnd(self.plan.run, self.plan.round, m.line(reason))
         return [(name, message) for name in self.plan.cohort]

@@ -101,7 +101,7 @@ class Hub:
             try:
                 message: m.Message = m.CATALOGUE.decode(frame)
             except CodecError as error:
-                message = m.Leave(type(error).__name__, f"sent a malformed frame: {error}"[:500])
+                message = m.Leave(type(error).__name__, m.line(f"malformed frame: {error}"))
             self._count(name, "up", type(message).__name__, len(frame))
             yield name, message
 

@@ -23,6 +23,8 @@ from secure_fedprompt.protocol.errors import (
     FieldError,
     MismatchError,
     NotOnRosterError,
+    OverflowPlanError,
+    PlanError,
     ProtocolError,
     RosterMismatchError,
     RunFailedError,
@@ -32,7 +34,7 @@ from secure_fedprompt.protocol.errors import (
 from secure_fedprompt.protocol.expand import Purpose, digest
 from secure_fedprompt.protocol.fixedpoint import size_layout
 from secure_fedprompt.protocol.layout import TensorSpec
-from secure_fedprompt.protocol.plan import NO_SEED, RoundPlan, default_threshold
+from secure_fedprompt.protocol.plan import MAX_VALUES, NO_SEED, RoundPlan, default_threshold
 from secure_fedprompt.protocol.roster import Roster
 from secure_fedprompt.protocol.settings import ServerSettings
 from secure_fedprompt.server.coordinator import Deadlines, Outbox, Round, Stage
@@ -106,7 +108,8 @@ class Run:
     def __post_init__(self) -> None:
         self.expected = self.settings.clients or len(self.roster.with_role("client"))
         self.gather_until = self.began + self.settings.gather_seconds
-        self.initial_from = ""
+        self.initial_from, self.initial_until = "", 0.0
+        self.excluded: set[str] = set()
 
     # -- frames and time -------------------------------------------------------------------------
 
@@ -118,15 +121,14 @@ class Run:
             return self._take(sender, message, now)
         except SecureFedPromptError as error:
             self.ledger.event("fault", f"{sender}: {type(error).__name__}: {error}")
-            refusal = m.Refused(type(error).__name__, str(error)[:500])
-            return [(sender, refusal), *self.gone(sender, now)]
+            return [(sender, _refused(error)), *self.gone(sender, now)]
 
     def _take(self, sender: str, message: m.Message, now: float) -> Outbox:
         if isinstance(message, m.Hello):
             return self._hello(sender, message, now)
         client = self.clients.get(sender)
         if client is None:
-            return []
+            return [(sender, m.Rejoin())] if isinstance(message, m.Alive) else []
         client.seen = now
         match message:
             case m.Alive():
@@ -151,6 +153,10 @@ class Run:
             return out
         if self.current:
             return out + self._after(self.current.tick(now), now)
+        if self.initial_from and now > self.initial_until:
+            self.ledger.event("lost", f"{self.initial_from} sends no starting prompt")
+            self.excluded.add(self.initial_from)
+            out += self.gone(self.initial_from, now)
         return out + self._maybe_start(now)
 
     def gone(self, name: str, now: float) -> Outbox:
@@ -158,6 +164,8 @@ class Run:
         self.clients.pop(name, None)
         if name == self.initial_from:
             self.initial_from = ""
+        if not self.clients and not self.state.run:  # nobody is left who announced these
+            self.state.model_fingerprint = self.state.classes_digest = b""
         return self._after(self.current.lost(name, now), now) if self.current else []
 
     # -- admission -------------------------------------------------------------------------------
@@ -167,7 +175,7 @@ class Run:
             self._admit(sender, hello)
         except SecureFedPromptError as error:
             self.ledger.event("refused", f"{sender} refused: {error}")
-            return [(sender, m.Refused(type(error).__name__, str(error)[:500]))]
+            return [(sender, _refused(error))]
         out = self.gone(sender, now) if sender in self.clients else []
         self.clients[sender] = Client(hello.nonce, now)
         self.ledger.event("joined", f"{sender} joined ({len(self.clients)} of {self.expected})")
@@ -176,7 +184,9 @@ class Run:
         return out + (self._maybe_start(now) if not self.current else [])
 
     def _admit(self, sender: str, hello: m.Hello) -> None:
-        state = self.state
+        state, settings = self.state, self.settings
+        if sender in self.excluded:
+            raise RunFailedError(f"{sender} broke the protocol and is excluded from this run")
         if sender not in {member.name for member in self.roster.with_role("client")}:
             raise NotOnRosterError(f"{sender!r} is on the roster, but not as a client")
         if hello.roster_digest != self.roster.digest:
@@ -188,6 +198,15 @@ class Run:
             raise MismatchError(
                 f"method of {sender} is {hello.method!r}, the run's is {self.settings.method!r}"
             )
+        announced = {
+            "model_fingerprint": (hello.model_fingerprint.hex(), settings.model_fingerprint),
+            "classes_digest": (hello.classes_digest.hex(), settings.classes_digest),
+        }
+        for what, (theirs, pinned) in announced.items():
+            if not theirs.startswith(pinned.lower()):
+                raise MismatchError(
+                    f"{what} of {sender} is {theirs[:16]}, the server wants {pinned}"
+                )
         if not state.model_fingerprint:
             state.model_fingerprint = hello.model_fingerprint
             state.classes_digest, state.class_count = hello.classes_digest, hello.class_count
@@ -212,6 +231,10 @@ class Run:
         if self.state.prompt is not None or sender != self.initial_from:
             return []
         size = sum(tensor.size for tensor in message.tensors)
+        try:
+            self._layout(message.tensors, len(self.clients))
+        except OverflowPlanError as error:  # the server's own settings
+            return self._fail(RunFailedError(f"no round can be planned: {error}"))
         if message.run != self.state.run or len(message.vector) != 4 * size or not size:
             raise FieldError(f"initial prompt of {len(message.vector)} bytes for {size} values")
         prompt = np.frombuffer(message.vector, "<f4").astype(np.float32)
@@ -226,16 +249,20 @@ class Run:
     def _maybe_start(self, now: float) -> Outbox:
         """Begin the run, ask for the initial prompt, or plan the next round, if it is time."""
         present, state = len(self.clients), self.state
+        if self.over:
+            return []
+        if self._complete():
+            self.over = True
+            return self._finish_frames()
         enough = present >= self.settings.min_clients
         if present < self.expected and now < self.gather_until:
             return []
         if not enough:
-            self._fail(TooFewClientsError(
+            return self._fail(TooFewClientsError(
                 f"{present} of at least {self.settings.min_clients} clients "
                 f"({', '.join(sorted(self.clients)) or 'nobody'}) after "
                 f"{now - self.began:.0f} s: start more clients, or raise gather_seconds"
             ))  # fmt: skip
-            return self._finish_frames()
         out: Outbox = []
         if not state.run:
             state.server_nonce = self.entropy(32)
@@ -246,11 +273,44 @@ class Run:
             self.ledger.save(state)
         if state.prompt is None and not self.initial_from:
             self.initial_from = min(self.clients)
+            self.initial_until = now + self.settings.training_seconds
             out.append((self.initial_from, self._welcome(self.initial_from, need_initial=True)))
         for name, client in self.clients.items():
             if not client.welcomed:
                 out.append((name, self._welcome(name)))
-        return out + self._plan(now) if state.prompt is not None else out
+        if state.prompt is None:
+            return out
+        try:
+            return out + self._plan(now)
+        except ProtocolError as error:
+            return out + self._fail(RunFailedError(f"no round can be planned: {error}"))
+
+    def _complete(self) -> bool:
+        last = self.settings.rounds + int(self.settings.metrics)
+        return self.state.learning_round > last
+
+    def _layout(self, tensors: tuple[TensorSpec, ...], clients: int) -> lay.Layout:
+        """The upload layout for a number of clients.
+
+        Raises:
+            PlanError: no layout fits, or the tensors' names or sizes are not usable.
+        """
+        settings = self.settings
+        names = [tensor.name for tensor in tensors]
+        reserved = {lay.WEIGHT, lay.CONTRIBUTORS, *lay.METRICS}
+        if len(set(names)) != len(names) or reserved & set(names) or "" in names:
+            raise PlanError(f"tensor names {names} are doubled or reserved")
+        if sum(tensor.size for tensor in tensors) > MAX_VALUES:
+            raise PlanError(f"prompt of more than {MAX_VALUES} values")
+        return size_layout(
+            tensors,
+            clients,
+            clip=settings.clip,
+            max_weight=1 if settings.weights == "uniform" else settings.max_weight,
+            max_seen=settings.max_seen,
+            ring_bits=settings.ring_bits,
+            metrics=settings.metrics,
+        )
 
     def _plan(self, now: float) -> Outbox:
         state, settings = self.state, self.settings
@@ -259,15 +319,7 @@ class Run:
         n, training = len(cohort), state.learning_round <= settings.rounds
         uniform = settings.weights == "uniform"
         max_weight = 1 if uniform else settings.max_weight
-        layout = size_layout(
-            state.tensors if training else (),
-            n,
-            clip=settings.clip,
-            max_weight=max_weight,
-            max_seen=settings.max_seen,
-            ring_bits=settings.ring_bits,
-            metrics=settings.metrics,
-        )
+        layout = self._layout(state.tensors if training else (), n)
         quorum = settings.threshold or default_threshold(n)
         degree, threshold, seed = 0, quorum, NO_SEED
         if settings.graph == "regular":
@@ -285,11 +337,11 @@ class Run:
             rounds=settings.rounds,
             method=settings.method,
             protection=settings.protection,
-            settings_digest=digest(Purpose.PAYLOAD, settings.method_settings().to_bytes()),
+            settings_digest=digest(Purpose.SETTINGS, settings.method_settings().to_bytes()),
             model_fingerprint=state.model_fingerprint,
             classes_digest=state.classes_digest,
             roster_digest=self.roster.digest,
-            base_digest=digest(Purpose.PAYLOAD, base),
+            base_digest=digest(Purpose.BASE, base),
             cohort=cohort,
             quorum=quorum,
             threshold=threshold,
@@ -301,11 +353,7 @@ class Run:
             layout=layout,
         )
         deadlines = Deadlines(settings.stage_seconds, settings.training_seconds)
-        try:
-            self.current = Round(plan, base, self.roster, deadlines)
-        except ProtocolError as error:
-            self._fail(RunFailedError(f"no round can be planned: {error}"))
-            return self._finish_frames()
+        self.current = Round(plan, base, self.roster, deadlines)
         return self.current.start(now)
 
     def _after(self, out: Outbox, now: float) -> Outbox:
@@ -316,6 +364,10 @@ class Run:
         self.current = None
         for name, fault in current.faults.items():
             self.ledger.event("fault", f"round {current.plan.round}: {name}: {fault}")
+            if fault.startswith("BadShareError"):
+                self.excluded.add(name)
+                out.append((name, _refused(RunFailedError(f"{name} sent bad shares: {fault}"))))
+                self.clients.pop(name, None)
         if current.stage is Stage.DONE:
             self._apply(current)
             self.attempts = 0
@@ -324,15 +376,11 @@ class Run:
             self.last_reason = current.reason
             self.ledger.round_over(current, {}, None)
         state, settings = self.state, self.settings
-        if state.learning_round > settings.rounds + (1 if settings.metrics else 0):
-            self.over = True
-            return out + self._finish_frames()
         if self.attempts >= settings.max_attempts:
-            self._fail(RunFailedError(
+            return out + self._fail(RunFailedError(
                 f"learning round {state.learning_round} aborted {self.attempts} times: "
                 f"{self.last_reason}"
             ))  # fmt: skip
-            return out + self._finish_frames()
         short = len(self.clients) < settings.min_clients
         self.gather_until = now + (settings.gather_seconds if short else 0)
         return out + self._maybe_start(now)
@@ -352,22 +400,27 @@ class Run:
                 "accuracy": float(result[lay.CORRECT]) / seen,
                 "loss": float(result[lay.LOSS]) / seen,
                 "seen": seen,
-                "clipped": float(result[lay.CLIPPED]),
+                "clipped": float(result.get(lay.CLIPPED, 0.0)),
             }
         metrics |= {"weight": weight, "contributors": float(result[lay.CONTRIBUTORS])}
         state.learning_round += 1
         self.ledger.round_over(done, metrics, state.prompt)
         self.ledger.save(state)
 
-    def _fail(self, error: SecureFedPromptError) -> None:
+    def _fail(self, error: SecureFedPromptError) -> Outbox:
         self.error, self.over = error, True
         self.ledger.event("failed", str(error))
+        return self._finish_frames()
 
     def _finish_frames(self) -> Outbox:
         if not self.state.run:
-            reason = str(self.error or "the run is over")[:500]
-            return [(name, m.Refused(type(self.error).__name__, reason)) for name in self.clients]
+            refusal = _refused(self.error or RunFailedError("the run is over"))
+            return [(name, refusal) for name in self.clients]
         prompt = self.state.prompt
         vector = b"" if prompt is None else prompt.astype("<f4").tobytes()
-        finish = m.Finish(self.state.run, vector, str(self.error or "")[:500])
+        finish = m.Finish(self.state.run, vector, m.line(self.error or ""))
         return [(name, finish) for name in self.clients]
+
+
+def _refused(error: SecureFedPromptError) -> m.Refused:
+    return m.Refused(type(error).__name__, m.line(error))

@@ -162,8 +162,6 @@ class Store:
         settings = json.loads((self.folder / "server.json").read_text())
         number = min(state.learning_round - 1, settings["rounds"])  # an evaluation changes nothing
         path = self.prompt_path(number)
-        if path.exists():
-            return
         metadata = {
             "format": "secure-fedprompt/1",
             "method": settings["method"],

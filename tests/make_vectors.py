@@ -16,7 +16,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from rounds import entropy_from, make_parties, make_plan, make_updates
+from rounds import make_parties, make_plan, make_updates
 
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.messages import CATALOGUE

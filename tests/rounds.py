@@ -26,6 +26,7 @@ OPEN = Policy(
     min_cohort=1,
     min_survivors=1,
     min_threshold=1,
+    min_threshold_share=0.5,
     protections=("masks", "none"),
     graphs=("complete", "regular"),
 )

@@ -33,9 +33,7 @@ def bundled() -> Backbone:
 
 def in_double(backbone: Backbone) -> Backbone:
     model = copy.deepcopy(backbone.model).double()
-    return Backbone(
-        model, backbone.tokenizer, backbone.train_transform, backbone.test_transform
-    )
+    return Backbone(model, backbone.tokenizer, backbone.train_transform, backbone.test_transform)
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +44,12 @@ def double(bundled: Backbone) -> Backbone:
 def tiny(custom_text: bool, quick_gelu: bool = False, linear: bool = False) -> Backbone:
     """A random CLIP of either open_clip class, in float64."""
     torch.manual_seed(0)
-    vision = open_clip.CLIPVisionCfg(layers=1, width=32, head_width=16, patch_size=16, image_size=32)
-    text = open_clip.CLIPTextCfg(width=48, heads=3, layers=3, proj_type="linear" if linear else None)
+    vision = open_clip.CLIPVisionCfg(
+        layers=1, width=32, head_width=16, patch_size=16, image_size=32
+    )
+    text = open_clip.CLIPTextCfg(
+        width=48, heads=3, layers=3, proj_type="linear" if linear else None
+    )
     if not linear:
         text = open_clip.CLIPTextCfg(width=48, heads=3, layers=3)
     kind = open_clip.CustomTextCLIP if custom_text else open_clip.CLIP
@@ -160,7 +162,9 @@ def test_local_folders_load_and_pickles_do_not(tmp_path: Path) -> None:
 
 
 def test_a_text_tower_that_is_not_causal_is_refused() -> None:
-    vision = open_clip.CLIPVisionCfg(layers=1, width=32, head_width=16, patch_size=16, image_size=32)
+    vision = open_clip.CLIPVisionCfg(
+        layers=1, width=32, head_width=16, patch_size=16, image_size=32
+    )
     text = open_clip.CLIPTextCfg(width=48, heads=3, layers=1, no_causal_mask=True, pool_type="last")
     model = open_clip.CustomTextCLIP(24, vision, text)
     transform = open_clip.image_transform(32, is_train=False)
@@ -219,7 +223,9 @@ def test_training_improves_and_only_the_context_moves(bundled: Backbone) -> None
     assert np.abs(values["ctx"]).max() > 1e-3
     assert values["seen"] == 144
     assert trainer.method is not None
-    guesses, losses = predict(trainer.method, Features(bundled, test, "features", trainer.progress, ""))
+    guesses, losses = predict(
+        trainer.method, Features(bundled, test, "features", trainer.progress, "")
+    )
     assert (guesses == test.labels).sum() >= values["correct"] + 10
     assert losses.sum() < values["loss"]
     del bundled.__dict__["fingerprint"]
@@ -227,7 +233,7 @@ def test_training_improves_and_only_the_context_moves(bundled: Backbone) -> None
 
 
 def test_cached_features_equal_fresh_ones(bundled: Backbone) -> None:
-    train, test = sets.generated_sets(4, ["photo"], 2, 1, 0)
+    train, _ = sets.generated_sets(4, ["photo"], 2, 1, 0)
     features = Features(bundled, train, "features", lambda *_: None, "")
     pixels = torch.stack([bundled.test_transform(train.image(i)) for i in range(len(train))])
     assert torch.equal(features.images, bundled.image_features(pixels))
@@ -243,7 +249,9 @@ def test_the_bundled_model_is_a_real_stand_in(bundled: Backbone) -> None:
         _, test = sets.generated_sets(32, [style], 1, 4, 3)
         features = Features(bundled, test, "features", lambda *_: None, "")
         text = bundled.zero_shot_features(test.class_names)
-        accuracy[style] = float(((features.images @ text.T).argmax(1) == features.labels).float().mean())
+        accuracy[style] = float(
+            ((features.images @ text.T).argmax(1) == features.labels).float().mean()
+        )
     assert 0.4 < accuracy["photo"] < 0.9
     assert accuracy["neon"] < accuracy["photo"] - 0.3
     config = json.loads((BUNDLED / "open_clip_config.json").read_text())

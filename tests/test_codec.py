@@ -75,7 +75,9 @@ def test_any_bytes_decode_canonically_or_raise_a_codec_error(data: bytes) -> Non
 
 
 @given(anything, st.data())
-def test_flipped_bytes_never_yield_the_same_message(message: m.Message, data: st.DataObject) -> None:
+def test_flipped_bytes_never_yield_the_same_message(
+    message: m.Message, data: st.DataObject
+) -> None:
     frame = bytearray(CATALOGUE.encode(message))
     frame[data.draw(st.integers(0, len(frame) - 1))] ^= data.draw(st.integers(1, 255))
     try:

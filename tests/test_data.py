@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from secure_fedprompt.clients.data import generated, partitions, sets
-from secure_fedprompt.clients.training import DataSettings, load_part, load_sets
+from secure_fedprompt.clients.data.settings import DataSettings
+from secure_fedprompt.clients.training import load_part, load_sets
 from secure_fedprompt.protocol.errors import DataError
 
 
@@ -207,7 +208,9 @@ def test_few_shot_draws_k_of_each_class() -> None:
 
 
 def test_domain_gives_each_client_one_style() -> None:
-    train, _ = load_part(DataSettings(per_class=1, test_per_class=1, partition="domain", parts=4, part=2))
+    train, _ = load_part(
+        DataSettings(per_class=1, test_per_class=1, partition="domain", parts=4, part=2)
+    )
     assert set(train.domains.tolist()) == {2}
     with pytest.raises(DataError, match="part = 4"):
         load_part(DataSettings(parts=4, part=4))

@@ -27,7 +27,9 @@ def flags(cls: type, words: list[str]) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
-def test_keygen_writes_a_private_key_and_a_public_entry(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_keygen_writes_a_private_key_and_a_public_entry(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["keygen", "--name", "alice", "--out", str(tmp_path)]) == 0
     key, entry = tmp_path / "alice.pem", tmp_path / "alice.entry.toml"
     assert stat.S_IMODE(key.stat().st_mode) == 0o600
@@ -73,7 +75,11 @@ def test_roster_add_list_check(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert main(["roster", "add", "server.entry.toml", "alice.entry.toml"]) == 0
     assert main(["roster", "add", "bob.entry.toml"]) == 0
     assert main(["roster", "check"]) == 0
-    assert [m.name for m in command.read_roster("roster.toml").members] == ["alice", "bob", "server"]
+    assert [m.name for m in command.read_roster("roster.toml").members] == [
+        "alice",
+        "bob",
+        "server",
+    ]
     before = Path("roster.toml").read_text()
     capsys.readouterr()
     assert main(["roster", "add", "bob.entry.toml"]) == 2
@@ -186,7 +192,9 @@ def test_method_settings_are_canonical_and_closed() -> None:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_has_help_with_examples(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_command_has_help_with_examples(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as stop:
         main([name, "--help"])
     assert stop.value.code == 0

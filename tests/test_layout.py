@@ -52,7 +52,7 @@ def run_python(code: str) -> str:
 
 
 def test_the_server_imports_no_torch() -> None:
-    heavy = "torch torchvision open_clip tenseal opacus".split()
+    heavy = ["torch", "torchvision", "open_clip", "tenseal", "opacus"]
     code = (
         "import sys, secure_fedprompt.server.__main__, secure_fedprompt.server.run\n"
         f"print([m for m in {heavy} if m in sys.modules])"

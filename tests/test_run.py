@@ -70,7 +70,14 @@ class World:
         self.events: list[tuple[str, Any]] = []
         self.store.on_event.append(lambda kind, value: self.events.append((kind, value)))
         state = self.store.load()
-        self.run = Run(self.settings, self.roster, self.store, entropy_from(f"s{self.clock}"), state, self.clock)
+        self.run = Run(
+            self.settings,
+            self.roster,
+            self.store,
+            entropy_from(f"s{self.clock}"),
+            state,
+            self.clock,
+        )
 
     def join(self, name: str, **hello: Any) -> None:
         entropy = entropy_from(f"{name} {self.clock}")
@@ -156,7 +163,11 @@ def test_uniform_weights_hide_counts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("hello", "error", "words"),
     [
-        ({"model_fingerprint": b"x" * 32}, errors.MismatchError, "7878787878787878.*6d6d6d6d6d6d6d6d"),
+        (
+            {"model_fingerprint": b"x" * 32},
+            errors.MismatchError,
+            "7878787878787878.*6d6d6d6d6d6d6d6d",
+        ),
         ({"classes_digest": b"x" * 32, "class_count": 9}, errors.MismatchError, "9 names.*has 7"),
         ({"method": "other"}, errors.MismatchError, "'other'.*'promptfl'"),
         ({"roster_digest": bytes(32)}, errors.RunFailedError, "same roster"),
@@ -288,9 +299,7 @@ def test_a_restarted_server_goes_on_with_the_next_round_number(tmp_path: Path) -
     world = World(tmp_path)
     for name in names(4):
         world.join(name)
-    world.pump(
-        lambda w, message: isinstance(message, m.MaskedUpload) and message.round == 2
-    )
+    world.pump(lambda w, message: isinstance(message, m.MaskedUpload) and message.round == 2)
     before = world.run.state
     world.store.close()
     world.queue.clear()
@@ -435,3 +444,153 @@ def test_malformed_initial_prompts_do_not_stop_the_server(tmp_path: Path) -> Non
 
 def test_run_state_defaults() -> None:
     assert RunState().learning_round == 1
+
+
+def test_what_leaves_with_an_error_says_nothing_private(tmp_path: Path) -> None:
+    """Errors about data or updates keep their text; errors about the server's own frames carry it."""
+    world = World(tmp_path)
+    world.join("c001")
+    session = world.sessions["c001"]
+    for private in (
+        errors.DataError("image patients/smith.png cannot be read"),
+        errors.UpdateError("update value 3 is nan"),
+        errors.ModelError("class names 'hiv' and 'tbc'"),
+    ):
+        left = session.leave(private)
+        assert (left.error, left.reason) == ("Stopped", "")
+    told = session.leave(errors.PolicyError("plan has a cohort of 2"))
+    assert (told.error, told.reason) == ("PolicyError", "plan has a cohort of 2")
+
+
+def test_a_client_stays_in_one_run_with_one_set_of_settings(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    for name in names(4):
+        world.join(name)
+    world.pump(lambda w, message: isinstance(message, m.Plan))
+    session, state = world.sessions["c001"], world.run.state
+    good = m.Welcome(
+        state.run, state.server_nonce, state.nonces, world.settings.method_settings().to_bytes(), 0
+    )
+    assert session.on(good) == []
+    other = world.settings.method_settings()
+    changed = msgspec.structs.replace(other, lr=0.7).to_bytes()
+    with pytest.raises(errors.MismatchError, match="settings changed"):
+        session.on(dataclasses.replace(good, settings=changed))
+    nonces = (*state.nonces, m.Nonce("x", bytes(32)))
+    with pytest.raises(errors.ReplayError, match="another run"):
+        session.on(m.Welcome(m.run_id(bytes(32), nonces), bytes(32), nonces, good.settings, 0))
+
+
+def test_learning_rounds_do_not_go_back_and_the_run_does_not_grow(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    for name in names(4):
+        world.join(name)
+    plans: list[m.Plan] = []
+    world.pump(lambda w, message: isinstance(message, m.Plan) and not plans.append(message))  # type: ignore[func-returns-value]
+    session, plan = world.sessions["c001"], plans[0]
+    session.on(plan)
+    for changes in ({"rounds": 9}, {"learning_round": 2, "rounds": 9}):
+        with pytest.raises(errors.ReplayError, match="after 1 of 2"):
+            session.on(m.Plan(dataclasses.replace(plan.plan, round=2, **changes), plan.base))
+
+
+@pytest.mark.parametrize("vector", [b"", b"\0" * 39, np.full(10, np.nan, "<f4").tobytes()])
+def test_a_malformed_final_prompt_is_refused(tmp_path: Path, vector: bytes) -> None:
+    world = World(tmp_path)
+    for name in names(4):
+        world.join(name)
+    world.pump(lambda w, message: isinstance(message, m.Plan))
+    with pytest.raises(errors.FieldError, match="final prompt"):
+        world.sessions["c001"].on(m.Finish(world.run.state.run, vector, ""))
+
+
+def test_a_client_without_a_starting_prompt_is_passed_over(tmp_path: Path) -> None:
+    world = World(tmp_path, clients=4, min_clients=3, gather_seconds=500.0)
+    for name in names(4):
+        world.join(name)
+    original = world.run.on
+    world.run.on = lambda s, msg, now: (  # type: ignore[method-assign]
+        [] if s == "c001" and isinstance(msg, m.Initial) else original(s, msg, now)
+    )
+    world.pump()
+    assert world.run.error is None
+    assert world.store.summary()["rounds"][0]["cohort"] == ["c002", "c003", "c004"]
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        (TensorSpec("weight", (10,)),),
+        (TensorSpec("a", (5,)), TensorSpec("a", (5,))),
+        (TensorSpec("a", (2**32 - 1, 2**32 - 1, 2**32 - 1)),),
+    ],
+)
+def test_unusable_tensors_are_refused_and_never_stored(tmp_path: Path, tensors: Any) -> None:
+    world = World(tmp_path, clients=4)
+    for name in names(4):
+        world.join(name)
+    original = world.run.on
+
+    def on(sender: str, message: m.Message, now: float) -> Any:
+        if sender == "c001" and isinstance(message, m.Initial):
+            message = dataclasses.replace(message, tensors=tensors)
+        return original(sender, message, now)
+
+    world.run.on = on  # type: ignore[method-assign]
+    world.pump()
+    assert world.run.error is None
+    assert [t.name for t in world.run.state.tensors] == ["ctx", "extra"]
+
+
+def test_a_forgotten_client_is_asked_to_join_again(tmp_path: Path) -> None:
+    world = World(tmp_path, alive_seconds=10.0, gather_seconds=1000.0)
+    world.join("c001")
+    world.pump(lambda w, message: isinstance(message, m.Alive))
+    world.queue.clear()
+    world.clock += 60
+    world.run.tick(world.clock)
+    assert not world.run.clients
+    assert world.run.on("c001", m.Alive(), world.clock) == [("c001", m.Rejoin())]
+    assert isinstance(world.sessions["c001"].on(m.Rejoin())[0], m.Hello)
+
+
+def test_impossible_settings_fail_the_run_and_blame_nobody(tmp_path: Path) -> None:
+    world = World(tmp_path, ring_bits=8)
+    for name in names(4):
+        world.join(name)
+    world.pump()
+    with pytest.raises(errors.RunFailedError, match="no round can be planned.*ring bits"):
+        raise world.run.error or AssertionError
+    assert not [text for kind, text in world.events if kind == "fault"]
+
+
+def test_the_server_can_pin_model_and_classes(tmp_path: Path) -> None:
+    world = World(tmp_path, clients=3, model_fingerprint="6D6D")
+    world.join("c001", model_fingerprint=b"x" * 32)
+    for name in names(4)[1:]:
+        world.join(name)
+    world.pump()
+    assert world.run.error is None
+    assert "the server wants 6D6D" in str(world.errors["c001"])
+
+
+def test_a_finished_run_that_was_not_marked_so_just_finishes(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    for name in names(4):
+        world.join(name)
+    world.pump()
+    world.store.close()
+    world.start_server()
+    for name in names(4):
+        world.join(name)
+    world.pump()
+    assert world.run.error is None
+    assert len(world.store.summary()["rounds"]) == 3
+
+
+def test_two_processes_cannot_share_a_journal(tmp_path: Path) -> None:
+    first = FileJournal(tmp_path / "j")
+    with pytest.raises(errors.ConfigError, match="in use by another client"):
+        FileJournal(tmp_path / "j")
+    first.close()
+    FileJournal(tmp_path / "j").close()

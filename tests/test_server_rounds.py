@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from rounds import make_parties, make_plan, make_updates, plain_sum
+from rounds import identity, make_parties, make_plan, make_updates, plain_sum, roster
 
+from secure_fedprompt.clients import participant
 from secure_fedprompt.protocol import messages as m
-from secure_fedprompt.server.coordinator import Stage
+from secure_fedprompt.protocol.expand import Purpose
+from secure_fedprompt.server.coordinator import Deadlines, Round, Stage
 from secure_fedprompt.simulate import Outcome, run_round
 
 
@@ -65,7 +67,8 @@ def test_at_the_bare_threshold_a_bad_share_aborts_with_the_suspects() -> None:
     [
         (m.Advert, {"signature": bytes(64)}, "advertising"),
         (m.Advert, {"name": "c002"}, "advertising"),
-        (m.Advert, {"round": 7}, "advertising"),
+        (m.Advert, {"mask_key": bytes(32)}, "advertising"),
+        (m.Advert, {"seal_key": b"\x01" + bytes(31)}, "advertising"),
         (m.Shares, {"boxes": b"short"}, "sharing"),
         (m.MaskedUpload, {"vector": b"short"}, "collecting"),
         (m.Consistent, {"signature": bytes(64)}, ""),
@@ -89,6 +92,66 @@ def test_a_client_that_breaks_a_rule_is_named_and_the_others_finish(
     alive = plan.cohort[1:] if stage else plan.cohort
     assert outcome.round.integers is not None
     assert (outcome.round.integers == plain_sum(plan, make_updates(plan), alive)).all()
+
+
+def test_frames_that_cross_the_end_of_their_round_are_ignored() -> None:
+    plan = make_plan(4)
+    server = Round(dataclasses.replace(plan, round=2), b"", roster(4), Deadlines(1, 1))
+    server.start(0.0)
+    assert server.on("c001", m.MaskedUpload(plan.run, 1, b""), 0.0) == []
+    assert server.waiting == set(plan.cohort)
+    assert not server.faults
+
+
+def test_a_client_that_withdraws_is_dropped_with_its_reason() -> None:
+    plan = make_plan(4)
+
+    def tap(sender: str, recipient: str, message: m.Message) -> m.Message:
+        if sender == "c004" and isinstance(message, m.Shares):
+            return m.Withdraw(plan.run, plan.round, "SealError", "sealed shares from c002")
+        return message
+
+    outcome = run_round(plan, make_parties(4), make_updates(plan), tap=tap)
+    assert outcome.round.stage is Stage.DONE
+    assert outcome.round.faults == {"c004": "withdrew: SealError: sealed shares from c002"}
+
+
+def test_a_lost_client_is_not_waited_for_again() -> None:
+    """c004 answers and is then gone: the next stage begins without it."""
+    plan = make_plan(4)
+    server = Round(plan, b"", roster(4), Deadlines(1, 1))
+    server.start(0.0)
+    states = {}
+    for name, party in make_parties(4).items():
+        states[name], (advert,) = participant.start(party, plan)
+        if name == "c003":
+            server.lost("c004", 0.0)
+        server.on(name, advert, 0.0)
+    assert server.stage is Stage.SHARING
+    assert server.waiting == {"c001", "c002", "c003"}
+
+
+def test_a_dealer_of_bad_shares_is_named() -> None:
+    """c002 commits to another seed than it shares: every reconstruction fails, and it is named."""
+    plan = make_plan(6)
+    parties = make_parties(6)
+
+    def tap(sender: str, recipient: str, message: m.Message) -> m.Message:
+        if isinstance(message, m.Advert) and sender == "c002":
+            forged = dataclasses.replace(message, commitment=b"\5" * 32)
+            signature = identity("c002").sign(Purpose.ADVERT, forged.body(plan))
+            return dataclasses.replace(forged, signature=signature)
+        if isinstance(message, m.Adverts) and recipient == "c002":  # it plays along
+            adverts = tuple(own if a.name == "c002" else a for a in message.adverts)
+            return dataclasses.replace(message, adverts=adverts)
+        return message
+
+    _, (own,) = participant.start(make_parties(6)["c002"], plan)
+    assert isinstance(own, m.Advert)
+    outcome = run_round(plan, parties, make_updates(plan), tap=tap)
+    assert outcome.round.stage is Stage.ABORTED
+    assert "BadShareError" in outcome.round.reason or "SignatureError" in str(outcome.round.faults)
+    assert "c002" in outcome.round.faults
 
 
 def test_a_wrong_kind_of_message_is_a_fault() -> None:

@@ -50,9 +50,7 @@ def collect(hub: Hub, count: int) -> list[tuple[str, m.Message]]:
     return got
 
 
-def test_the_sender_is_the_authenticated_key(
-    hub: Hub, connect: Callable[..., CurveLink]
-) -> None:
+def test_the_sender_is_the_authenticated_key(hub: Hub, connect: Callable[..., CurveLink]) -> None:
     for name in names(2):
         link = connect(identity(name))
         link.connect()

@@ -1,0 +1,215 @@
+"""Cost of a masked round: CPU of the server and of a client, bytes up and down.
+
+    python benchmarks/bench_masking.py                       # the whole table, a few minutes
+    python benchmarks/bench_masking.py --clients 100 --dim 8192 --dropout 0.1 --json out.json
+
+One round runs in one process and thread, with the state machines, keys, signatures and frames of
+the real programs; each call of a machine, encoding and decoding included, is charged to its owner
+by process CPU time. Sockets, training and the disk are not in it. Dropped clients vanish before
+their upload. Every sum is checked against the sum of the inputs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import machine
+import numpy as np
+
+from secure_fedprompt.clients import participant
+from secure_fedprompt.clients.journal import MemoryJournal
+from secure_fedprompt.protocol import messages as m
+from secure_fedprompt.protocol.fixedpoint import size_layout
+from secure_fedprompt.protocol.keys import Identity, Member
+from secure_fedprompt.protocol.layout import TensorSpec
+from secure_fedprompt.protocol.masking import choose_degree
+from secure_fedprompt.protocol.plan import NO_SEED, RoundPlan, default_threshold
+from secure_fedprompt.protocol.policy import Policy
+from secure_fedprompt.protocol.roster import Roster
+from secure_fedprompt.server.coordinator import Deadlines, Round, Stage
+
+T = TypeVar("T")
+TABLE = [
+    (n, d, share, 32, "complete")
+    for n in (10, 50, 100)
+    for d in (8_192, 1_000_000)
+    for share in (0.0, 0.1)
+]
+TABLE += [(10, 8_192, 0.0, 22, "complete"), (1000, 8_192, 0.05, 32, "regular")]
+
+
+def federation(n: int) -> tuple[dict[str, Identity], Roster]:
+    identities = {f"c{i:04d}": Identity.generate() for i in range(n)}
+    members = [Member.of(key, name, "client") for name, key in identities.items()]
+    return identities, Roster.of(tuple(members))
+
+
+def make_plan(n: int, dim: int, bits: int, graph: str, roster: Roster, number: int) -> RoundPlan:
+    """Weighted updates at 32 bits; uniform weights where fewer bits leave no room for them."""
+    max_weight = 4096 if bits == 32 else 1
+    layout = size_layout(
+        [TensorSpec("ctx", (dim,))], n, clip=1.0, max_weight=max_weight, max_seen=65536,
+        ring_bits=bits, metrics=True,
+    )  # fmt: skip
+    degree, quorum = 0, default_threshold(n)
+    threshold, seed = quorum, NO_SEED
+    if graph == "regular":
+        degree, threshold = choose_degree(n, dropout=0.1, corruption=0.1)
+        seed = os.urandom(32)
+    return RoundPlan(
+        run=os.urandom(16), round=number, learning_round=1, rounds=1, method="promptfl",
+        protection="masks", settings_digest=bytes(32), model_fingerprint=bytes(32),
+        classes_digest=bytes(32), roster_digest=roster.digest, base_digest=os.urandom(32),
+        cohort=tuple(m.name for m in roster.members), quorum=quorum, threshold=threshold,
+        degree=degree, graph_seed=seed, clip=1.0, max_weight=max_weight,
+        uniform=int(max_weight == 1), layout=layout,
+    )  # fmt: skip
+
+
+class Meter:
+    """Charges CPU seconds and bytes to names; the server is ""."""
+
+    def __init__(self) -> None:
+        self.cpu: dict[str, float] = {}
+        self.up: dict[str, int] = {}
+        self.down: dict[str, int] = {}
+
+    def charge(self, who: str, work: Callable[[], T]) -> T:
+        begin = time.process_time()
+        result = work()
+        self.cpu[who] = self.cpu.get(who, 0.0) + time.process_time() - begin
+        return result
+
+
+def one_round(
+    n: int,
+    dim: int,
+    dropout: float,
+    bits: int,
+    graph: str,
+    keys: tuple[dict[str, Identity], Roster],
+) -> dict[str, float]:
+    """Run a round; returns the figures of one repetition."""
+    identities, roster = keys
+    plan = make_plan(n, dim, bits, graph, roster, 1)
+    policy = Policy(graphs=("complete", "regular"))
+    parties = {
+        name: participant.Party(name, key, roster, policy, MemoryJournal(), os.urandom)
+        for name, key in identities.items()
+    }
+    rng = np.random.default_rng(0)
+    update = rng.normal(0, 0.05, dim)
+    values = {"ctx": update, **{k: np.float64(64) for k in ("seen", "correct", "loss")}}
+    weight = 1.0 if plan.uniform else 64.0
+    gone = set(list(parties)[: round(dropout * n)])
+    meter, states = Meter(), dict[str, participant.State]()
+    server = Round(plan, b"", roster, Deadlines(1, 1))
+    queue: deque[tuple[str, str, bytes]] = deque()
+
+    def post(sender: str, out: list[tuple[str, m.Message]]) -> None:
+        for recipient, message in out:
+            queue.append((sender, recipient, m.CATALOGUE.encode(message)))
+
+    def to_server(sender: str, frame: bytes) -> None:
+        post("", server.on(sender, m.CATALOGUE.decode(frame), 0.0))
+
+    def to_client(name: str, frame: bytes) -> None:
+        message = m.CATALOGUE.decode(frame)
+        if isinstance(message, m.RoundEnd):
+            return
+        if isinstance(message, m.Plan):
+            states[name], replies = participant.start(parties[name], message.plan)
+        else:
+            states[name], replies = states[name].on(message)
+        if isinstance(state := states[name], participant.Ready):
+            if name in gone:
+                return
+            states[name], replies = state.upload(values, weight)
+        post(name, [("", reply) for reply in replies])
+
+    meter.charge("", lambda: post("", server.start(0.0)))
+    while not server.over or queue:
+        if not queue:
+            meter.charge("", lambda: post("", server.tick(server.deadline)))
+            continue
+        sender, recipient, frame = queue.popleft()
+        if sender:
+            meter.up[sender] = meter.up.get(sender, 0) + len(frame)
+            meter.charge("", lambda s=sender, f=frame: to_server(s, f))  # type: ignore[misc]
+        else:
+            meter.down[recipient] = meter.down.get(recipient, 0) + len(frame)
+            meter.charge(recipient, lambda r=recipient, f=frame: to_client(r, f))  # type: ignore[misc]
+    assert server.stage is Stage.DONE, server.reason
+    assert server.result is not None
+    survivors = [name for name in parties if name not in gone]
+    step = 2.0 ** -plan.layout[0].frac
+    error = np.abs(server.result["ctx"] - len(survivors) * weight * update).max()
+    assert error <= len(survivors) * step, error
+    return {
+        "client_cpu_s": float(np.median([meter.cpu[name] for name in survivors])),
+        "server_cpu_s": meter.cpu[""],
+        "bytes_up": float(np.mean([meter.up[name] for name in survivors])),
+        "bytes_down": float(np.mean([meter.down[name] for name in survivors])),
+    }
+
+
+def measure(n: int, dim: int, dropout: float, bits: int, graph: str, repeat: int) -> dict[str, Any]:
+    keys = federation(n)
+    runs = [one_round(n, dim, dropout, bits, graph, keys) for _ in range(repeat + 1)][1:]
+    figures = {name: machine.spread([run[name] for run in runs]) for name in runs[0]}
+    row: dict[str, Any] = {
+        "clients": n, "dim": dim, "dropout": dropout, "ring_bits": bits, "graph": graph,
+        **{name: figure["median"] for name, figure in figures.items()},
+        "bytes_up_per_value": figures["bytes_up"]["median"] / dim,
+        "repeat": repeat, "spread": figures,
+    }  # fmt: skip
+    client, server = figures["client_cpu_s"], figures["server_cpu_s"]
+    print(
+        f"{n:5} {dim:9,} {dropout:4.0%} {bits:3} {graph:9}"
+        f"{1e3 * client['median']:9.1f} ({1e3 * client['min']:.0f}-{1e3 * client['max']:.0f})"
+        f"{1e3 * server['median']:9.1f} ({1e3 * server['min']:.0f}-{1e3 * server['max']:.0f})"
+        f"{row['bytes_up_per_value']:9.3f}{row['bytes_down'] / 1e3:10.1f}",
+        flush=True,
+    )
+    return row
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--clients", type=int)
+    parser.add_argument("--dim", type=int, default=8192)
+    parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument("--ring-bits", type=int, default=32)
+    parser.add_argument("--graph", choices=("complete", "regular"), default="complete")
+    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    cases = TABLE
+    if args.clients:
+        cases = [(args.clients, args.dim, args.dropout, args.ring_bits, args.graph)]
+    print(json.dumps(machine.describe()))
+    print("    n    values drop   b graph     client CPU ms     server CPU ms  B/value up  kB down")
+    rows = []
+    for n, dim, dropout, bits, graph in cases:
+        heavy = n * dim > 2_000_000
+        rows.append(
+            measure(n, dim, dropout, bits, graph, min(args.repeat, 3) if heavy else args.repeat)
+        )
+    if args.json:
+        content = {"machine": machine.describe(), "rows": rows}
+        args.json.write_text(json.dumps(content, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,47 @@
+"""Which images a client holds, as settings. Imports nothing heavy: ``--help`` must be quick."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from secure_fedprompt.protocol.settings import Count, Positive, Rate
+
+
+class DataSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Which images a client holds.
+
+    Attributes:
+        dataset: "generated", a folder or zip file (CLASS/IMAGE), or a torchvision name.
+        data_root: where torchvision data sets lie.
+        download: fetch a missing torchvision data set.
+        class_list: text file with one class name a line, the same at every client; needed where
+            a client lacks some classes.
+        test_share: part of each class held out for testing if the data have no test split.
+        shots: training images per class, 0 for all, drawn before the partition.
+        styles: of the generated set, comma-separated.
+        generated_classes: how many of its classes.
+        per_class, test_per_class: pictures of each class and style of the generated set.
+        partition: how a shared data set is dealt out: iid, pathological, dirichlet or domain.
+        part, parts: which of how many shares this client takes; parts = 1 takes everything.
+        beta: concentration of the Dirichlet partition.
+        data_seed: of all these draws.
+    """
+
+    dataset: str = "generated"
+    data_root: str = "data"
+    download: bool = False
+    class_list: str = ""
+    test_share: Annotated[float, Meta(ge=0, lt=1)] = 0.3
+    shots: Count = 0
+    styles: str = "photo,poster,sketch,neon"
+    generated_classes: Positive = 32
+    per_class: Positive = 16
+    test_per_class: Positive = 8
+    partition: str = "iid"
+    part: Count = 0
+    parts: Positive = 1
+    beta: Rate = 0.3
+    data_seed: Count = 0

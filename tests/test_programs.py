@@ -1,0 +1,363 @@
+"""The real programs: processes, sockets, files, exit codes. One demo serves several tests."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from secure_fedprompt import cli, demo
+from secure_fedprompt.__main__ import main
+from secure_fedprompt.protocol.roster import Roster
+
+LONG = 150.0
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "COLUMNS": "200"}
+
+
+def python(*words: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", *words],
+        capture_output=True, text=True, timeout=LONG, env=ENV, check=False, **options,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a finished demo of four clients and two rounds."""
+    folder = tmp_path_factory.mktemp("demo")
+    done = python("secure_fedprompt", "demo", "--run-dir", "d", "--rounds", "2",
+                  "--json", "result.json", cwd=folder)  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    (folder / "stdout").write_text(done.stdout)
+    return folder
+
+
+def test_demo_learns_and_reports(finished: Path) -> None:
+    result = json.loads((finished / "result.json").read_text())
+    assert result["method"] == "promptfl"
+    assert result["protection"] == "masks"
+    assert result["accuracy_after"] >= result["accuracy_before"] + 0.05
+    assert result["seconds"] < 90
+    assert 2_000 < result["bytes_up_per_client"] < 20_000
+    assert result["bytes_down_per_client"] > 0
+    rounds = result["rounds"]
+    assert [(r["learning_round"], r["outcome"]) for r in rounds] == [
+        (1, "done"),
+        (2, "done"),
+        (3, "done"),
+    ]
+    shown = (finished / "stdout").read_text()
+    assert "the server saw 3 sums over at least 4 clients each, and could not see" in shown
+    assert "python -m secure_fedprompt.client --config d/alice/client.toml" in shown
+
+
+def test_demo_leaves_ordinary_files_and_no_secrets_on_screen(finished: Path) -> None:
+    shown = (finished / "stdout").read_text()
+    logs = "".join(p.read_text() for p in (finished / "d").glob("*/output.log"))
+    for key in (finished / "d").glob("*/*.pem"):
+        assert key.stat().st_mode & 0o077 == 0
+        body = "".join(key.read_text().splitlines()[1:-1])[:40]
+        assert body not in shown + logs
+    assert (finished / "d" / "roster.toml").exists()
+    assert len(list((finished / "d").glob("*/*.toml"))) == 10
+
+
+def test_every_frame_was_counted(finished: Path) -> None:
+    with contextlib.closing(sqlite3.connect(finished / "d/server/run/run.sqlite")) as db:
+        kinds = dict(db.execute("SELECT type, SUM(frames) FROM traffic GROUP BY type"))
+    for kind, count in (("MaskedUpload", 12), ("Reveal", 12), ("Plan", 12), ("Hello", 4)):
+        assert kinds[kind] == count
+    assert "PlainUpload" not in kinds
+
+
+def test_evaluate_and_predict_use_the_result(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, out = str(finished / "d/server/run"), finished / "eval.json"
+    words = ["--styles", "poster,sketch", "--test-per-class", "4", "--json", str(out)]
+    assert main(["evaluate", run, *words]) == 0
+    result = json.loads(out.read_text())
+    assert result["images"] == 256
+    assert result["accuracy"] > 0.7
+    assert 0 < result["macro_f1"] <= 1
+    assert len(result["per_class"]) == 32
+
+    from PIL import Image
+
+    from secure_fedprompt.clients.data import generated
+
+    image = finished / "heart.png"
+    Image.fromarray(generated.render("plain blue heart", "poster", 3)).save(image)
+    prompt = next((finished / "d/alice/state").glob("prompt-*.safetensors"))
+    capsys.readouterr()
+    assert main(["predict", str(prompt), str(image), "--json", str(out)]) == 0
+    assert "blue heart" in capsys.readouterr().out.split(",")[0]
+    assert main(["predict", run, str(image)]) == 2  # a server's file names no classes
+    assert "names no classes" in capsys.readouterr().err
+    assert main(["predict", str(prompt), str(finished / "result.json")]) == 2
+    assert "cannot be read" in capsys.readouterr().err
+    assert main(["evaluate", run, "--generated-classes", "24"]) == 2
+    assert "another class list" in capsys.readouterr().err
+
+
+def test_a_prompt_for_another_model_is_refused(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import shutil
+
+    from safetensors.numpy import save_file
+
+    folder = tmp_path / "clip"
+    shutil.copytree(Path(demo.__file__).parent / "bundled_clip", folder)
+    weights = load_file(folder / "open_clip_model.safetensors")
+    weights["logit_scale"] = np.asarray(weights["logit_scale"] + np.float16(0.5))
+    save_file(weights, folder / "open_clip_model.safetensors")
+    words = ["evaluate", str(finished / "d/server/run"), "--model", f"local-dir:{folder}"]
+    assert main(words) == 2
+    assert "trained on a model with fingerprint" in capsys.readouterr().err
+
+
+def test_a_finished_folder_is_not_overwritten(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done = python("secure_fedprompt.server", "--config", "d/server/server.toml", cwd=finished)
+    assert done.returncode == 2
+    assert "holds a finished run: choose another run_dir" in done.stderr
+    assert main(["demo", "--run-dir", str(finished / "d")]) == 2
+    assert "not empty" in capsys.readouterr().err
+
+
+class Federation:
+    """A server and clients started as the demo prints them, one by one."""
+
+    def __init__(self, folder: Path, clients: int = 4, rounds: int = 2, **server: Any) -> None:
+        self.folder = folder / "f"
+        self.commands = demo.write_files(self.folder, "promptfl", clients, rounds, "masks", 0)
+        config = self.folder / "server" / "server.toml"
+        values = {**server}
+        lines = [
+            line for line in config.read_text().splitlines() if line.split(" ")[0] not in values
+        ]
+        config.write_text(
+            "\n".join(lines + [f"{k} = {json.dumps(v)}" for k, v in values.items()]) + "\n"
+        )
+        self.started: dict[str, subprocess.Popen[str]] = {}
+
+    def name(self, i: int) -> str:
+        return Path(self.commands[i][4]).parent.name
+
+    def start(self, i: int, *extra: str) -> subprocess.Popen[str]:
+        name = self.name(i)
+        log = (self.folder / name / "output.log").open("a")
+        with log:
+            self.started[name] = subprocess.Popen(
+                [*self.commands[i], *extra],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                text=True,
+                env=ENV,
+            )
+        return self.started[name]
+
+    def log(self, name: str) -> str:
+        return (self.folder / name / "output.log").read_text()
+
+    def wait_for(self, name: str, words: str) -> None:
+        deadline = time.monotonic() + LONG
+        while words not in self.log(name):
+            assert time.monotonic() < deadline, self.log(name)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.started[name].wait(0.05)
+                assert words in self.log(name), self.log(name)
+
+    def rounds(self) -> list[dict[str, Any]]:
+        result = json.loads((self.folder / "server" / "result.json").read_text())
+        rows: list[dict[str, Any]] = result["rounds"]
+        return rows
+
+    def stop(self) -> None:
+        for process in self.started.values():
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture
+def federation(tmp_path: Path) -> Iterator[Any]:
+    made: list[Federation] = []
+
+    def make(**options: Any) -> Federation:
+        made.append(Federation(tmp_path, **options))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.stop()
+
+
+def test_a_killed_server_and_a_killed_client_resume_the_run(federation: Any) -> None:
+    f = federation(rounds=3, alive_seconds=6.0, gather_seconds=60.0)
+    for i in range(5):
+        f.start(i)
+    f.wait_for("server", "round 1/3")
+    f.started["server"].send_signal(signal.SIGKILL)
+    f.started["server"].wait()
+    f.started["bob"].send_signal(signal.SIGKILL)
+    f.started["bob"].wait()
+    f.start(0)
+    f.start(2)
+    assert f.started["server"].wait(LONG) == 0, f.log("server")
+    assert "resuming" in f.log("server")
+    for name in ("alice", "bob", "carol", "dave"):
+        assert f.started[name].wait(LONG) == 0, f.log(name)
+    rounds = f.rounds()
+    done = [r["learning_round"] for r in rounds if r["outcome"] == "done"]
+    assert done == [1, 2, 3, 4]
+    numbers = [r["round"] for r in rounds]
+    assert numbers == sorted(set(numbers))  # no round number was used twice
+    assert len(rounds[-1]["cohort"]) == 4
+
+
+@pytest.mark.slow
+def test_a_client_killed_in_the_middle_is_dropped_and_the_run_ends(federation: Any) -> None:
+    f = federation(rounds=3, alive_seconds=4.0)
+    for i in range(5):
+        f.start(i)
+    f.wait_for("server", "round 1/3")
+    f.started["dave"].send_signal(signal.SIGKILL)
+    assert f.started["server"].wait(LONG) == 0, f.log("server")
+    rounds = f.rounds()
+    assert [r["learning_round"] for r in rounds if r["outcome"] == "done"] == [1, 2, 3, 4]
+    assert rounds[-1]["cohort"] == ["alice", "bob", "carol"]
+
+
+def test_mistakes_are_one_line_and_an_exit_code(federation: Any, tmp_path: Path) -> None:
+    """Each wrong client is told what is wrong; the server goes on waiting for right ones."""
+    f = federation(gather_seconds=LONG)
+    f.start(0)
+    f.wait_for("server", "waiting for 4 clients")
+    alice = f.commands[1][2:]
+    roster = Roster.from_toml((f.folder / "roster.toml").read_text(), "r")
+    stranger = cli.make_key("mallory", "client", tmp_path)
+    with_stranger = tmp_path / "other.toml"
+    with_stranger.write_text(roster.add(stranger).to_toml())
+    impostor = cli.make_key("server", "server", tmp_path)
+    wrong_server = tmp_path / "wrong.toml"
+    others = tuple(m for m in roster.members if m.role == "client")
+    wrong_server.write_text(Roster.of((*others, impostor)).to_toml())
+    one_class = tmp_path / "one" / "cat"
+    one_class.mkdir(parents=True)
+    (one_class / "x.png").write_bytes(b"not an image")
+    open_key = tmp_path / "open.pem"
+    open_key.write_bytes((f.folder / "alice/alice.pem").read_bytes())
+    open_key.chmod(0o644)
+    cases: list[tuple[list[str], int, str]] = [
+        (["--key", "nowhere.pem"], 2, "no such file; make one with"),
+        (["--key", str(open_key)], 2, "chmod 600"),
+        (["--key", str(tmp_path / "mallory.pem")], 2, "our key is not on the roster"),
+        (["--key", str(tmp_path / "mallory.pem"), "--roster", str(with_stranger)], 4, "refuses our key"),
+        (["--roster", str(wrong_server)], 5, "probably not this server's"),
+        (["--server", "tcp://127.0.0.1:9", "--patience", "1"], 3, "unreachable"),
+        (["--dataset", str(tmp_path / "one")], 2, "has one class, 'cat'"),
+        (["--dataset", str(tmp_path / "nothing")], 2, "does not exist"),
+        (["--model", "local-dir:nowhere"], 2, "lacks open_clip_config.json"),
+        (["--generated-classes", "24"], 7, "has 24 names"),
+    ]  # fmt: skip
+    # The first hello fixes model and classes: bob's comes first.
+    f.start(2)
+    f.wait_for("server", "bob joined")
+    for extra, code, words in cases:
+        done = python(*alice, *extra)
+        last = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else done.stdout
+        assert done.returncode == code, (extra, done.stdout, done.stderr)
+        assert words in last, (extra, last)
+        assert "Traceback" not in done.stderr
+    assert f.started["server"].poll() is None
+    busy = python(*f.commands[0][2:], "--run-dir", str(tmp_path / "second"))
+    assert busy.returncode == 6
+    assert "the port is in use" in busy.stderr
+    check = python("secure_fedprompt", "check", *alice[1:])
+    assert check.returncode == 0, check.stdout + check.stderr
+    assert "answers and admits us" in check.stdout
+    check = python("secure_fedprompt", "check", *alice[1:], "--key", "nowhere.pem")
+    assert check.returncode == 2
+    assert "no such file" in check.stdout
+
+
+def test_too_few_clients_end_the_run_on_both_sides(federation: Any) -> None:
+    f = federation(gather_seconds=18.0)
+    for i in (0, 1):
+        f.start(i)
+    assert f.started["server"].wait(LONG) == 8
+    assert "1 of at least 3 clients (alice)" in f.log("server")
+    assert f.started["alice"].wait(LONG) == 8
+    assert "start more clients" in f.log("alice")
+
+
+def test_ctrl_c_leaves_nothing_running(tmp_path: Path) -> None:
+    running = subprocess.Popen(
+        [sys.executable, "-m", "secure_fedprompt", "demo", "--run-dir", "d"],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENV,
+    )  # fmt: skip
+    assert running.stdout is not None
+    for line in running.stdout:
+        if "waiting for" in line:
+            break
+    children = Path(f"/proc/{running.pid}/task/{running.pid}/children")
+    if not children.exists():
+        running.kill()
+        pytest.skip("needs /proc")
+    pids = [int(pid) for pid in children.read_text().split()]
+    assert len(pids) == 5
+    running.send_signal(signal.SIGINT)
+    rest = running.communicate(timeout=60)[0]
+    assert running.returncode == 130
+    assert "interrupted" in rest
+    assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+
+
+@pytest.mark.slow
+def test_the_printed_commands_rerun_by_hand(finished: Path, tmp_path: Path) -> None:
+    """The same files, other folders for what is written: the same run again, up to rounding."""
+    lines = [
+        line.split()[1:]
+        for line in (finished / "stdout").read_text().splitlines()
+        if line.startswith("  python -m secure_fedprompt.")
+    ]
+    assert len(lines) == 5
+    started = []
+    for i, words in enumerate(lines):
+        extra = (
+            ["--state-dir", str(tmp_path / str(i))] if i else ["--run-dir", str(tmp_path / "run")]
+        )
+        started.append(subprocess.Popen([sys.executable, *words, *extra], cwd=finished, env=ENV))
+    assert [process.wait(LONG) for process in started] == [0] * 5
+    again = load_file(tmp_path / "run/prompts/global-0002.safetensors")["ctx"]
+    before = load_file(finished / "d/server/run/prompts/global-0002.safetensors")["ctx"]
+    assert np.abs(again - before).max() < 1e-4
+
+
+@pytest.mark.slow
+def test_masked_equals_unprotected_training(finished: Path, tmp_path: Path) -> None:
+    done = python("secure_fedprompt", "demo", "--run-dir", "d", "--rounds", "2",
+                  "--protection", "none", "--json", "r.json", cwd=tmp_path)  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "NO PROTECTION" in done.stdout
+    assert "saw every client's update" in done.stdout
+    masked = load_file(finished / "d/server/run/prompts/global-0002.safetensors")["ctx"]
+    plain = load_file(tmp_path / "d/server/run/prompts/global-0002.safetensors")["ctx"]
+    assert 0 < np.abs(masked - plain).max() < 1e-4
+    a = json.loads((finished / "result.json").read_text())["accuracy_after"]
+    b = json.loads((tmp_path / "r.json").read_text())["accuracy_after"]
+    assert abs(a - b) < 0.01
