@@ -125,9 +125,23 @@ def run(
 
 
 def write_files(
-    folder: Path, method: str, clients: int, rounds: int, protection: str, seed: int
+    folder: Path,
+    method: str,
+    clients: int,
+    rounds: int,
+    protection: str,
+    seed: int,
+    *,
+    for_server: dict[str, Any] | None = None,
+    for_clients: dict[str, Any] | None = None,
 ) -> list[list[str]]:
-    """Keys, roster and configs as an operator would write them; returns the commands to start."""
+    """Keys, roster and configs as an operator would write them; returns the commands to start.
+
+    Args:
+        folder: created; everything goes there.
+        method, clients, rounds, protection, seed: as the flags.
+        for_server, for_clients: further settings, on top of the demo's.
+    """
     names = [*NAMES, *(f"client{i:03d}" for i in range(len(NAMES), clients))][:clients]
     members = [make_key("server", "server", folder / "server")]
     members += [make_key(name, "client", folder / name) for name in names]
@@ -139,6 +153,7 @@ def write_files(
         "key": str(folder / "server" / "server.pem"), "roster": str(roster), "bind": address,
         "run_dir": str(folder / "server" / "run"), "method": method, "rounds": rounds,
         "protection": protection, "clients": clients, "gather_seconds": 120.0, **settings,
+        **(for_server or {}),
     }  # fmt: skip
     write_toml(folder / "server" / "server.toml", server)
     python = sys.executable
@@ -151,6 +166,7 @@ def write_files(
             "key": str(folder / name / f"{name}.pem"), "roster": str(roster), "server": address,
             "state_dir": str(folder / name / "state"), "threads": threads, "seed": seed,
             **DATA, "part": i, "parts": clients, "data_seed": seed,
+            **(for_clients or {}),
         }  # fmt: skip
         path = folder / name / "client.toml"
         allowed = {"protections": [protection]} if protection != "masks" else {}
