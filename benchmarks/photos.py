@@ -74,7 +74,7 @@ def main() -> int:
     )
     parser.add_argument("--model", required=True, help="local-dir:PATH")
     parser.add_argument("--dataset", required=True, help="folder or zip file")
-    parser.add_argument("--lr", type=float, default=0.01)
+    parser.add_argument("--lr", type=float, default=0.002)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
@@ -114,7 +114,7 @@ def write(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     lines = [
         "# Real photos: PromptFL as processes", "",
         ", ".join(f"{k} {v}" for k, v in protocol.items()), "",
-        "| split | protection | killed | zero-shot | start | after 10 rounds | clients in, by round "
+        "| split | protection | killed | zero-shot | start | after 10 rounds | clients in "
         "| kB up / down per client | s |",
         "|---|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip

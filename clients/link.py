@@ -65,7 +65,6 @@ class CurveLink:
         self._socket.rcvhwm = self._socket.sndhwm = 64
         self._socket.heartbeat_ivl, self._socket.heartbeat_timeout = 2000, 10000
         self._socket.reconnect_ivl, self._socket.reconnect_ivl_max = 200, 3000
-        self._socket.immediate = True
         self._monitor = self._socket.get_monitor_socket()
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)

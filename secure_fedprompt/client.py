@@ -180,6 +180,7 @@ def loop(link: CurveLink, session: Session, trainer: LocalTrainer, console: Cons
                         tell(console, work, trainer, weight)
                 for reply in replies:
                     link.send(reply)
+            link.send(m.Leave("Finished", ""))
         except SecureFedPromptError as error:
             link.send(session.leave(error))
             raise

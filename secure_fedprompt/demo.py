@@ -249,7 +249,13 @@ def watch(console: Console, started: list[subprocess.Popen[str]], folder: Path) 
                 reasons.append(f"{log.parent.name}: {lines[-1]}")
         raise RunFailedError("; ".join(reasons))
     for process in started[1:]:
-        process.wait(GRACE_SECONDS)
+        try:
+            code = process.wait(GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            code = -1
+        if code:
+            name = Path(str(process.args[4])).parent.name  # type: ignore[index]
+            raise RunFailedError(f"{name} did not end well: see {folder / name / 'output.log'}")
 
 
 if __name__ == "__main__":

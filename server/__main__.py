@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from secure_fedprompt.protocol import command
+from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.errors import ConfigError
 from secure_fedprompt.protocol.plan import default_threshold, tolerated_colluders
 from secure_fedprompt.protocol.settings import ServerSettings
@@ -25,6 +26,8 @@ EXAMPLES = """\
       --bind tcp://0.0.0.0:5570 --rounds 10 --n-ctx 16 --lr 0.01
   # stopped or killed? the same run_dir goes on where it was
   python -m secure_fedprompt.server --config server.toml --run-dir runs/monday"""
+
+GOODBYE_SECONDS = 10.0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -86,14 +89,16 @@ def serve(settings: ServerSettings, json_path: str | None) -> int:
 def loop(hub: Hub, run: Run) -> None:
     """Move frames between the socket and the state machine until the run is over."""
     while not run.over:
-        out = [
-            reply for name, msg in hub.poll(0.05) for reply in run.on(name, msg, time.monotonic())
-        ]
+        out = [o for name, msg in hub.poll(0.05) for o in run.on(name, msg, time.monotonic())]
         out += run.tick(time.monotonic())
         while out:
             name, message = out.pop(0)
             if not hub.send(name, message):
                 out += run.gone(name, time.monotonic())
+    # Closing a socket under a peer that is busy could cost it the last frame: wait for goodbyes.
+    present, until = set(run.clients), time.monotonic() + GOODBYE_SECONDS
+    while present and time.monotonic() < until:
+        present -= {name for name, message in hub.poll(0.05) if isinstance(message, m.Leave)}
 
 
 def warn(console: Console, settings: ServerSettings, clients: int) -> None:

@@ -206,6 +206,7 @@ def federation(tmp_path: Path) -> Iterator[Any]:
         each.stop()
 
 
+@pytest.mark.slow
 def test_a_killed_server_and_a_killed_client_resume_the_run(federation: Any) -> None:
     f = federation(rounds=3, alive_seconds=6.0, gather_seconds=60.0)
     for i in range(5):
