@@ -126,8 +126,8 @@ def write(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
             f"{r['bytes_up_per_client'] / 1e3:.0f} / {r['bytes_down_per_client'] / 1e3:.0f} | "
             f"{r['seconds']:.0f} |"
         )
-    lines += ["", "The last row entry of each run is the final evaluation. After a kill the accuracy "
-              "is over the remaining clients' test images."]  # fmt: skip
+    lines += ["", "The last number of clients is the final evaluation's. After a kill the accuracy"]
+    lines += ["is over the remaining clients' test images."]
     (args.out / "photos.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 

@@ -123,7 +123,7 @@ class Backbone:
         quick = pretrained == "openai" and "quickgelu" not in name
         logging.getLogger().setLevel(logging.ERROR)
         try:
-            model, train, test = open_clip.create_model_and_transforms(
+            model, _, test = open_clip.create_model_and_transforms(
                 name, pretrained=pretrained or None, device=device, force_quick_gelu=quick
             )
             tokenizer = open_clip.get_tokenizer(name)
@@ -132,7 +132,7 @@ class Backbone:
             raise ModelError(
                 f"model {name!r} ({pretrained or 'local'}) does not load: {line}"
             ) from None
-        return cls(model, tokenizer, train, test, precision)
+        return cls(model, tokenizer, augmentation(model.visual), test, precision)
 
     @property
     def device(self) -> torch.device:
@@ -297,6 +297,27 @@ class Backbone:
         """Text features (C, E) of "a photo of a NAME."."""
         ctx = self.embed(self.words(template))[None]
         return self.text_features(ctx, self.prompt_tokens(names, ctx.shape[1]))[0]
+
+
+def augmentation(visual: Any) -> Callable[[Image.Image], Tensor]:
+    """Random resized crop (scale 0.08 to 1, bicubic), flip, and the tower's own mean and std."""
+    from torchvision import transforms
+
+    return cast(
+        Callable[[Image.Image], Tensor],
+        transforms.Compose(
+            [
+                transforms.RandomResizedCrop(
+                    visual.image_size,
+                    scale=(0.08, 1.0),
+                    interpolation=transforms.InterpolationMode.BICUBIC,
+                ),
+                transforms.RandomHorizontalFlip(),
+                transforms.ToTensor(),
+                transforms.Normalize(visual.image_mean, visual.image_std),
+            ]
+        ),
+    )
 
 
 def _spoken(name: str) -> str:

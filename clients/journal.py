@@ -21,7 +21,6 @@ class MemoryJournal:
         self._uploaded: set[tuple[str, int]] = set()
         self._updates: set[str] = set()
         self._survivors: dict[str, list[tuple[str, ...]]] = {}
-        self._opened: dict[tuple[str, str], tuple[str, ...]] = {}
 
     def begin_round(self, run: bytes, round: int) -> None:
         last = self._last.get(run.hex(), 0)
@@ -47,15 +46,6 @@ class MemoryJournal:
     def survivor_lists(self, run: bytes) -> Iterable[tuple[str, ...]]:
         return tuple(self._survivors.get(run.hex(), ()))
 
-    def record_reveal(
-        self, run: bytes, round: int, base: bytes, survivors: tuple[str, ...]
-    ) -> None:
-        record = {"event": "reveal", "run": run.hex(), "round": round, "base": base.hex()}
-        self._apply({**record, "survivors": list(survivors)})
-
-    def opened(self, run: bytes, base: bytes) -> tuple[str, ...] | None:
-        return self._opened.get((run.hex(), base.hex()))
-
     def knows(self, run: bytes) -> bool:
         """Whether this client has entered a round of the run before."""
         return run.hex() in self._last
@@ -72,10 +62,6 @@ class MemoryJournal:
                 names = record["survivors"]
                 assert isinstance(names, list)
                 self._survivors.setdefault(run, []).append(tuple(names))
-            case "reveal":
-                names = record["survivors"]
-                assert isinstance(names, list)
-                self._opened[run, str(record["base"])] = tuple(names)
             case event:
                 raise ValueError(f"unknown event {event!r}")
 
@@ -89,8 +75,13 @@ class FileJournal(MemoryJournal):
 
     def __init__(self, path: Path) -> None:
         super().__init__()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        except OSError as error:
+            raise ConfigError(
+                f"state_dir {path.parent} cannot be written ({error.strerror}): choose another"
+            ) from None
         self._file = os.fdopen(descriptor, "r+b")
         self._lock(path)
         whole = 0

@@ -21,7 +21,6 @@ from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.errors import (
     AdvertMismatchError,
     OverlapError,
-    PolicyError,
     ReplayError,
     RosterMismatchError,
     SecondUnmaskError,
@@ -55,14 +54,6 @@ class Journal(Protocol):
 
     def survivor_lists(self, run: bytes) -> Iterable[tuple[str, ...]]:
         """All lists of this run so far."""
-
-    def record_reveal(
-        self, run: bytes, round: int, base: bytes, survivors: tuple[str, ...]
-    ) -> None:
-        """Store, before shares leave, whose sum over a global prompt they open."""
-
-    def opened(self, run: bytes, base: bytes) -> tuple[str, ...] | None:
-        """The survivors of the sum that was opened over this global prompt, if any."""
 
     def knows(self, run: bytes) -> bool:
         """Whether a round of this run was entered before."""
@@ -270,11 +261,6 @@ def _fingerprint(plan: RoundPlan, values: Values) -> bytes | None:
     return h.digest() if updates else None
 
 
-def _base(plan: RoundPlan) -> bytes:
-    """What makes two sums comparable: the prompt they start from, trained or only evaluated."""
-    return plan.base_digest + bytes((plan.training,))
-
-
 @dataclass(frozen=True, repr=False)
 class Uploaded(State):
     adverts: bytes
@@ -294,13 +280,6 @@ class Uploaded(State):
                 f"survivor list names {sorted(strangers)}, who shared no keys with us"
             )
         party.policy.check_survivors(survivors, party.journal.survivor_lists(plan.run))
-        before = party.journal.opened(plan.run, _base(plan))
-        if before not in (None, survivors) and not party.policy.allow_base_replay:
-            raise PolicyError(
-                f"a sum over this global prompt was opened with other survivors before "
-                f"({len(before or ())}, now {len(survivors)}); policy.allow_base_replay is false, "
-                "since the two could be subtracted: let the same clients come back"
-            )
         body = m.survivors_body(plan, self.adverts, survivors)
         party.journal.record_survivors(plan.run, plan.round, survivors)
         signature = party.identity.sign(Purpose.SURVIVORS, body)
@@ -334,7 +313,6 @@ class Agreed(State):
             share[:32] if name in dropped else share[32:]
             for name, share in sorted(self.shares.items())
         ]
-        party.journal.record_reveal(plan.run, plan.round, _base(plan), self.survivors)
         reply = m.Reveal(plan.run, plan.round, b"".join(parts))
         return Revealed(party, plan), [reply]
 

@@ -173,7 +173,7 @@ class Session:
             self.workload.prepare(settings)
         self.settings, self.run = settings, message.run
         if not message.need_initial:
-            return []
+            return [m.Ready(self.run)]
         vector = self.workload.initial().astype("<f4").tobytes()
         return [m.Initial(self.run, self.workload.tensors(), vector)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from secure_fedprompt.clients.data.settings import DataSettings
 from secure_fedprompt.clients.methods.base import Batch, Method, build
 from secure_fedprompt.clients.session import Prompt, Work
 from secure_fedprompt.protocol import layout as lay
-from secure_fedprompt.protocol.errors import DataError
+from secure_fedprompt.protocol.errors import DataError, UpdateError
 from secure_fedprompt.protocol.expand import Purpose, digest
 from secure_fedprompt.protocol.fixedpoint import LOSS_CLIP
 from secure_fedprompt.protocol.layout import TensorSpec
@@ -160,7 +161,8 @@ class LocalTrainer:
     Args:
         backbone: frozen towers.
         train, test: this client's images.
-        seed: of batch order; None draws it from the operating system.
+        seed: of batch order and augmentation; None draws it from the operating system.
+        augment: train on random crops and flips, encoded anew in every epoch.
         progress: called with what is being done, how far, out of how much.
         features: pooled features of ``train`` and ``test``, if they are known already.
     """
@@ -171,10 +173,13 @@ class LocalTrainer:
         train: ImageSet,
         test: ImageSet,
         seed: int | None = None,
+        augment: bool = False,
         progress: Progress = lambda what, done, total: None,
         features: tuple[Features, Features] | None = None,
     ) -> None:
         self.backbone, self.progress, self.seed = backbone, progress, seed
+        self.augment = augment
+        self.cancelled = threading.Event()
         self.class_names = train.class_names
         self.model_fingerprint = backbone.fingerprint
         self.classes_digest = classes_digest(train.class_names)
@@ -265,10 +270,28 @@ class LocalTrainer:
         )
         steps = s.epochs * -(-len(images) // s.batch_size)
         done = 0
-        for _ in range(s.epochs):
-            for batch in images.batches(s.batch_size, rng.permutation(len(images))):
-                optimiser.zero_grad()
-                torch.autograd.backward(method.loss(batch))
-                optimiser.step()
-                done += 1
-                self.progress("training", done, steps)
+        with torch.random.fork_rng(devices=[]):  # torchvision draws from torch's generator
+            torch.manual_seed(int(rng.integers(2**62)))
+            for _ in range(s.epochs):
+                order = rng.permutation(len(images))
+                batches = images.batches(s.batch_size, order)
+                for batch in self._augmented(order, s.batch_size) if self.augment else batches:
+                    if self.cancelled.is_set():
+                        raise UpdateError("training was cancelled")
+                    optimiser.zero_grad()
+                    torch.autograd.backward(method.loss(batch))
+                    optimiser.step()
+                    done += 1
+                    self.progress("training", done, steps)
+
+    def _augmented(self, order: NDArray[np.int64], size: int) -> Iterator[Batch]:
+        """Batches of fresh random views; the frozen tower encodes each anew."""
+        assert self.method is not None
+        train, _ = self._sets
+        labels = torch.from_numpy(train.labels).to(self.backbone.device)
+        for start in range(0, len(order), size):
+            rows = order[start : start + size]
+            views = torch.stack([self.backbone.train_transform(train.image(i)) for i in rows])
+            if self.method.needs == "features":
+                views = self.backbone.image_features(views)
+            yield Batch(views, labels[torch.from_numpy(rows).to(labels.device)])

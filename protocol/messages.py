@@ -3,7 +3,7 @@
     client                          server
       Hello            ->                            who I am, which model and classes I hold
                        <-           Welcome          run id, settings
-      Initial          ->                            one client: the starting prompt
+      Ready            ->                            or Initial, one client: the starting prompt
                        <-           Plan             round plan, global prompt
       Advert           ->                            fresh public keys, signed
                        <-           Adverts
@@ -105,6 +105,13 @@ class Initial(Message):
     run: RunId
     tensors: Annotated[tuple[TensorSpec, ...], Many(128)]
     vector: Vector
+
+
+@dataclass(frozen=True, repr=False)
+class Ready(Message):
+    """Welcome is understood and the images are encoded: plans may come."""
+
+    run: RunId
 
 
 @dataclass(frozen=True, repr=False)
@@ -268,7 +275,7 @@ class Refused(Message):
 
 
 CATALOGUE = Catalogue(
-    Hello, Welcome, Initial, Plan, Advert, Adverts, Shares, Inbox, MaskedUpload, PlainUpload,
+    Hello, Welcome, Ready, Initial, Plan, Advert, Adverts, Shares, Inbox, MaskedUpload, PlainUpload,
     SurvivorList, Consistent, UnmaskRequest, Reveal, RoundEnd, Finish, Alive,
     Withdraw, Rejoin, Leave, Refused,
 )  # fmt: skip

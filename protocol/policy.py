@@ -22,8 +22,6 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         protections, methods, graphs: allowed values; an empty ``methods`` allows every method.
         max_rounds: most learning rounds of one run, and half the attempts at them.
         allow_late_join: take part in a run that began without this client's nonce.
-        allow_base_replay: open a second sum over the same global prompt with other survivors. Off,
-            since such sums can be subtracted from each other almost exactly.
         min_survivor_change: refuse a survivor list that differs from an earlier one of the run
             by fewer clients than this, unless equal. Add the colluders you expect: swapping them
             counts as change. 0 is off: it would let one dropout stop a run.
@@ -38,7 +36,6 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     graphs: tuple[str, ...] = ("complete",)
     max_rounds: int = 1000
     allow_late_join: bool = True
-    allow_base_replay: bool = False
     min_survivor_change: int = 0
 
     def check_plan(self, plan: RoundPlan) -> None:

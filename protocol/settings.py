@@ -95,7 +95,7 @@ class ServerSettings(MethodSettings, frozen=True, forbid_unknown_fields=True, kw
     max_dropout: NonNegative = 0.1
     max_corruption: NonNegative = 0.1
     ring_bits: Annotated[int, Meta(ge=8, le=32)] = 32
-    clip: Rate = 1.0
+    clip: Annotated[float, Meta(gt=0, le=1e6)] = 1.0
     weights: str = "samples"
     max_weight: Positive = 4096
     max_seen: Positive = 65536

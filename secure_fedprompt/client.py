@@ -7,7 +7,7 @@ import sys
 import time
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from rich.console import Console
 from rich.markup import escape
@@ -26,7 +26,7 @@ from secure_fedprompt.clients.participant import Party
 from secure_fedprompt.clients.session import Session, Work
 from secure_fedprompt.protocol import command
 from secure_fedprompt.protocol import messages as m
-from secure_fedprompt.protocol.errors import RosterError, SecureFedPromptError
+from secure_fedprompt.protocol.errors import RosterError, SecureFedPromptError, UpdateError
 from secure_fedprompt.protocol.keys import Identity, Member
 from secure_fedprompt.protocol.roster import Roster
 
@@ -42,6 +42,7 @@ EXAMPLES = """\
   # test keys, roster, data, model and the server without joining a run
   secure-fedprompt check --config client.toml"""
 ALIVE_SECONDS = 2.0
+T = TypeVar("T")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -102,7 +103,7 @@ def load_trainer(settings: ClientSettings, console: Console, progress: Progress)
         progress.update(tasks[what], completed=done, total=total)
 
     seed = None if settings.seed < 0 else settings.seed
-    return LocalTrainer(backbone, train, test, seed, report)
+    return LocalTrainer(backbone, train, test, seed, settings.augment, report)
 
 
 def take_part(settings: ClientSettings, json_path: str | None) -> int:
@@ -158,10 +159,11 @@ def loop(link: CurveLink, session: Session, trainer: LocalTrainer, console: Cons
                 if welcome is None:
                     message = link.receive(0.02 if job else 0.2)
                 elif welcome.done():
-                    replies, welcome = welcome.result(), None
+                    replies, welcome = outcome(welcome), None
                 else:
                     wait([welcome], 0.2)
-                if isinstance(message, m.Welcome):  # encodes all images: keep the link alive
+                if isinstance(message, m.Welcome) and session.settings is None:
+                    # Encodes all images; meanwhile the link is kept alive.
                     welcome = pool.submit(session.on, message)
                 elif message is not None:
                     replies += react(session, message, console)
@@ -172,7 +174,7 @@ def loop(link: CurveLink, session: Session, trainer: LocalTrainer, console: Cons
                     job = session.work, pool.submit(trainer.run, session.work)
                 if job is not None and job[1].done():
                     (work, future), job = job, None
-                    values, weight = future.result()
+                    values, weight = outcome(future)
                     uploads = session.trained(work, values, weight)
                     replies += uploads
                     if uploads:
@@ -184,7 +186,27 @@ def loop(link: CurveLink, session: Session, trainer: LocalTrainer, console: Cons
         except SecureFedPromptError as error:
             link.send(session.leave(error))
             raise
+        except KeyboardInterrupt:
+            link.send(m.Leave("Stopped", ""))
+            raise
+        finally:
+            trainer.cancelled.set()  # the pool waits for its thread
     return rounds
+
+
+def outcome(future: Future[T]) -> T:
+    """The worker's result; whatever went wrong there is one line.
+
+    Raises:
+        SecureFedPromptError
+    """
+    try:
+        return future.result()
+    except SecureFedPromptError:
+        raise
+    except Exception as error:
+        line = m.line(error) or type(error).__name__
+        raise UpdateError(f"local training failed: {line}") from error
 
 
 def react(session: Session, message: m.Message, console: Console) -> list[m.Message]:

@@ -34,6 +34,7 @@ class ClientSettings(ModelSettings, frozen=True, forbid_unknown_fields=True, kw_
         state_dir: what must survive a restart; default state/NAME.
         method: take part only if the run uses this method; empty takes the run's.
         seed: of batch order, for reproducible benchmarks; -1 draws it from the system.
+        augment: train on random crops and flips instead of cached features.
         patience: seconds without a connection before giving up.
     """
 
@@ -43,5 +44,6 @@ class ClientSettings(ModelSettings, frozen=True, forbid_unknown_fields=True, kw_
     state_dir: str = ""
     method: str = ""
     seed: int = -1
+    augment: bool = False
     patience: Seconds = 60.0
     policy: Policy = Policy()

@@ -100,6 +100,7 @@ def make_trainers(settings: ClientSettings) -> dict[str, LocalTrainer]:
             train.subset(share.train),
             test.subset(share.test),
             max(0, settings.seed),
+            settings.augment,
             features=(features[0].subset(share.train), features[1].subset(share.test)),
         )
         for k, share in enumerate(shares)

@@ -98,7 +98,12 @@ def loop(hub: Hub, run: Run) -> None:
     # Closing a socket under a peer that is busy could cost it the last frame: wait for goodbyes.
     present, until = set(run.clients), time.monotonic() + GOODBYE_SECONDS
     while present and time.monotonic() < until:
-        present -= {name for name, message in hub.poll(0.05) if isinstance(message, m.Leave)}
+        for name, message in hub.poll(0.05):
+            if isinstance(message, m.Leave):
+                present.discard(name)
+            elif isinstance(message, m.Hello):  # came back just now
+                for _, last in run.farewell(name):
+                    hub.send(name, last)
 
 
 def warn(console: Console, settings: ServerSettings, clients: int) -> None:

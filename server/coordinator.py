@@ -70,6 +70,7 @@ class Round:
         result: decoded sum by field, once done. ``integers`` is the same as ring integers.
         reason: why the round aborted, else empty.
         dropped: clients of the cohort whose update is not in the sum, with the stage they left in.
+        suspect: whose bad shares aborted the round, as far as can be told.
         faults: clients that broke a rule, with the error.
         seconds: by stage.
     """
@@ -82,6 +83,7 @@ class Round:
     result: dict[str, layout.Vector] | None = None
     integers: NDArray[np.int64] | None = None
     reason: str = ""
+    suspect: str = ""
     dropped: dict[str, str] = field(default_factory=dict)
     faults: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -204,6 +206,7 @@ class Round:
         try:
             return step[self.stage](names, now)
         except BadShareError as error:
+            self.suspect = error.owner
             if error.owner:
                 self.faults[error.owner] = f"BadShareError: {error}"
             return self._abort(f"BadShareError: {error}")
@@ -269,7 +272,10 @@ class Round:
             self.plan, self._adverts, self._shared, self._survivors, reveals
         )
         for name in liars:
-            self.faults[name] = "BadShareError: its shares disagree with the others"
+            self.faults[name] = (
+                "BadShareError: relayed shares that disagree with the others'; it or "
+            )
+            self.faults[name] += "their dealer is dishonest"
         assert isinstance(self._sum, MaskedSum)
         integers = self._sum.unmask(plus, minus)
         return self._finish(fixedpoint.decode(self.plan.layout, integers), integers)

@@ -9,7 +9,8 @@ stored: a restarted server never uses a round number twice.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -40,6 +41,8 @@ from secure_fedprompt.protocol.settings import ServerSettings
 from secure_fedprompt.server.coordinator import Deadlines, Outbox, Round, Stage
 
 Prompt = NDArray[np.float32]
+TENSOR_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.]{0,47}")
+SAME_HELLO = 5.0  # seconds within which two greetings of one process count as one
 
 
 @dataclass
@@ -81,7 +84,9 @@ class Ledger(Protocol):
 class Client:
     nonce: bytes
     seen: float
+    joined: float
     welcomed: bool = False
+    ready: bool = False
 
 
 @dataclass
@@ -109,7 +114,10 @@ class Run:
         self.expected = self.settings.clients or len(self.roster.with_role("client"))
         self.gather_until = self.began + self.settings.gather_seconds
         self.initial_from, self.initial_until = "", 0.0
-        self.excluded: set[str] = set()
+        self.opening = True  # wait for everybody, also after a restart
+        self.rejoin: dict[str, float] = {}
+        self.asked: set[str] = set()  # for the starting prompt
+        self.benched: set[str] = set()  # sit out the next attempt
 
     # -- frames and time -------------------------------------------------------------------------
 
@@ -128,11 +136,17 @@ class Run:
             return self._hello(sender, message, now)
         client = self.clients.get(sender)
         if client is None:
-            return [(sender, m.Rejoin())] if isinstance(message, m.Alive) else []
+            if not isinstance(message, m.Alive) or now < self.rejoin.get(sender, 0.0):
+                return []
+            self.rejoin[sender] = now + SAME_HELLO
+            return [(sender, m.Rejoin())]
         client.seen = now
         match message:
             case m.Alive():
                 return []
+            case m.Ready():
+                client.ready = True
+                return self._maybe_start(now) if not self.current else []
             case m.Leave():
                 self.ledger.event("left", f"{sender} left: {message.error}: {message.reason}")
                 return self.gone(sender, now)
@@ -154,9 +168,8 @@ class Run:
         if self.current:
             return out + self._after(self.current.tick(now), now)
         if self.initial_from and now > self.initial_until:
-            self.ledger.event("lost", f"{self.initial_from} sends no starting prompt")
-            self.excluded.add(self.initial_from)
-            out += self.gone(self.initial_from, now)
+            self.ledger.event("fault", f"{self.initial_from} sends no starting prompt")
+            self.initial_from = ""
         return out + self._maybe_start(now)
 
     def gone(self, name: str, now: float) -> Outbox:
@@ -168,6 +181,10 @@ class Run:
             self.state.model_fingerprint = self.state.classes_digest = b""
         return self._after(self.current.lost(name, now), now) if self.current else []
 
+    def farewell(self, name: str) -> Outbox:
+        """The last frame of a run that is over, for a client that missed it."""
+        return self._finish_frames((name,))
+
     # -- admission -------------------------------------------------------------------------------
 
     def _hello(self, sender: str, hello: m.Hello, now: float) -> Outbox:
@@ -176,8 +193,13 @@ class Run:
         except SecureFedPromptError as error:
             self.ledger.event("refused", f"{sender} refused: {error}")
             return [(sender, _refused(error))]
-        out = self.gone(sender, now) if sender in self.clients else []
-        self.clients[sender] = Client(hello.nonce, now)
+        before = self.clients.get(sender)
+        if before and before.nonce == hello.nonce and now - before.joined < SAME_HELLO:
+            return [(sender, self._welcome(sender))] if self.state.run else []
+        out = self.gone(sender, now) if before else []
+        if self.over:
+            return [*out, *self._finish_frames((sender,))]
+        self.clients[sender] = Client(hello.nonce, now, now)
         self.ledger.event("joined", f"{sender} joined ({len(self.clients)} of {self.expected})")
         if self.state.run:
             out.append((sender, self._welcome(sender)))
@@ -185,8 +207,6 @@ class Run:
 
     def _admit(self, sender: str, hello: m.Hello) -> None:
         state, settings = self.state, self.settings
-        if sender in self.excluded:
-            raise RunFailedError(f"{sender} broke the protocol and is excluded from this run")
         if sender not in {member.name for member in self.roster.with_role("client")}:
             raise NotOnRosterError(f"{sender!r} is on the roster, but not as a client")
         if hello.roster_digest != self.roster.digest:
@@ -230,6 +250,7 @@ class Run:
     def _initial(self, sender: str, message: m.Initial, now: float) -> Outbox:
         if self.state.prompt is not None or sender != self.initial_from:
             return []
+        self.clients[sender].ready = True
         size = sum(tensor.size for tensor in message.tensors)
         try:
             self._layout(message.tensors, len(self.clients))
@@ -241,6 +262,7 @@ class Run:
         if not np.isfinite(prompt).all():
             raise FieldError("initial prompt holds NaN or infinity")
         self.state.tensors, self.state.prompt = message.tensors, prompt
+        self.initial_from = ""
         self.ledger.save(self.state)
         return self._maybe_start(now)
 
@@ -248,16 +270,21 @@ class Run:
 
     def _maybe_start(self, now: float) -> Outbox:
         """Begin the run, ask for the initial prompt, or plan the next round, if it is time."""
-        present, state = len(self.clients), self.state
+        state = self.state
+        present = sum(c.ready or not state.run for c in self.clients.values())
         if self.over:
             return []
         if self._complete():
             self.over = True
             return self._finish_frames()
-        enough = present >= self.settings.min_clients
-        if present < self.expected and now < self.gather_until:
+        joined = max(self.settings.min_clients, min(self.expected, len(self.clients)))
+        wanted = self.expected if self.opening or not state.run else joined
+        waiting = present < wanted and now < self.gather_until
+        if state.run and not waiting and self.initial_from:
+            return []  # it has a deadline of its own
+        if waiting and not (state.run and state.prompt is None):
             return []
-        if not enough:
+        if present < self.settings.min_clients and not waiting:
             return self._fail(TooFewClientsError(
                 f"{present} of at least {self.settings.min_clients} clients "
                 f"({', '.join(sorted(self.clients)) or 'nobody'}) after "
@@ -271,14 +298,19 @@ class Run:
             )
             state.run = m.run_id(state.server_nonce, state.nonces)
             self.ledger.save(state)
+            self.gather_until = now + self.settings.training_seconds  # to encode their images
+            present, self.opening = 0, False
         if state.prompt is None and not self.initial_from:
-            self.initial_from = min(self.clients)
+            if not (candidates := set(self.clients) - self.asked):
+                return self._fail(RunFailedError("no client sent a usable starting prompt"))
+            self.initial_from = min(candidates)
+            self.asked.add(self.initial_from)
             self.initial_until = now + self.settings.training_seconds
             out.append((self.initial_from, self._welcome(self.initial_from, need_initial=True)))
         for name, client in self.clients.items():
             if not client.welcomed:
                 out.append((name, self._welcome(name)))
-        if state.prompt is None:
+        if state.prompt is None or present < self.settings.min_clients:
             return out
         try:
             return out + self._plan(now)
@@ -298,8 +330,12 @@ class Run:
         settings = self.settings
         names = [tensor.name for tensor in tensors]
         reserved = {lay.WEIGHT, lay.CONTRIBUTORS, *lay.METRICS}
-        if len(set(names)) != len(names) or reserved & set(names) or "" in names:
+        if len(set(names)) != len(names) or reserved & set(names):
             raise PlanError(f"tensor names {names} are doubled or reserved")
+        if not all(TENSOR_NAME.fullmatch(name) for name in names):
+            raise PlanError(f"tensor names {names}: use letters, digits, '_' and '.'")
+        if any(tensor.size < 1 for tensor in tensors):
+            raise PlanError("a tensor without values")
         if sum(tensor.size for tensor in tensors) > MAX_VALUES:
             raise PlanError(f"prompt of more than {MAX_VALUES} values")
         return size_layout(
@@ -315,7 +351,9 @@ class Run:
     def _plan(self, now: float) -> Outbox:
         state, settings = self.state, self.settings
         assert state.prompt is not None
-        cohort = tuple(sorted(self.clients))
+        ready = {name for name, client in self.clients.items() if client.ready}
+        rested = ready - self.benched
+        cohort = tuple(sorted(rested if len(rested) >= settings.min_clients else ready))
         n, training = len(cohort), state.learning_round <= settings.rounds
         uniform = settings.weights == "uniform"
         max_weight = 1 if uniform else settings.max_weight
@@ -328,6 +366,7 @@ class Run:
             )
             seed = self.entropy(32)
         base = state.prompt.astype("<f4").tobytes()
+        self.opening = False
         state.round += 1
         self.ledger.save(state)
         plan = RoundPlan(
@@ -364,10 +403,7 @@ class Run:
         self.current = None
         for name, fault in current.faults.items():
             self.ledger.event("fault", f"round {current.plan.round}: {name}: {fault}")
-            if fault.startswith("BadShareError"):
-                self.excluded.add(name)
-                out.append((name, _refused(RunFailedError(f"{name} sent bad shares: {fault}"))))
-                self.clients.pop(name, None)
+        self.benched = {current.suspect} & set(self.clients)
         if current.stage is Stage.DONE:
             self._apply(current)
             self.attempts = 0
@@ -381,7 +417,7 @@ class Run:
                 f"learning round {state.learning_round} aborted {self.attempts} times: "
                 f"{self.last_reason}"
             ))  # fmt: skip
-        short = len(self.clients) < settings.min_clients
+        short = sum(c.ready for c in self.clients.values()) < settings.min_clients
         self.gather_until = now + (settings.gather_seconds if short else 0)
         return out + self._maybe_start(now)
 
@@ -394,7 +430,7 @@ class Run:
         if done.plan.training:
             updates = [result[f.name].reshape(-1) for f in done.plan.layout if f.update]
             mean = np.concatenate(updates) / weight
-            state.prompt = (state.prompt.astype(np.float64) + mean).astype(np.float32)
+            state.prompt = _finite(state.prompt.astype(np.float64) + mean)
         if lay.SEEN in result and (seen := float(result[lay.SEEN])) > 0:
             metrics = {
                 "accuracy": float(result[lay.CORRECT]) / seen,
@@ -412,14 +448,22 @@ class Run:
         self.ledger.event("failed", str(error))
         return self._finish_frames()
 
-    def _finish_frames(self) -> Outbox:
+    def _finish_frames(self, names: Iterable[str] = ()) -> Outbox:
+        """The last frame to these clients, or to all."""
+        names = names or tuple(self.clients)
         if not self.state.run:
             refusal = _refused(self.error or RunFailedError("the run is over"))
-            return [(name, refusal) for name in self.clients]
+            return [(name, refusal) for name in names]
         prompt = self.state.prompt
         vector = b"" if prompt is None else prompt.astype("<f4").tobytes()
         finish = m.Finish(self.state.run, vector, m.line(self.error or ""))
-        return [(name, finish) for name in self.clients]
+        return [(name, finish) for name in names]
+
+
+def _finite(prompt: NDArray[np.float64]) -> Prompt:
+    """As float32, saturated: a malicious ring vector must not leave a file that none can use."""
+    limit = float(np.finfo(np.float32).max)
+    return np.nan_to_num(np.clip(prompt, -limit, limit)).astype(np.float32)
 
 
 def _refused(error: SecureFedPromptError) -> m.Refused:

@@ -232,6 +232,26 @@ def test_training_improves_and_only_the_context_moves(bundled: Backbone) -> None
     assert bundled.fingerprint == before
 
 
+def test_augmentation_draws_new_views_and_is_reproducible(bundled: Backbone) -> None:
+    train, test = sets.generated_sets(4, ["photo"], 4, 1, 0)
+    one = train.image(0)
+    views = [bundled.train_transform(one) for _ in range(2)]
+    assert views[0].shape == bundled.test_transform(one).shape == (3, 64, 64)
+    assert not torch.equal(views[0], views[1])
+    from rounds import make_plan
+
+    from secure_fedprompt.clients.session import Work
+
+    results = []
+    for augment, seed in ((True, 1), (True, 1), (True, 2), (False, 1)):
+        trainer = LocalTrainer(bundled, train, test, seed, augment)
+        trainer.prepare(MethodSettings(n_ctx=4, lr=0.01, epochs=1, batch_size=8))
+        plan = make_plan(3, tensors=trainer.tensors())
+        results.append(trainer.run(Work(plan, trainer.initial()))[0]["ctx"])
+    assert np.array_equal(results[0], results[1])
+    assert all(not np.array_equal(results[0], other) for other in results[2:])
+
+
 def test_cached_features_equal_fresh_ones(bundled: Backbone) -> None:
     train, _ = sets.generated_sets(4, ["photo"], 2, 1, 0)
     features = Features(bundled, train, "features", lambda *_: None, "")

@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import msgspec
 import numpy as np
 import pytest
 from rounds import OPEN, entropy_from, identity, make_parties, make_plan, make_updates, roster
@@ -288,28 +287,6 @@ def test_majority_and_small_cohorts() -> None:
         policy.check_plan(make_plan(6, round=3000))
     with pytest.raises(errors.PolicyError, match="min_cohort"):
         Policy().check_plan(make_plan(2))
-
-
-def test_a_prompt_is_opened_for_one_survivor_list_only() -> None:
-    """Two sums over one prompt with other survivors could be subtracted: the second is refused."""
-    parties = make_parties(N)
-
-    def attempt(number: int, base: bytes, drops: dict[str, Stage]) -> Any:
-        plan = make_plan(N, round=number, base_digest=base)
-        return run_round(plan, parties, make_updates(plan, number), drops)
-
-    one_gone = {"c005": Stage.COLLECTING}
-    assert attempt(1, b"a" * 32, {}).round.stage is Stage.DONE
-    assert attempt(2, b"a" * 32, {}).round.stage is Stage.DONE  # the same list tells nothing new
-    assert attempt(3, b"b" * 32, one_gone).round.stage is Stage.DONE
-    again = attempt(4, b"a" * 32, one_gone)
-    assert again.round.stage is Stage.ABORTED
-    assert {str(e).split(";")[1][:34] for e in again.errors.values()} == {
-        " policy.allow_base_replay is false"
-    }
-    wide = msgspec.structs.replace(OPEN, allow_base_replay=True)
-    parties = {name: dataclasses.replace(p, policy=wide) for name, p in parties.items()}
-    assert attempt(5, b"a" * 32, one_gone).round.stage is Stage.DONE
 
 
 def test_min_survivor_change() -> None:

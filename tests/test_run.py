@@ -471,7 +471,7 @@ def test_a_client_stays_in_one_run_with_one_set_of_settings(tmp_path: Path) -> N
     good = m.Welcome(
         state.run, state.server_nonce, state.nonces, world.settings.method_settings().to_bytes(), 0
     )
-    assert session.on(good) == []
+    assert session.on(good) == [m.Ready(state.run)]
     other = world.settings.method_settings()
     changed = msgspec.structs.replace(other, lr=0.7).to_bytes()
     with pytest.raises(errors.MismatchError, match="settings changed"):
@@ -523,6 +523,8 @@ def test_a_client_without_a_starting_prompt_is_passed_over(tmp_path: Path) -> No
         (TensorSpec("weight", (10,)),),
         (TensorSpec("a", (5,)), TensorSpec("a", (5,))),
         (TensorSpec("a", (2**32 - 1, 2**32 - 1, 2**32 - 1)),),
+        (TensorSpec("a", (10,)), TensorSpec("b", (2**32 - 1, 2**32 - 1, 0))),
+        (TensorSpec("__metadata__", (10,)),),
     ],
 )
 def test_unusable_tensors_are_refused_and_never_stored(tmp_path: Path, tensors: Any) -> None:
@@ -588,9 +590,108 @@ def test_a_finished_run_that_was_not_marked_so_just_finishes(tmp_path: Path) -> 
     assert len(world.store.summary()["rounds"]) == 3
 
 
+def test_a_client_that_is_still_encoding_is_not_planned_for(tmp_path: Path) -> None:
+    """It says Alive but is not Ready: the round begins without it, and it joins a later one."""
+    world = World(tmp_path)
+    held: list[m.Message] = []
+    original = world.run.on
+
+    def on(sender: str, message: m.Message, now: float) -> Any:
+        if sender == "c004" and isinstance(message, m.Ready) and now < 70:
+            held.append(message)
+            return []
+        return original(sender, message, now)
+
+    world.run.on = on  # type: ignore[method-assign]
+    for name in names(4):
+        world.join(name)
+    world.pump()
+    assert held
+    assert world.run.error is None
+    assert world.store.summary()["rounds"][0]["cohort"] == ["c001", "c002", "c003"]
+    assert not world.store.summary()["rounds"][0]["dropped"]
+
+
+def test_nobody_is_asked_twice_for_the_starting_prompt(tmp_path: Path) -> None:
+    world = World(tmp_path, gather_seconds=2000.0)
+    asked: list[str] = []
+    original = world.run.on
+
+    def on(sender: str, message: m.Message, now: float) -> Any:
+        if isinstance(message, m.Initial):
+            asked.append(sender)
+            return []
+        return original(sender, message, now)
+
+    world.run.on = on  # type: ignore[method-assign]
+    for name in names(4):
+        world.join(name)
+    world.pump()
+    assert asked == list(names(4))
+    assert "no client sent a usable starting prompt" in str(world.run.error)
+
+
+def test_greetings_of_one_process_are_counted_once(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    for name in names(4):
+        world.join(name)
+    world.pump(lambda w, message: isinstance(message, m.Advert))
+    assert world.run.current is not None
+    twin = m.Hello(
+        world.run.clients["c002"].nonce, "", b"m" * 32, b"c" * 32, 7, world.roster.digest
+    )
+    ((_, welcome),) = world.run.on("c002", twin, world.clock)
+    assert isinstance(welcome, m.Welcome)
+    assert "c002" in world.run.current.waiting
+    assert len(world.run.on("c009", m.Alive(), world.clock)) == 1
+    assert not world.run.on("c009", m.Alive(), world.clock)  # one Rejoin is enough
+
+
+def test_a_suspect_sits_out_one_attempt(tmp_path: Path) -> None:
+    world = World(tmp_path, clients=4)
+    for name in names(4):
+        world.join(name)
+    world.pump(lambda w, message: isinstance(message, m.Advert))
+    current = world.run.current
+    assert current is not None
+    current.stage, current.reason, current.suspect = Stage.ABORTED, "BadShareError: ...", "c002"
+    world.queue.clear()
+    plans = [x for _, x in world.run._after([], world.clock) if isinstance(x, m.Plan)]
+    assert plans[0].plan.cohort == ("c001", "c003", "c004")
+    assert "c002" in world.run.clients
+
+
 def test_two_processes_cannot_share_a_journal(tmp_path: Path) -> None:
     first = FileJournal(tmp_path / "j")
     with pytest.raises(errors.ConfigError, match="in use by another client"):
         FileJournal(tmp_path / "j")
     first.close()
     FileJournal(tmp_path / "j").close()
+
+
+def test_a_peers_bad_box_costs_a_round_and_not_the_run(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    for name in names(4):
+        world.join(name)
+    world.pump(lambda w, message: isinstance(message, m.Plan))
+    session = world.sessions["c001"]
+    plan = next(x for _, to, x in [*world.queue, ("", "c001", None)] if isinstance(x, m.Plan))
+
+    def begin(number: int) -> None:
+        session.on(m.Plan(dataclasses.replace(plan.plan, round=number), plan.base))
+
+    bad = errors.SealError("sealed shares from c003 do not open")
+    begin(1)
+    (withdrawn,) = session.withdraw(bad)
+    assert isinstance(withdrawn, m.Withdraw)
+    assert (withdrawn.round, withdrawn.error) == (1, "SealError")
+    assert session.round is None
+    begin(2)
+    session.withdraw(bad)
+    begin(3)
+    with pytest.raises(errors.SealError):  # three in a row: something is wrong for good
+        session.withdraw(bad)
+    begin(4)
+    session._withdrawn = 0
+    with pytest.raises(errors.PolicyError):  # the plan itself: not a matter of one round
+        session.withdraw(errors.PolicyError("plan has a cohort of 2"))
