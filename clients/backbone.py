@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib.resources
 import json
 import logging
 import math
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 from secure_fedprompt.protocol.errors import ModelError
 
 BUNDLED = "bundled"
-_BUNDLED_DIR = Path(__file__).resolve().parent.parent / "secure_fedprompt" / "bundled_clip"
+_BUNDLED_DIR = Path(str(importlib.resources.files("secure_fedprompt"))) / "bundled_clip"
 _DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 

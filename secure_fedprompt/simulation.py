@@ -30,7 +30,8 @@ from secure_fedprompt.protocol.keys import Identity, Member
 from secure_fedprompt.protocol.policy import Policy
 from secure_fedprompt.protocol.roster import Roster
 from secure_fedprompt.protocol.settings import ServerSettings
-from secure_fedprompt.server.run import Run, RunState
+from secure_fedprompt.server.planning import RunState
+from secure_fedprompt.server.run import Run
 from secure_fedprompt.server.store import Store
 
 # Not a choice here: there are no keys, addresses or waiting.

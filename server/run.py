@@ -9,63 +9,39 @@ stored: a restarted server never uses a round number twice.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
-from secure_fedprompt.protocol import layout as lay
-from secure_fedprompt.protocol import masking, shamir
 from secure_fedprompt.protocol import messages as m
+from secure_fedprompt.protocol import shamir
 from secure_fedprompt.protocol.errors import (
     FieldError,
     MismatchError,
     NotOnRosterError,
     OverflowPlanError,
-    PlanError,
     ProtocolError,
     RosterMismatchError,
     RunFailedError,
     SecureFedPromptError,
     TooFewClientsError,
 )
-from secure_fedprompt.protocol.expand import Purpose, digest
-from secure_fedprompt.protocol.fixedpoint import size_layout
-from secure_fedprompt.protocol.layout import TensorSpec
-from secure_fedprompt.protocol.plan import MAX_VALUES, NO_SEED, RoundPlan, default_threshold
 from secure_fedprompt.protocol.roster import Roster
 from secure_fedprompt.protocol.settings import ServerSettings
 from secure_fedprompt.server.coordinator import Deadlines, Outbox, Round, Stage
+from secure_fedprompt.server.planning import (
+    Prompt,
+    RunState,
+    averaged,
+    metrics_of,
+    prompt_bytes,
+    round_plan,
+    upload_layout,
+)
 
-Prompt = NDArray[np.float32]
-TENSOR_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.]{0,47}")
 SAME_HELLO = 5.0  # seconds within which two greetings of one process count as one
-
-
-@dataclass
-class RunState:
-    """What a restart needs: stored by the ledger after every change.
-
-    Attributes:
-        run: its id, empty before it has begun; made of ``server_nonce`` and ``nonces``.
-        round: the last round number used; learning_round: the next one to complete.
-        tensors, prompt: the global prompt, float32, flat.
-        model_fingerprint, classes_digest, class_count: what the first client announced.
-    """
-
-    run: bytes = b""
-    server_nonce: bytes = b""
-    nonces: tuple[m.Nonce, ...] = ()
-    round: int = 0
-    learning_round: int = 1
-    tensors: tuple[TensorSpec, ...] = ()
-    prompt: Prompt | None = None
-    model_fingerprint: bytes = b""
-    classes_digest: bytes = b""
-    class_count: int = 0
 
 
 class Ledger(Protocol):
@@ -253,7 +229,7 @@ class Run:
         self.clients[sender].ready = True
         size = sum(tensor.size for tensor in message.tensors)
         try:
-            self._layout(message.tensors, len(self.clients))
+            upload_layout(self.settings, message.tensors, len(self.clients))
         except OverflowPlanError as error:  # the server's own settings
             return self._fail(RunFailedError(f"no round can be planned: {error}"))
         if message.run != self.state.run or len(message.vector) != 4 * size or not size:
@@ -321,78 +297,18 @@ class Run:
         last = self.settings.rounds + int(self.settings.metrics)
         return self.state.learning_round > last
 
-    def _layout(self, tensors: tuple[TensorSpec, ...], clients: int) -> lay.Layout:
-        """The upload layout for a number of clients.
-
-        Raises:
-            PlanError: no layout fits, or the tensors' names or sizes are not usable.
-        """
-        settings = self.settings
-        names = [tensor.name for tensor in tensors]
-        reserved = {lay.WEIGHT, lay.CONTRIBUTORS, *lay.METRICS}
-        if len(set(names)) != len(names) or reserved & set(names):
-            raise PlanError(f"tensor names {names} are doubled or reserved")
-        if not all(TENSOR_NAME.fullmatch(name) for name in names):
-            raise PlanError(f"tensor names {names}: use letters, digits, '_' and '.'")
-        if any(tensor.size < 1 for tensor in tensors):
-            raise PlanError("a tensor without values")
-        if sum(tensor.size for tensor in tensors) > MAX_VALUES:
-            raise PlanError(f"prompt of more than {MAX_VALUES} values")
-        return size_layout(
-            tensors,
-            clients,
-            clip=settings.clip,
-            max_weight=1 if settings.weights == "uniform" else settings.max_weight,
-            max_seen=settings.max_seen,
-            ring_bits=settings.ring_bits,
-            metrics=settings.metrics,
-        )
-
     def _plan(self, now: float) -> Outbox:
         state, settings = self.state, self.settings
         assert state.prompt is not None
         ready = {name for name, client in self.clients.items() if client.ready}
         rested = ready - self.benched
         cohort = tuple(sorted(rested if len(rested) >= settings.min_clients else ready))
-        n, training = len(cohort), state.learning_round <= settings.rounds
-        uniform = settings.weights == "uniform"
-        max_weight = 1 if uniform else settings.max_weight
-        layout = self._layout(state.tensors if training else (), n)
-        quorum = settings.threshold or default_threshold(n)
-        degree, threshold, seed = 0, quorum, NO_SEED
-        if settings.graph == "regular":
-            degree, threshold = masking.choose_degree(
-                n, dropout=settings.max_dropout, corruption=settings.max_corruption
-            )
-            seed = self.entropy(32)
-        base = state.prompt.astype("<f4").tobytes()
         self.opening = False
         state.round += 1
         self.ledger.save(state)
-        plan = RoundPlan(
-            run=state.run,
-            round=state.round,
-            learning_round=state.learning_round,
-            rounds=settings.rounds,
-            method=settings.method,
-            protection=settings.protection,
-            settings_digest=digest(Purpose.SETTINGS, settings.method_settings().to_bytes()),
-            model_fingerprint=state.model_fingerprint,
-            classes_digest=state.classes_digest,
-            roster_digest=self.roster.digest,
-            base_digest=digest(Purpose.BASE, base),
-            cohort=cohort,
-            quorum=quorum,
-            threshold=threshold,
-            degree=degree,
-            graph_seed=seed,
-            clip=settings.clip,
-            max_weight=max_weight,
-            uniform=int(uniform),
-            layout=layout,
-        )
+        plan = round_plan(settings, self.roster, state, cohort, self.entropy)
         deadlines = Deadlines(settings.stage_seconds, settings.training_seconds)
-        self.current = Round(plan, base, self.roster, deadlines)
+        self.current = Round(plan, prompt_bytes(state.prompt), self.roster, deadlines)
         return self.current.start(now)
 
     def _after(self, out: Outbox, now: float) -> Outbox:
@@ -422,25 +338,13 @@ class Run:
         return out + self._maybe_start(now)
 
     def _apply(self, done: Round) -> None:
-        """FedAvg: global + sum(n_k * delta_k) / sum(n_k). McMahan et al. 2017, Algorithm 1."""
-        state, result = self.state, done.result
-        assert result is not None
+        state = self.state
+        assert done.result is not None
         assert state.prompt is not None
-        weight, metrics = float(result[lay.WEIGHT]), {}
         if done.plan.training:
-            updates = [result[f.name].reshape(-1) for f in done.plan.layout if f.update]
-            mean = np.concatenate(updates) / weight
-            state.prompt = _finite(state.prompt.astype(np.float64) + mean)
-        if lay.SEEN in result and (seen := float(result[lay.SEEN])) > 0:
-            metrics = {
-                "accuracy": float(result[lay.CORRECT]) / seen,
-                "loss": float(result[lay.LOSS]) / seen,
-                "seen": seen,
-                "clipped": float(result.get(lay.CLIPPED, 0.0)),
-            }
-        metrics |= {"weight": weight, "contributors": float(result[lay.CONTRIBUTORS])}
+            state.prompt = averaged(state.prompt, done.plan.layout, done.result)
         state.learning_round += 1
-        self.ledger.round_over(done, metrics, state.prompt)
+        self.ledger.round_over(done, metrics_of(done.result), state.prompt)
         self.ledger.save(state)
 
     def _fail(self, error: SecureFedPromptError) -> Outbox:
@@ -455,15 +359,9 @@ class Run:
             refusal = _refused(self.error or RunFailedError("the run is over"))
             return [(name, refusal) for name in names]
         prompt = self.state.prompt
-        vector = b"" if prompt is None else prompt.astype("<f4").tobytes()
+        vector = b"" if prompt is None else prompt_bytes(prompt)
         finish = m.Finish(self.state.run, vector, m.line(self.error or ""))
         return [(name, finish) for name in names]
-
-
-def _finite(prompt: NDArray[np.float64]) -> Prompt:
-    """As float32, saturated: a malicious ring vector must not leave a file that none can use."""
-    limit = float(np.finfo(np.float32).max)
-    return np.nan_to_num(np.clip(prompt, -limit, limit)).astype(np.float32)
 
 
 def _refused(error: SecureFedPromptError) -> m.Refused:

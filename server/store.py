@@ -26,7 +26,7 @@ from secure_fedprompt.protocol.layout import TensorSpec
 from secure_fedprompt.protocol.messages import Nonce
 from secure_fedprompt.protocol.settings import ServerSettings
 from secure_fedprompt.server.coordinator import Round
-from secure_fedprompt.server.run import Prompt, RunState
+from secure_fedprompt.server.planning import Prompt, RunState
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS state (id INTEGER PRIMARY KEY CHECK (id = 1), body TEXT NOT NULL);

@@ -1,0 +1,119 @@
+"""A federation in memory: a server, clients with a toy workload, and a queue between them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rounds import OPEN, entropy_from, identity, names, roster
+
+from secure_fedprompt.clients.journal import MemoryJournal
+from secure_fedprompt.clients.participant import Party
+from secure_fedprompt.clients.session import Prompt, Session, Work
+from secure_fedprompt.protocol import errors
+from secure_fedprompt.protocol import messages as m
+from secure_fedprompt.protocol.layout import TensorSpec, Values
+from secure_fedprompt.protocol.policy import Policy
+from secure_fedprompt.protocol.settings import MethodSettings, ServerSettings
+from secure_fedprompt.server.run import Run
+from secure_fedprompt.server.store import Store
+
+
+class Toy:
+    """A workload without a model: pulls the prompt towards the client's own target."""
+
+    model_fingerprint, classes_digest, class_count = b"m" * 32, b"c" * 32, 7
+
+    def __init__(self, target: float, weight: float) -> None:
+        self.target, self.weight = target, weight
+
+    def prepare(self, settings: MethodSettings) -> None:
+        self.settings = settings
+
+    def tensors(self) -> tuple[TensorSpec, ...]:
+        return (TensorSpec("ctx", (2, 3)), TensorSpec("extra", (4,)))
+
+    def initial(self) -> Prompt:
+        return np.full(10, 0.5, np.float32)
+
+    def run(self, work: Work) -> tuple[Values, float]:
+        values: dict[str, Any] = {k: np.float64(4) for k in ("seen", "correct", "loss")}
+        if work.plan.training:
+            step = 0.5 * (self.target - work.base) + 1e-6 * work.plan.round
+            values |= {"ctx": step[:6].reshape(2, 3), "extra": step[6:]}
+        return values, self.weight
+
+
+class World:
+    """A server and clients joined by a queue."""
+
+    def __init__(self, folder: Path, n: int = 4, policy: Policy = OPEN, **changes: Any) -> None:
+        waits = {"gather_seconds": 60.0, "training_seconds": 60.0}
+        self.settings = ServerSettings(rounds=2, **{**waits, **changes})
+        self.roster, self.folder, self.n, self.policy = roster(n), folder, n, policy
+        self.clock, self.lost, self.errors = 0.0, set[str](), dict[str, Exception]()
+        self.toys = {name: Toy(i / 10, 10.0 + i) for i, name in enumerate(names(n))}
+        self.sessions: dict[str, Session] = {}
+        self.journals = {name: MemoryJournal() for name in names(n)}
+        self.queue: deque[tuple[str, str, m.Message]] = deque()
+        self.start_server()
+
+    def start_server(self) -> None:
+        self.store = Store(self.folder, self.settings)
+        self.events: list[tuple[str, Any]] = []
+        self.store.on_event.append(lambda kind, value: self.events.append((kind, value)))
+        state = self.store.load()
+        self.run = Run(
+            self.settings,
+            self.roster,
+            self.store,
+            entropy_from(f"s{self.clock}"),
+            state,
+            self.clock,
+        )
+
+    def join(self, name: str, **hello: Any) -> None:
+        entropy = entropy_from(f"{name} {self.clock}")
+        party = Party(name, identity(name), self.roster, self.policy, self.journals[name], entropy)
+        self.sessions[name] = Session(party, self.toys[name])
+        self.lost.discard(name)
+        message = dataclasses.replace(self.sessions[name].hello(), **hello)
+        self.queue.append((name, "", message))
+
+    def pump(self, until: Any = lambda world, message: False) -> None:
+        """Deliver until the run is over, nothing moves, or ``until`` says stop."""
+        idle = 0
+        while not self.run.over or self.queue:
+            if not self.queue:
+                idle += 1
+                if idle > 50:
+                    raise AssertionError("nothing moves any more")
+                self.clock += 5
+                for name in set(self.sessions) - self.lost:
+                    self.queue.append((name, "", m.Alive()))
+                self.queue.extend(("", *out) for out in self.run.tick(self.clock))
+                continue
+            sender, recipient, message = self.queue.popleft()
+            if not isinstance(message, m.Alive):
+                idle = 0
+            if until(self, message):
+                return
+            if sender in self.lost or recipient in self.lost:
+                continue
+            message = m.CATALOGUE.decode(m.CATALOGUE.encode(message))
+            if sender:
+                self.queue.extend(("", *out) for out in self.run.on(sender, message, self.clock))
+                continue
+            session = self.sessions[recipient]
+            try:
+                replies = session.on(message)
+                if session.work is not None:
+                    work = session.work
+                    replies += session.trained(work, *self.toys[recipient].run(work))
+            except errors.SecureFedPromptError as error:
+                self.errors[recipient] = error
+                replies = [m.Leave(type(error).__name__, str(error)[:500])]
+            self.queue.extend((recipient, "", reply) for reply in replies)

@@ -1,0 +1,329 @@
+"""Runs with clients, servers and files that misbehave."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from federation import World
+from rounds import names
+
+from secure_fedprompt.clients.journal import FileJournal
+from secure_fedprompt.protocol import errors
+from secure_fedprompt.protocol import messages as m
+from secure_fedprompt.protocol.layout import TensorSpec
+from secure_fedprompt.server.coordinator import Stage
+from secure_fedprompt.server.planning import RunState
+
+
+def test_file_journal_survives_a_crash_at_any_byte(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    journal = FileJournal(path)
+    run = b"r" * 16
+    journal.begin_round(run, 1)
+    journal.claim_upload(run, 1, b"u" * 32)
+    journal.record_survivors(run, 1, ("a", "b"))
+    journal.close()
+    whole = path.read_bytes()
+    ends = [i + 1 for i, byte in enumerate(whole) if byte == 10]
+    for cut in range(len(whole) + 1):
+        path.write_bytes(whole[:cut])
+        journal = FileJournal(path)
+        complete = sum(end <= cut for end in ends)
+        assert journal.knows(run) is (complete >= 1)
+        if complete >= 1:
+            with pytest.raises(errors.ReplayError):
+                journal.begin_round(run, 1)
+        if complete >= 2:
+            with pytest.raises(errors.UpdateReusedError):
+                journal.claim_upload(run, 2, b"u" * 32)
+        assert list(journal.survivor_lists(run)) == ([("a", "b")] if complete >= 3 else [])
+        journal.begin_round(run, 2)
+        journal.close()
+        FileJournal(path).close()
+
+
+def test_a_damaged_journal_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    path.write_text('{"event":"round","run":"00","round":1}\nnonsense\n')
+    with pytest.raises(errors.ConfigError, match="line 2 is damaged"):
+        FileJournal(path)
+
+
+def test_malformed_initial_prompts_do_not_stop_the_server(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    for name in names(4):
+        world.join(name)
+    spoiled: list[bool] = []
+    original = world.run.on
+
+    def on(sender: str, message: m.Message, now: float) -> Any:
+        if isinstance(message, m.Initial) and not spoiled:
+            spoiled.append(True)
+            message = dataclasses.replace(message, vector=b"\0" * 7)
+        return original(sender, message, now)
+
+    world.run.on = on  # type: ignore[method-assign]
+    world.pump()
+    assert spoiled
+    assert world.run.error is None
+    assert Stage.DONE in {r["outcome"] for r in world.store.summary()["rounds"]}
+
+
+def test_run_state_defaults() -> None:
+    assert RunState().learning_round == 1
+
+
+def test_what_leaves_with_an_error_says_nothing_private(tmp_path: Path) -> None:
+    """Errors about data or updates keep their text; errors about the server's own frames carry it."""
+    world = World(tmp_path)
+    world.join("c001")
+    session = world.sessions["c001"]
+    for private in (
+        errors.DataError("image patients/smith.png cannot be read"),
+        errors.UpdateError("update value 3 is nan"),
+        errors.ModelError("class names 'hiv' and 'tbc'"),
+    ):
+        left = session.leave(private)
+        assert (left.error, left.reason) == ("Stopped", "")
+    told = session.leave(errors.PolicyError("plan has a cohort of 2"))
+    assert (told.error, told.reason) == ("PolicyError", "plan has a cohort of 2")
+
+
+def test_a_client_stays_in_one_run_with_one_set_of_settings(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    for name in names(4):
+        world.join(name)
+    world.pump(lambda w, message: isinstance(message, m.Plan))
+    session, state = world.sessions["c001"], world.run.state
+    good = m.Welcome(
+        state.run, state.server_nonce, state.nonces, world.settings.method_settings().to_bytes(), 0
+    )
+    assert session.on(good) == [m.Ready(state.run)]
+    other = world.settings.method_settings()
+    changed = msgspec.structs.replace(other, lr=0.7).to_bytes()
+    with pytest.raises(errors.MismatchError, match="settings changed"):
+        session.on(dataclasses.replace(good, settings=changed))
+    nonces = (*state.nonces, m.Nonce("x", bytes(32)))
+    with pytest.raises(errors.ReplayError, match="another run"):
+        session.on(m.Welcome(m.run_id(bytes(32), nonces), bytes(32), nonces, good.settings, 0))
+
+
+def test_learning_rounds_do_not_go_back_and_the_run_does_not_grow(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    for name in names(4):
+        world.join(name)
+    plans: list[m.Plan] = []
+    world.pump(lambda w, message: isinstance(message, m.Plan) and not plans.append(message))  # type: ignore[func-returns-value]
+    session, plan = world.sessions["c001"], plans[0]
+    session.on(plan)
+    for changes in ({"rounds": 9}, {"learning_round": 2, "rounds": 9}):
+        with pytest.raises(errors.ReplayError, match="after 1 of 2"):
+            session.on(m.Plan(dataclasses.replace(plan.plan, round=2, **changes), plan.base))
+
+
+@pytest.mark.parametrize("vector", [b"", b"\0" * 39, np.full(10, np.nan, "<f4").tobytes()])
+def test_a_malformed_final_prompt_is_refused(tmp_path: Path, vector: bytes) -> None:
+    world = World(tmp_path)
+    for name in names(4):
+        world.join(name)
+    world.pump(lambda w, message: isinstance(message, m.Plan))
+    with pytest.raises(errors.FieldError, match="final prompt"):
+        world.sessions["c001"].on(m.Finish(world.run.state.run, vector, ""))
+
+
+def test_a_client_without_a_starting_prompt_is_passed_over(tmp_path: Path) -> None:
+    world = World(tmp_path, clients=4, min_clients=3, gather_seconds=500.0)
+    for name in names(4):
+        world.join(name)
+    original = world.run.on
+    world.run.on = lambda s, msg, now: (  # type: ignore[method-assign]
+        [] if s == "c001" and isinstance(msg, m.Initial) else original(s, msg, now)
+    )
+    world.pump()
+    assert world.run.error is None
+    assert world.store.summary()["rounds"][0]["cohort"] == ["c002", "c003", "c004"]
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        (TensorSpec("weight", (10,)),),
+        (TensorSpec("a", (5,)), TensorSpec("a", (5,))),
+        (TensorSpec("a", (2**32 - 1, 2**32 - 1, 2**32 - 1)),),
+        (TensorSpec("a", (10,)), TensorSpec("b", (2**32 - 1, 2**32 - 1, 0))),
+        (TensorSpec("__metadata__", (10,)),),
+    ],
+)
+def test_unusable_tensors_are_refused_and_never_stored(tmp_path: Path, tensors: Any) -> None:
+    world = World(tmp_path, clients=4)
+    for name in names(4):
+        world.join(name)
+    original = world.run.on
+
+    def on(sender: str, message: m.Message, now: float) -> Any:
+        if sender == "c001" and isinstance(message, m.Initial):
+            message = dataclasses.replace(message, tensors=tensors)
+        return original(sender, message, now)
+
+    world.run.on = on  # type: ignore[method-assign]
+    world.pump()
+    assert world.run.error is None
+    assert [t.name for t in world.run.state.tensors] == ["ctx", "extra"]
+
+
+def test_a_forgotten_client_is_asked_to_join_again(tmp_path: Path) -> None:
+    world = World(tmp_path, alive_seconds=10.0, gather_seconds=1000.0)
+    world.join("c001")
+    world.pump(lambda w, message: isinstance(message, m.Alive))
+    world.queue.clear()
+    world.clock += 60
+    world.run.tick(world.clock)
+    assert not world.run.clients
+    assert world.run.on("c001", m.Alive(), world.clock) == [("c001", m.Rejoin())]
+    assert isinstance(world.sessions["c001"].on(m.Rejoin())[0], m.Hello)
+
+
+def test_impossible_settings_fail_the_run_and_blame_nobody(tmp_path: Path) -> None:
+    world = World(tmp_path, ring_bits=8)
+    for name in names(4):
+        world.join(name)
+    world.pump()
+    with pytest.raises(errors.RunFailedError, match="no round can be planned.*ring bits"):
+        raise world.run.error or AssertionError
+    assert not [text for kind, text in world.events if kind == "fault"]
+
+
+def test_the_server_can_pin_model_and_classes(tmp_path: Path) -> None:
+    world = World(tmp_path, clients=3, model_fingerprint="6D6D")
+    world.join("c001", model_fingerprint=b"x" * 32)
+    for name in names(4)[1:]:
+        world.join(name)
+    world.pump()
+    assert world.run.error is None
+    assert "the server wants 6D6D" in str(world.errors["c001"])
+
+
+def test_a_finished_run_that_was_not_marked_so_just_finishes(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    for name in names(4):
+        world.join(name)
+    world.pump()
+    world.store.close()
+    world.start_server()
+    for name in names(4):
+        world.join(name)
+    world.pump()
+    assert world.run.error is None
+    assert len(world.store.summary()["rounds"]) == 3
+
+
+def test_a_client_that_is_still_encoding_is_not_planned_for(tmp_path: Path) -> None:
+    """It says Alive but is not Ready: the round begins without it, and it joins a later one."""
+    world = World(tmp_path)
+    held: list[m.Message] = []
+    original = world.run.on
+
+    def on(sender: str, message: m.Message, now: float) -> Any:
+        if sender == "c004" and isinstance(message, m.Ready) and now < 70:
+            held.append(message)
+            return []
+        return original(sender, message, now)
+
+    world.run.on = on  # type: ignore[method-assign]
+    for name in names(4):
+        world.join(name)
+    world.pump()
+    assert held
+    assert world.run.error is None
+    assert world.store.summary()["rounds"][0]["cohort"] == ["c001", "c002", "c003"]
+    assert not world.store.summary()["rounds"][0]["dropped"]
+
+
+def test_nobody_is_asked_twice_for_the_starting_prompt(tmp_path: Path) -> None:
+    world = World(tmp_path, gather_seconds=2000.0)
+    asked: list[str] = []
+    original = world.run.on
+
+    def on(sender: str, message: m.Message, now: float) -> Any:
+        if isinstance(message, m.Initial):
+            asked.append(sender)
+            return []
+        return original(sender, message, now)
+
+    world.run.on = on  # type: ignore[method-assign]
+    for name in names(4):
+        world.join(name)
+    world.pump()
+    assert asked == list(names(4))
+    assert "no client sent a usable starting prompt" in str(world.run.error)
+
+
+def test_greetings_of_one_process_are_counted_once(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    for name in names(4):
+        world.join(name)
+    world.pump(lambda w, message: isinstance(message, m.Advert))
+    assert world.run.current is not None
+    twin = m.Hello(
+        world.run.clients["c002"].nonce, "", b"m" * 32, b"c" * 32, 7, world.roster.digest
+    )
+    ((_, welcome),) = world.run.on("c002", twin, world.clock)
+    assert isinstance(welcome, m.Welcome)
+    assert "c002" in world.run.current.waiting
+    assert len(world.run.on("c009", m.Alive(), world.clock)) == 1
+    assert not world.run.on("c009", m.Alive(), world.clock)  # one Rejoin is enough
+
+
+def test_a_suspect_sits_out_one_attempt(tmp_path: Path) -> None:
+    world = World(tmp_path, clients=4)
+    for name in names(4):
+        world.join(name)
+    world.pump(lambda w, message: isinstance(message, m.Advert))
+    current = world.run.current
+    assert current is not None
+    current.stage, current.reason, current.suspect = Stage.ABORTED, "BadShareError: ...", "c002"
+    world.queue.clear()
+    plans = [x for _, x in world.run._after([], world.clock) if isinstance(x, m.Plan)]
+    assert plans[0].plan.cohort == ("c001", "c003", "c004")
+    assert "c002" in world.run.clients
+
+
+def test_two_processes_cannot_share_a_journal(tmp_path: Path) -> None:
+    first = FileJournal(tmp_path / "j")
+    with pytest.raises(errors.ConfigError, match="in use by another client"):
+        FileJournal(tmp_path / "j")
+    first.close()
+    FileJournal(tmp_path / "j").close()
+
+
+def test_a_peers_bad_box_costs_a_round_and_not_the_run(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    for name in names(4):
+        world.join(name)
+    world.pump(lambda w, message: isinstance(message, m.Plan))
+    session = world.sessions["c001"]
+    plan = next(x for _, to, x in [*world.queue, ("", "c001", None)] if isinstance(x, m.Plan))
+
+    def begin(number: int) -> None:
+        session.on(m.Plan(dataclasses.replace(plan.plan, round=number), plan.base))
+
+    bad = errors.SealError("sealed shares from c003 do not open")
+    begin(1)
+    (withdrawn,) = session.withdraw(bad)
+    assert isinstance(withdrawn, m.Withdraw)
+    assert (withdrawn.round, withdrawn.error) == (1, "SealError")
+    assert session.round is None
+    begin(2)
+    session.withdraw(bad)
+    begin(3)
+    with pytest.raises(errors.SealError):  # three in a row: something is wrong for good
+        session.withdraw(bad)
+    begin(4)
+    session._withdrawn = 0
+    with pytest.raises(errors.PolicyError):  # the plan itself: not a matter of one round
+        session.withdraw(errors.PolicyError("plan has a cohort of 2"))
