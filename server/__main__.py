@@ -118,7 +118,7 @@ def warn(console: Console, settings: ServerSettings, clients: int) -> None:
         c = tolerated_colluders(clients, t)
         console.print(
             f"masks on the complete graph: {clients} clients, t = {t}; safe against a dishonest "
-            f"server that colludes with up to {c} clients"
+            f"server with c = {c} colluding clients"
         )
 
 
