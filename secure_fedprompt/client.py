@@ -42,6 +42,7 @@ EXAMPLES = """\
   # test keys, roster, data, model and the server without joining a run
   secure-fedprompt check --config client.toml"""
 ALIVE_SECONDS = 2.0
+GREETING = 5.0  # seconds that an answer to Hello may take before a Rejoin is believed
 T = TypeVar("T")
 
 
@@ -143,21 +144,21 @@ def take_part(settings: ClientSettings, json_path: str | None) -> int:
 
 def loop(link: CurveLink, session: Session, trainer: LocalTrainer, console: Console) -> int:
     """Move frames between socket and session; train in one worker thread. Returns rounds done."""
-    connections, alive_at, rounds = 0, 0.0, 0
+    connections, alive_at, greeted, rounds = 0, 0.0, 0.0, 0
     job: tuple[Work, Future[tuple[Values, float]]] | None = None
     welcome: Future[list[m.Message]] | None = None
     with ThreadPoolExecutor(1) as pool:
         try:
             while not session.over:
                 if link.connections != connections and welcome is None:
-                    connections = link.connections
+                    connections, greeted = link.connections, time.monotonic()
                     link.send(session.hello())
                 if (now := time.monotonic()) - alive_at > ALIVE_SECONDS:
                     link.send(m.Alive())
                     alive_at = now
                 message, replies = None, list[m.Message]()
                 if welcome is None:
-                    message = link.receive(0.02 if job else 0.2)
+                    message = next_frame(link, 0.02 if job else 0.2, greeted)
                 elif welcome.done():
                     replies, welcome = outcome(welcome), None
                 else:
@@ -192,6 +193,13 @@ def loop(link: CurveLink, session: Session, trainer: LocalTrainer, console: Cons
         finally:
             trainer.cancelled.set()  # the pool waits for its thread
     return rounds
+
+
+def next_frame(link: CurveLink, timeout: float, greeted: float) -> m.Message | None:
+    """The next frame, without a Rejoin that crossed our greeting."""
+    message = link.receive(timeout)
+    crossed = isinstance(message, m.Rejoin) and time.monotonic() - greeted < GREETING
+    return None if crossed else message
 
 
 def outcome(future: Future[T]) -> T:

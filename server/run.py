@@ -170,7 +170,8 @@ class Run:
             self.ledger.event("refused", f"{sender} refused: {error}")
             return [(sender, _refused(error))]
         before = self.clients.get(sender)
-        if before and before.nonce == hello.nonce and now - before.joined < SAME_HELLO:
+        again = before and before.nonce == hello.nonce and now - before.joined < SAME_HELLO
+        if again and not (self.current and sender in self.current.waiting):
             return [(sender, self._welcome(sender))] if self.state.run else []
         out = self.gone(sender, now) if before else []
         if self.over:

@@ -267,14 +267,18 @@ def test_greetings_of_one_process_are_counted_once(tmp_path: Path) -> None:
     world = World(tmp_path)
     for name in names(4):
         world.join(name)
-    world.pump(lambda w, message: isinstance(message, m.Advert))
-    assert world.run.current is not None
+    world.pump(lambda w, message: isinstance(message, m.Welcome))
     twin = m.Hello(
         world.run.clients["c002"].nonce, "", b"m" * 32, b"c" * 32, 7, world.roster.digest
     )
     ((_, welcome),) = world.run.on("c002", twin, world.clock)
     assert isinstance(welcome, m.Welcome)
+    assert len(world.run.clients) == 4
+    world.pump(lambda w, message: isinstance(message, m.Advert))
+    assert world.run.current is not None
     assert "c002" in world.run.current.waiting
+    world.run.on("c002", twin, world.clock)  # it greets again, so it has forgotten the round
+    assert "c002" not in world.run.current.waiting
     assert len(world.run.on("c009", m.Alive(), world.clock)) == 1
     assert not world.run.on("c009", m.Alive(), world.clock)  # one Rejoin is enough
 
