@@ -127,7 +127,7 @@ def write(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
             f"{r['seconds']:.0f} |"
         )
     lines += ["", "The last number of clients is the final evaluation's. After a kill the accuracy"]
-    lines += ["is over the remaining clients' test images."]
+    lines += ["is over the remaining clients' test images.", "", "One seed, one run per cell."]
     (args.out / "photos.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 
