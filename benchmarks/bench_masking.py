@@ -27,12 +27,14 @@ import numpy as np
 
 from secure_fedprompt.clients import participant
 from secure_fedprompt.clients.journal import MemoryJournal
+from secure_fedprompt.clients.state import Party, Ready, State
+from secure_fedprompt.protocol import homomorphic
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.fixedpoint import size_layout
 from secure_fedprompt.protocol.keys import Identity, Member
 from secure_fedprompt.protocol.layout import TensorSpec
 from secure_fedprompt.protocol.masking import choose_degree
-from secure_fedprompt.protocol.plan import NO_SEED, RoundPlan, default_threshold
+from secure_fedprompt.protocol.plan import NO_KEY, NO_SEED, RoundPlan, default_threshold
 from secure_fedprompt.protocol.policy import Policy
 from secure_fedprompt.protocol.roster import Roster
 from secure_fedprompt.server.coordinator import Deadlines, Round, Stage
@@ -72,6 +74,7 @@ def make_plan(n: int, dim: int, bits: int, graph: str, roster: Roster, number: i
         cohort=tuple(m.name for m in roster.members), quorum=quorum, threshold=threshold,
         degree=degree, graph_seed=seed, clip=1.0, max_weight=max_weight,
         uniform=int(max_weight == 1), layout=layout,
+        parameters=homomorphic.NONE, maker="", election=0, key=NO_KEY, grants=(),
     )  # fmt: skip
 
 
@@ -103,7 +106,7 @@ def one_round(
     plan = make_plan(n, dim, bits, graph, roster, 1)
     policy = Policy(graphs=("complete", "regular"))
     parties = {
-        name: participant.Party(name, key, roster, policy, MemoryJournal(), os.urandom)
+        name: Party(name, key, roster, policy, MemoryJournal(), os.urandom)
         for name, key in identities.items()
     }
     rng = np.random.default_rng(0)
@@ -111,7 +114,7 @@ def one_round(
     values = {"ctx": update, **{k: np.float64(64) for k in ("seen", "correct", "loss")}}
     weight = 1.0 if plan.uniform else 64.0
     gone = set(list(parties)[: round(dropout * n)])
-    meter, states = Meter(), dict[str, participant.State]()
+    meter, states = Meter(), dict[str, State]()
     server = Round(plan, b"", roster, Deadlines(1, 1))
     queue: deque[tuple[str, str, bytes]] = deque()
 
@@ -130,7 +133,7 @@ def one_round(
             states[name], replies = participant.start(parties[name], message.plan)
         else:
             states[name], replies = states[name].on(message)
-        if isinstance(state := states[name], participant.Ready):
+        if isinstance(state := states[name], Ready):
             if name in gone:
                 return
             states[name], replies = state.upload(values, weight)

@@ -1,21 +1,20 @@
 """A client in one round, as a state machine without I/O.
 
-    start(party, plan) -> Advertised -> Shared -> Ready -> Uploaded -> Agreed -> Revealed
+    start(party, plan) -> Advertised -> Shared -> MaskedReady -> Uploaded -> Agreed -> Revealed
 
 ``state.on(message)`` returns the next state and the frames to send, or raises a named error and
 changes nothing. Randomness and the journal (what must survive a crash) are arguments. A state
-knows only what it needs from there on; no state can upload, sign or reveal twice.
+knows only what it needs from there on; no state can upload, sign or reveal twice. The states under
+homomorphic encryption are in ``encrypted``.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Protocol
 
-import numpy as np
-
+from secure_fedprompt.clients import encrypted
+from secure_fedprompt.clients.state import Party, Ready, State, Step
 from secure_fedprompt.protocol import fixedpoint, masking, shamir
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.errors import (
@@ -29,73 +28,9 @@ from secure_fedprompt.protocol.errors import (
     UnexpectedMessageError,
 )
 from secure_fedprompt.protocol.expand import Purpose, add_masks
-from secure_fedprompt.protocol.keys import Identity, agree, seal, unseal, verify
-from secure_fedprompt.protocol.layout import CONTRIBUTORS, WEIGHT, Values
+from secure_fedprompt.protocol.keys import agree, seal, unseal, verify
+from secure_fedprompt.protocol.layout import Vector
 from secure_fedprompt.protocol.plan import RoundPlan
-from secure_fedprompt.protocol.policy import Policy
-from secure_fedprompt.protocol.roster import Roster
-from secure_fedprompt.protocol.shamir import Entropy
-
-Replies = list[m.Message]
-Step = tuple["State", Replies]
-
-
-class Journal(Protocol):
-    """What a client must not forget. Every method returns only after the record is durable."""
-
-    def begin_round(self, run: bytes, round: int) -> None:
-        """Raises ReplayError unless (run, round) grows."""
-
-    def claim_upload(self, run: bytes, round: int, update: bytes | None) -> None:
-        """Raises UpdateReusedError if this round or this update (a digest) was uploaded before."""
-
-    def record_survivors(self, run: bytes, round: int, survivors: tuple[str, ...]) -> None:
-        """Store a survivor list before its signature leaves."""
-
-    def survivor_lists(self, run: bytes) -> Iterable[tuple[str, ...]]:
-        """All lists of this run so far."""
-
-    def knows(self, run: bytes) -> bool:
-        """Whether a round of this run was entered before."""
-
-
-@dataclass(frozen=True)
-class Party:
-    """Who the client is, for the whole run."""
-
-    name: str
-    identity: Identity
-    roster: Roster
-    policy: Policy
-    journal: Journal
-    entropy: Entropy
-
-
-@dataclass(frozen=True, repr=False)
-class State:
-    party: Party
-    plan: RoundPlan
-
-    def on(self, message: m.Message) -> Step:
-        """Take one message.
-
-        Raises:
-            ProtocolError: the message is refused; the state is unchanged.
-        """
-        run, round_ = getattr(message, "run", None), getattr(message, "round", None)
-        kind, here = type(message).__name__, type(self).__name__
-        if run != self.plan.run or (isinstance(round_, int) and round_ < self.plan.round):
-            raise ReplayError(f"{kind} belongs to another run or an earlier round than {self}")
-        if round_ != self.plan.round:
-            raise UnexpectedMessageError(f"{kind} for round {round_} during {self}")
-        handler = getattr(self, f"_on_{kind}", None)
-        if handler is None:
-            raise UnexpectedMessageError(f"{kind} is out of place in state {here} of {self}")
-        step: Step = handler(message)
-        return step
-
-    def __repr__(self) -> str:
-        return f"round {self.plan.round} of run {self.plan.run.hex()[:8]}"
 
 
 def start(party: Party, plan: RoundPlan) -> Step:
@@ -117,7 +52,9 @@ def start(party: Party, plan: RoundPlan) -> Step:
     party.policy.check_plan(plan)
     party.journal.begin_round(plan.run, plan.round)
     if plan.protection == "none":
-        return Ready(party, plan, masking.RoundSecrets.fresh(party.entropy), {}, b"", {}), []
+        return PlainReady(party, plan), []
+    if plan.encrypted:
+        return encrypted.begin(party, plan), []
     secrets = masking.RoundSecrets.fresh(party.entropy)
     advert = m.Advert(
         plan.run,
@@ -131,6 +68,16 @@ def start(party: Party, plan: RoundPlan) -> Step:
     signature = party.identity.sign(Purpose.ADVERT, advert.body(plan))
     advert = replace(advert, signature=signature)
     return Advertised(party, plan, secrets, advert), [advert]
+
+
+@dataclass(frozen=True, repr=False)
+class PlainReady(Ready):
+    """No protection."""
+
+    def _send(self, vector: Vector) -> Step:
+        plan = self.plan
+        upload = m.PlainUpload(plan.run, plan.round, vector.astype("<f8").tobytes())
+        return Revealed(self.party, plan), [upload]
 
 
 @dataclass(frozen=True, repr=False)
@@ -213,36 +160,20 @@ class Shared(State):
         pairs = {
             peer: self.secrets.pair_key(plan, own, peer, self.mask_keys[peer]) for peer in senders
         }
-        return Ready(self.party, plan, self.secrets, pairs, self.adverts, shares), []
+        return MaskedReady(self.party, plan, self.secrets, pairs, self.adverts, shares), []
 
 
 @dataclass(frozen=True, repr=False)
-class Ready(State):
-    """Keys are agreed; the round waits for the local training to end."""
+class MaskedReady(Ready):
+    """Keys are agreed."""
 
     secrets: masking.RoundSecrets
     pairs: Mapping[str, bytes]
     adverts: bytes
     shares: Mapping[str, bytes]
 
-    def upload(self, values: Values, weight: float) -> Step:
-        """Encode, mask and send a contribution, once.
-
-        Args:
-            values: update tensors and metric counters by field name; ``weight``,
-                ``contributors`` and ``clipped`` are filled in.
-            weight: n_k, or 1 under uniform weights.
-
-        Raises:
-            UpdateError: NaN, out of bounds, wrong shape; UpdateReusedError: sent before.
-        """
-        plan, journal = self.plan, self.party.journal
-        values = {**values, WEIGHT: np.float64(weight), CONTRIBUTORS: np.float64(1)}
-        vector = fixedpoint.weighted(plan.layout, values, weight=weight, clip=plan.clip)
-        journal.claim_upload(plan.run, plan.round, _fingerprint(plan, values))
-        if plan.protection == "none":
-            upload = m.PlainUpload(plan.run, plan.round, vector.astype("<f8").tobytes())
-            return Revealed(self.party, plan), [upload]
+    def _send(self, vector: Vector) -> Step:
+        plan = self.plan
         own, words = self.party.name, fixedpoint.encode(plan.layout, vector, self.secrets.rounding)
         plus = [masking.self_key(plan, own, self.secrets.self_seed)]
         plus += [key for peer, key in self.pairs.items() if peer > own]
@@ -250,15 +181,6 @@ class Ready(State):
         add_masks(words, plus, minus)
         reply = m.MaskedUpload(plan.run, plan.round, fixedpoint.to_wire(plan.layout, words))
         return Uploaded(self.party, plan, self.adverts, self.shares), [reply]
-
-
-def _fingerprint(plan: RoundPlan, values: Values) -> bytes | None:
-    """Digest of the update tensors, or None if the round carries counters only."""
-    updates = [field.name for field in plan.layout if field.update]
-    h = hashlib.sha256()
-    for name in updates:
-        h.update(np.ascontiguousarray(values[name], "<f4").data)
-    return h.digest() if updates else None
 
 
 @dataclass(frozen=True, repr=False)

@@ -10,13 +10,16 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from secure_fedprompt.clients import participant
+from secure_fedprompt.clients.encrypted import Opening
+from secure_fedprompt.clients.state import Party, Ready, Replies, State
 from secure_fedprompt.protocol import messages as m
+from secure_fedprompt.protocol.averaging import Prompt, averaged, metrics_of, prompt_bytes
 from secure_fedprompt.protocol.errors import (
     AdvertMismatchError,
     FieldError,
+    HomomorphicError,
     MismatchError,
     PolicyError,
     ProtocolError,
@@ -33,9 +36,10 @@ from secure_fedprompt.protocol.layout import TensorSpec, Values
 from secure_fedprompt.protocol.plan import RoundPlan
 from secure_fedprompt.protocol.settings import MethodSettings
 
-Prompt = NDArray[np.float32]
 MAX_WITHDRAWN = 3  # rounds in a row
-ROUND_ERRORS = (SealError, AdvertMismatchError, SurvivorError, SignatureError)  # a peer's doing
+ROUND_ERRORS = (  # a peer's doing
+    SealError, AdvertMismatchError, SurvivorError, SignatureError, HomomorphicError,
+)  # fmt: skip
 _SAME_START = 1e-5  # initial prompts of two machines may differ by this much
 
 
@@ -70,15 +74,22 @@ class Session:
     Attributes:
         work: the round to train for, or None.
         final: the last global prompt, once the run has ended well.
+        history: aggregate metrics by learning round, where clients and not the server open sums.
     """
 
-    def __init__(self, party: participant.Party, workload: Workload, method: str = "") -> None:
+    def __init__(self, party: Party, workload: Workload, method: str = "") -> None:
         self.party, self.workload, self.method = party, workload, method
         self.nonce = party.entropy(32)
         self.run = b""
         self.settings: MethodSettings | None = None
-        self.round: participant.State | None = None
+        self.round: State | None = None
         self.work: Work | None = None
+        self.history: dict[int, dict[str, float]] = {}
+        self._entered: RoundPlan | None = None  # the round that we could withdraw from
+        self._sealed: bool | None = None  # whether prompts come sealed, once a plan has told
+        self._raw = b""  # the global prompt of the plan, as it came
+        self._made: tuple[int, bytes] | None = None  # the next prompt, as we computed it
+        self._agreed: tuple[int, bytes] | None = None  # the same, once the round is over
         self._withdrawn = 0
         self._progress = (1, 0)  # learning round, rounds of the run
         self.final: Prompt | None = None
@@ -86,7 +97,7 @@ class Session:
 
     def hello(self) -> m.Hello:
         """The first frame of each connection; anything under way is given up."""
-        self.round = self.work = None
+        self.round = self.work = self._entered = None
         w = self.workload
         return m.Hello(
             self.nonce,
@@ -97,7 +108,7 @@ class Session:
             self.party.roster.digest,
         )
 
-    def on(self, message: m.Message) -> participant.Replies:
+    def on(self, message: m.Message) -> Replies:
         """Take one frame.
 
         Raises:
@@ -116,42 +127,42 @@ class Session:
                 return [self.hello()]
             case m.RoundEnd():
                 if self.round and (message.run, message.round) == (self.run, self.round.plan.round):
-                    self.round = self.work = None
+                    self.round = self.work = self._entered = None
+                    self._agreed = self._agreed if message.reason else self._made or self._agreed
                 return []
         if self.round is None:
             return []  # a frame of a round that a reconnection ended
         self.round, replies = self.round.on(message)
         return self._ready(replies)
 
-    def trained(self, work: Work, values: Values, weight: float) -> participant.Replies:
+    def trained(self, work: Work, values: Values, weight: float) -> Replies:
         """Upload the result of ``work``, unless the round has ended meanwhile."""
         state = self.round
-        if not isinstance(state, participant.Ready) or state.plan is not work.plan:
+        if not isinstance(state, Ready) or state.plan is not work.plan:
             return []
         self.work, self._withdrawn = None, 0
         self.round, replies = state.upload(values, weight)
         return replies
 
-    def withdraw(self, error: SecureFedPromptError) -> participant.Replies:
+    def withdraw(self, error: SecureFedPromptError) -> Replies:
         """Leave the current round, not the run.
 
         Raises:
             SecureFedPromptError: ``error`` itself, if it concerns more than a round, or is the
                 third in a row.
         """
-        state, self.round, self.work = self.round, None, None
+        plan, self._entered, self.round, self.work = self._entered, None, None, None
         self._withdrawn += 1
-        if not isinstance(error, ROUND_ERRORS) or state is None or self._withdrawn >= MAX_WITHDRAWN:
+        if not isinstance(error, ROUND_ERRORS) or plan is None or self._withdrawn >= MAX_WITHDRAWN:
             raise error
-        kind, reason = type(error).__name__, m.line(error)
-        return [m.Withdraw(state.plan.run, state.plan.round, kind, reason)]
+        return [m.Withdraw(plan.run, plan.round, type(error).__name__, m.line(error))]
 
     def leave(self, error: SecureFedPromptError) -> m.Leave:
         """The last frame. Only errors about what the server itself sent carry their text."""
         told = isinstance(error, ProtocolError | MismatchError)
         return m.Leave(type(error).__name__ if told else "Stopped", m.line(error) if told else "")
 
-    def _welcome(self, message: m.Welcome) -> participant.Replies:
+    def _welcome(self, message: m.Welcome) -> Replies:
         if message.run != m.run_id(message.server_nonce, message.nonces):
             raise ReplayError("run id is not the digest of the run's nonces")
         ours = m.Nonce(self.party.name, self.nonce) in message.nonces
@@ -172,16 +183,18 @@ class Session:
         if self.settings is None:
             self.workload.prepare(settings)
         self.settings, self.run = settings, message.run
+        ready = self.party.ready(self.run)
         if not message.need_initial:
-            return [m.Ready(self.run)]
-        vector = self.workload.initial().astype("<f4").tobytes()
-        return [m.Initial(self.run, self.workload.tensors(), vector)]
+            return [ready]
+        vector = prompt_bytes(self.workload.initial())
+        return [m.Initial(self.run, self.workload.tensors(), vector), ready]
 
-    def _plan(self, message: m.Plan) -> participant.Replies:
+    def _plan(self, message: m.Plan) -> Replies:
         plan, settings = message.plan, self.settings
         if settings is None or plan.run != self.run:
             raise UnexpectedMessageError("plan of a run that did not welcome us")
-        base = self._check_base(plan, message.base)
+        if digest(Purpose.BASE, message.base) != plan.base_digest:
+            raise MismatchError("global prompt is not the one that the plan names")
         expected: dict[str, tuple[str | bytes, str | bytes]] = {
             "method": (plan.method, settings.method),
             "settings": (plan.settings_digest, digest(Purpose.SETTINGS, settings.to_bytes())),
@@ -195,12 +208,6 @@ class Session:
         own = [(t.name, tuple(t.shape)) for t in self.workload.tensors()]
         if plan.training and updates != own:
             raise MismatchError(f"plan wants the tensors {updates}, our method uploads {own}")
-        if len(base) != sum(t.size for t in self.workload.tensors()):
-            raise MismatchError(f"global prompt has {len(base)} values, our method differs")
-        if plan.learning_round == 1 and not np.allclose(
-            base, self.workload.initial(), rtol=0, atol=_SAME_START
-        ):
-            raise MismatchError("starting prompt is not what our model and the settings give")
         if plan.learning_round < self._progress[0] or plan.rounds != (
             self._progress[1] or plan.rounds
         ):
@@ -208,35 +215,71 @@ class Session:
                 f"plan is for learning round {plan.learning_round} of {plan.rounds}, "
                 f"after {self._progress[0]} of {self._progress[1]}"
             )
+        self.work, self._entered, self._made, self._sealed = None, plan, None, plan.encrypted
+        self._raw = bytes(message.base)
+        if not (plan.encrypted and plan.learning_round > 1):
+            self._prompt(plan, self._raw)  # refused before anything is done
         self.round, replies = participant.start(self.party, plan)
         self._progress = plan.learning_round, plan.rounds
-        self.work = None
-        self._base = base
         return self._ready(replies)
 
-    def _check_base(self, plan: RoundPlan, data: bytes | memoryview) -> Prompt:
-        if digest(Purpose.BASE, bytes(data)) != plan.base_digest or len(data) % 4:
-            raise MismatchError("global prompt is not the one that the plan names")
+    def _prompt(self, plan: RoundPlan, data: bytes) -> Prompt:
+        """The global prompt in the clear, checked as far as it can be."""
+        size = sum(tensor.size for tensor in self.workload.tensors())
+        if len(data) != 4 * size:
+            raise MismatchError(f"global prompt has {len(data)} bytes, our method {4 * size}")
         base = np.frombuffer(data, "<f4").astype(np.float32)
         if not np.isfinite(base).all():
             raise FieldError("global prompt holds NaN or infinity")
+        if plan.learning_round == 1 and not np.allclose(
+            base, self.workload.initial(), rtol=0, atol=_SAME_START
+        ):
+            raise MismatchError("starting prompt is not what our model and the settings give")
+        if self._agreed and self._agreed[0] == plan.learning_round and self._agreed[1] != data:
+            raise MismatchError("global prompt is not the one that the last sum gives")
         return base
 
-    def _ready(self, replies: participant.Replies) -> participant.Replies:
-        if isinstance(self.round, participant.Ready) and self.work is None:
-            self.work = Work(self.round.plan, self._base)
+    def _open(self, plan: RoundPlan) -> bytes:
+        """The plan's global prompt, unsealed if clients sealed it."""
+        if not plan.encrypted or plan.learning_round == 1:
+            return self._raw
+        cohort = self.party.keyring.cohort
+        assert cohort is not None
+        return cohort.open_prompt(plan.run, plan.learning_round, self._raw)
+
+    def _ready(self, replies: Replies) -> Replies:
+        """Take up what the new state asks the caller or us to do."""
+        state = self.round
+        if isinstance(state, Ready) and self.work is None:
+            self.work = Work(state.plan, self._prompt(state.plan, self._open(state.plan)))
+            self._base = self.work.base
+        if isinstance(state, Opening):
+            plan = state.plan
+            self.history[plan.learning_round] = metrics_of(state.total)
+            data = b""
+            if plan.training:
+                data = prompt_bytes(averaged(self._base, plan.layout, state.total))
+                self._made = plan.learning_round + 1, data
+            self.round, more = state.report(data)
+            replies = replies + more
         return replies
 
-    def _finish(self, message: m.Finish) -> participant.Replies:
+    def _finish(self, message: m.Finish) -> Replies:
         if message.run != self.run:
             return []
         self.over = True
         if message.reason:
             raise RunFailedError(f"server ended the run: {message.reason}")
-        size = sum(t.size for t in self.workload.tensors())
-        if len(message.vector) != 4 * size:
-            raise FieldError(f"final prompt of {len(message.vector)} bytes, {4 * size} expected")
-        final = np.frombuffer(message.vector, "<f4").astype(np.float32)
+        size, data = sum(t.size for t in self.workload.tensors()), bytes(message.vector)
+        if self._sealed and (cohort := self.party.keyring.cohort):
+            last = self._progress[1] + 1  # the round that the final prompt would be the start of
+            data = cohort.open_prompt(self.run, last, data)
+        if len(data) != 4 * size:
+            raise FieldError(
+                f"final prompt of {len(data)} bytes, {4 * size} expected: malformed, or sealed and "
+                "the run ended before this client was given its key"
+            )
+        final = np.frombuffer(data, "<f4").astype(np.float32)
         if not np.isfinite(final).all():
             raise FieldError("final prompt holds NaN or infinity")
         self.final = final

@@ -18,8 +18,9 @@ from secure_fedprompt.clients.data import partitions, sets
 from secure_fedprompt.clients.data.sets import ImageSet
 from secure_fedprompt.clients.data.settings import DataSettings
 from secure_fedprompt.clients.methods.base import Batch, Method, build
-from secure_fedprompt.clients.session import Prompt, Work
+from secure_fedprompt.clients.session import Work
 from secure_fedprompt.protocol import layout as lay
+from secure_fedprompt.protocol.averaging import Prompt
 from secure_fedprompt.protocol.errors import DataError, UpdateError
 from secure_fedprompt.protocol.expand import Purpose, digest
 from secure_fedprompt.protocol.fixedpoint import LOSS_CLIP

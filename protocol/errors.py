@@ -28,7 +28,13 @@
         ├── UnexpectedMessageError               right form, wrong moment
         │   └── SecondUnmaskError                a second unmask request in a round
         ├── PlanError                            the plan contradicts itself
-        │   └── OverflowPlanError                a sum could leave the ring
+        │   ├── OverflowPlanError                a sum could leave the ring
+        │   └── ParameterError                   no secure parameter set fits
+        ├── HomomorphicError                     of the protections bfv and ckks
+        │   ├── SecretKeyError                       a context holds a secret key
+        │   ├── KeyMismatchError                     another key or context than registered
+        │   ├── CiphertextError                      wrong count, size or parameter set
+        │   └── DecryptionError                      what decrypts is not a sum: wrong key, swapped
         ├── PolicyError                          the plan is outside this client's policy
         ├── ReplayError                          (run, round) did not grow
         ├── SignatureError
@@ -161,6 +167,30 @@ class PlanError(ProtocolError):
 
 
 class OverflowPlanError(PlanError):
+    pass
+
+
+class ParameterError(PlanError):
+    pass
+
+
+class HomomorphicError(ProtocolError):
+    pass
+
+
+class SecretKeyError(HomomorphicError):
+    pass
+
+
+class KeyMismatchError(HomomorphicError):
+    pass
+
+
+class CiphertextError(HomomorphicError):
+    pass
+
+
+class DecryptionError(HomomorphicError):
     pass
 
 

@@ -45,6 +45,12 @@ class Purpose(IntEnum):
     SETTINGS = 13
     BASE = 14
     CLASSES = 15
+    COHORT_KEY = 16
+    RUN_KEY = 17
+    KEY_GRANT = 18
+    UPLOAD = 19
+    PROMPT_SEAL = 20
+    FLOOD = 21
 
 
 _TAGS = {purpose: TAG + purpose.name.lower().encode() + b"\0" for purpose in Purpose}
@@ -55,7 +61,7 @@ def tag(purpose: Purpose) -> bytes:
     return _TAGS[purpose]
 
 
-def digest(purpose: Purpose, *parts: bytes) -> bytes:
+def digest(purpose: Purpose, *parts: bytes | memoryview) -> bytes:
     """SHA-256 over the purpose and length-prefixed parts; 32 bytes."""
     h = hashlib.sha256(tag(purpose))
     for part in parts:

@@ -17,6 +17,18 @@
                        <-           RoundEnd         or the next Plan
                        <-           Finish           final prompt
 
+Under ``bfv`` and ``ckks`` a round goes like this, the first three only if somebody lacks the key:
+
+                       <-           KeyRequest       to the maker: who needs the cohort key
+      KeyGrant         ->                            the key, sealed to each of them
+                       <-           KeyBox           to each of them
+      CipherUpload     ->
+                       <-           CipherSum        the encrypted sum
+      Opened           ->                            digest of the next prompt, sealed
+                       <-           SealedRequest    to one client
+      SealedPrompt     ->
+                       <-           RoundEnd
+
 ``Alive``, ``Withdraw`` (from one round) and ``Leave`` (client), and ``Rejoin`` and ``Refused``
 (server) may come at any time. The sender is the
 authenticated CurveZMQ key, so no message names it. ``repr`` never shows vectors, shares or boxes.
@@ -51,6 +63,8 @@ from secure_fedprompt.protocol.plan import MAX_COHORT, RoundPlan
 
 Vector = Annotated[Blob, UpTo(MAX_FRAME)]
 Names = Annotated[tuple[Name, ...], Many(MAX_COHORT)]
+MAX_KEY = 1 << 20
+MAX_CIPHERTEXTS = 1 << 15
 BOX = 80  # two 32-byte shares and a 16-byte tag
 
 
@@ -109,14 +123,28 @@ class Initial(Message):
 
 @dataclass(frozen=True, repr=False)
 class Ready(Message):
-    """Welcome is understood and the images are encoded: plans may come."""
+    """Welcome is understood and the images are encoded: plans may come.
+
+    Attributes:
+        name: of the sender.
+        seal_key: X25519, for this run; whatever is sealed to the client goes under it.
+        key: digest of the cohort key that the client holds, or zeros.
+        signature: of the identity on run, roster, name and ``seal_key``.
+    """
 
     run: RunId
+    name: Name
+    seal_key: PublicKey
+    key: Digest
+    signature: Signature
+
+    def body(self, roster: bytes) -> bytes:
+        return b"".join((self.run, roster, self.seal_key, self.name.encode()))
 
 
 @dataclass(frozen=True, repr=False)
 class Plan(Message):
-    """``base`` is the global prompt, float32 little-endian."""
+    """``base`` is the global prompt, float32 little-endian, or sealed by the clients."""
 
     plan: RoundPlan
     base: Vector
@@ -223,6 +251,101 @@ class Reveal(Message):
 
 
 @dataclass(frozen=True, repr=False)
+class KeyRequest(Message):
+    """Those of ``plan.grants``, in name order, with the keys to seal to."""
+
+    run: RunId
+    round: U32
+    recipients: Annotated[tuple[Ready, ...], Many(MAX_COHORT)]
+
+
+@dataclass(frozen=True, repr=False)
+class Grant(Message):
+    """The cohort key, sealed to ``recipient``."""
+
+    recipient: Name
+    box: Annotated[Blob, UpTo(MAX_KEY)]
+    signature: Signature
+
+    def body(self, plan: RoundPlan, key: bytes) -> bytes:
+        """What the maker signs."""
+        sealed = digest(Purpose.KEY_GRANT, self.box)
+        number = plan.election.to_bytes(4, "little")
+        return b"".join((plan.digest, number, key, sealed, self.recipient.encode()))
+
+
+@dataclass(frozen=True, repr=False)
+class KeyGrant(Message):
+    """``context`` is the public SEAL parameters and nothing else."""
+
+    run: RunId
+    round: U32
+    key: Digest
+    context: Annotated[Blob, UpTo(MAX_KEY)]
+    grants: Annotated[tuple[Grant, ...], Many(MAX_COHORT)]
+    signature: Signature
+
+    def body(self, plan: RoundPlan) -> bytes:
+        """What the maker signs towards the server."""
+        parts = self.key, self.context, *(encode_fields(grant) for grant in self.grants)
+        return plan.digest + digest(Purpose.KEY_GRANT, *parts)
+
+
+@dataclass(frozen=True, repr=False)
+class KeyBox(Message):
+    run: RunId
+    round: U32
+    maker: Ready
+    key: Digest
+    grant: Grant
+
+
+@dataclass(frozen=True, repr=False)
+class CipherUpload(Message):
+    """The packed vector, encrypted under the cohort key with this digest."""
+
+    run: RunId
+    round: U32
+    key: Digest
+    ciphertexts: Annotated[tuple[Vector, ...], Many(MAX_CIPHERTEXTS)]
+    signature: Signature
+
+    def body(self, plan: RoundPlan) -> bytes:
+        """What the identity signs: these ciphertexts in this order, for this plan and key."""
+        return plan.digest + self.key + digest(Purpose.UPLOAD, *self.ciphertexts)
+
+
+@dataclass(frozen=True, repr=False)
+class CipherSum(Message):
+    run: RunId
+    round: U32
+    survivors: Names
+    ciphertexts: Annotated[tuple[Vector, ...], Many(MAX_CIPHERTEXTS)]
+
+
+@dataclass(frozen=True, repr=False)
+class Opened(Message):
+    """The sum decrypts; digest of the sealed next prompt, zeros after the final evaluation."""
+
+    run: RunId
+    round: U32
+    sealed: Digest
+
+
+@dataclass(frozen=True, repr=False)
+class SealedRequest(Message):
+    run: RunId
+    round: U32
+
+
+@dataclass(frozen=True, repr=False)
+class SealedPrompt(Message):
+    run: RunId
+    round: U32
+    box: Vector
+
+
+@dataclass(frozen=True, repr=False)
 class RoundEnd(Message):
     """``reason`` is empty for a finished round."""
 
@@ -233,6 +356,8 @@ class RoundEnd(Message):
 
 @dataclass(frozen=True, repr=False)
 class Finish(Message):
+    """``vector`` as in ``Plan``: sealed if a training round under encryption was done."""
+
     run: RunId
     vector: Vector
     reason: Line
@@ -278,6 +403,7 @@ CATALOGUE = Catalogue(
     Hello, Welcome, Ready, Initial, Plan, Advert, Adverts, Shares, Inbox, MaskedUpload, PlainUpload,
     SurvivorList, Consistent, UnmaskRequest, Reveal, RoundEnd, Finish, Alive,
     Withdraw, Rejoin, Leave, Refused,
+    KeyRequest, KeyGrant, KeyBox, CipherUpload, CipherSum, Opened, SealedRequest, SealedPrompt,
 )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import Annotated
 
+from secure_fedprompt.protocol import homomorphic
 from secure_fedprompt.protocol import layout as lay
 from secure_fedprompt.protocol.codec import (
     F64,
@@ -27,12 +28,13 @@ from secure_fedprompt.protocol.codec import (
 from secure_fedprompt.protocol.errors import PlanError
 from secure_fedprompt.protocol.expand import Purpose, digest
 from secure_fedprompt.protocol.fixedpoint import check_fits
+from secure_fedprompt.protocol.homomorphic import SCHEMES, Parameters
 from secure_fedprompt.protocol.layout import Field, total_size
 
 MAX_COHORT = 4096
 MAX_VALUES = 1 << 25
-PROTECTIONS = ("masks", "none")
-NO_SEED = bytes(32)
+PROTECTIONS = ("masks", *SCHEMES, "none")
+NO_SEED = NO_KEY = bytes(32)
 
 
 def default_threshold(clients: int) -> int:
@@ -57,13 +59,17 @@ class RoundPlan:
         run, round: ``round`` grows with every attempt, an aborted one included.
         learning_round, rounds: position in the run; ``learning_round == rounds + 1`` is the
             final evaluation, whose layout holds counters only.
-        protection: "masks" or "none".
+        protection: one of ``PROTECTIONS``.
         cohort: sorted names.
         quorum: survivors that a round needs at every stage.
         threshold: shares that reconstruct a secret. Equal to ``quorum`` on the complete graph.
         degree, graph_seed: 0 and zeros for the complete graph, else a k-regular graph.
         clip: C; max_weight: W_max; uniform: 1 if every client has weight 1.
-        base_digest: of the global prompt that the round starts from.
+        base_digest: of the global prompt that the round starts from, as it is on the wire.
+        parameters: of the homomorphic encryption; ``homomorphic.NONE`` for other protections.
+        maker, election: who makes the cohort key, and how many keys the run had with it.
+        key: digest of the cohort key; zeros if the maker makes a new one in this round.
+        grants: sorted names of the clients that are given the key in this round.
     """
 
     run: RunId
@@ -86,6 +92,11 @@ class RoundPlan:
     max_weight: U32
     uniform: U8
     layout: Annotated[tuple[Field, ...], Many(256)]
+    parameters: Parameters
+    maker: Annotated[str, Text(64)]
+    election: U32
+    key: Digest
+    grants: Annotated[tuple[Name, ...], Many(MAX_COHORT)]
 
     @functools.cached_property
     def digest(self) -> bytes:
@@ -95,6 +106,11 @@ class RoundPlan:
     def points(self) -> dict[str, int]:
         """The Shamir abscissa of each client: its place in the cohort, from 1."""
         return {name: i for i, name in enumerate(self.cohort, start=1)}
+
+    @property
+    def encrypted(self) -> bool:
+        """Whether the server adds ciphertexts, and the global prompt is sealed to it."""
+        return self.protection in SCHEMES
 
     @property
     def training(self) -> bool:
@@ -137,3 +153,22 @@ class RoundPlan:
             check_fits(field, n)
             if field.update and field.bound < self.clip * self.max_weight:
                 raise PlanError(f"field {field.name!r} bound is below clip x max_weight")
+        self._check_keying()
+
+    def _check_keying(self) -> None:
+        chosen = self.parameters
+        if chosen != homomorphic.choose(self.protection, chosen.clients, chosen.flood):
+            raise PlanError(f"parameters {chosen} are no set for {self.protection}")
+        if not self.encrypted:
+            if self.maker or self.grants or self.election or self.key != NO_KEY:
+                raise PlanError(f"a cohort key under protection {self.protection}")
+            return
+        others = set(self.cohort) - {self.maker}
+        if len(self.cohort) > chosen.clients:
+            raise PlanError(f"{len(self.cohort)} clients, parameters are for {chosen.clients}")
+        if list(self.grants) != sorted(set(self.grants)) or not set(self.grants) <= others:
+            raise PlanError("grants are doubled, unsorted, or not to other clients of the cohort")
+        if self.grants and self.maker not in self.cohort:
+            raise PlanError(f"key maker {self.maker!r} is not in the cohort")
+        if self.key == NO_KEY and set(self.grants) != others:
+            raise PlanError("a new cohort key is not granted to everybody")

@@ -20,6 +20,7 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         min_threshold_share: on the complete graph t must also exceed this share of the cohort. With
             the default of two thirds, a third of the clients may collude with the server.
         protections, methods, graphs: allowed values; an empty ``methods`` allows every method.
+        key_makers: who may make the cohort key of bfv and ckks; empty allows every client.
         max_rounds: most learning rounds of one run, and half the attempts at them.
         allow_late_join: take part in a run that began without this client's nonce.
         min_survivor_change: refuse a survivor list that differs from an earlier one of the run
@@ -34,6 +35,7 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     protections: tuple[str, ...] = ("masks",)
     methods: tuple[str, ...] = ()
     graphs: tuple[str, ...] = ("complete",)
+    key_makers: tuple[str, ...] = ()
     max_rounds: int = 1000
     allow_late_join: bool = True
     min_survivor_change: int = 0
@@ -56,12 +58,16 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             raise PolicyError(_below("max_rounds", self.max_rounds, f"attempt {plan.round}"))
         if n < self.min_cohort:
             raise PolicyError(_below("min_cohort", self.min_cohort, f"a cohort of {n}"))
-        if plan.protection != "masks":
+        if plan.protection == "none":
+            return
+        if plan.quorum < self.min_survivors:
+            raise PolicyError(_below("min_survivors", self.min_survivors, f"quorum {plan.quorum}"))
+        if plan.encrypted:
+            if self.key_makers and plan.maker not in self.key_makers:
+                raise PolicyError(_outside("key_makers", self.key_makers, plan.maker))
             return
         if graph not in self.graphs:
             raise PolicyError(_outside("graphs", self.graphs, graph))
-        if plan.quorum < self.min_survivors:
-            raise PolicyError(_below("min_survivors", self.min_survivors, f"quorum {plan.quorum}"))
         if plan.threshold < self.min_threshold:
             raise PolicyError(_below("min_threshold", self.min_threshold, f"t = {plan.threshold}"))
         if plan.quorum <= self.min_threshold_share * n:

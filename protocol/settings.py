@@ -65,7 +65,10 @@ class ServerSettings(MethodSettings, frozen=True, forbid_unknown_fields=True, kw
         min_clients: fewest clients to go on with.
         rounds: learning rounds.
         max_attempts: tries of a round before the run fails.
-        protection: "masks", or "none" for benchmarks.
+        protection: "masks"; "bfv" or "ckks" (the server adds ciphertexts and learns no sum; it must
+            be honest-but-curious, and no client may collude with it); "none" for benchmarks.
+        key_maker: client that makes the cohort key of bfv and ckks; empty is the lowest name.
+        flood_bits: k of the statistical distance 2^-k of ckks' flooding.
         graph: "complete", or "regular" (k neighbours, honest-but-curious server) for large cohorts.
         threshold: t; 0 means floor(2n/3) + 1.
         max_dropout, max_corruption: shares of clients that a regular graph must tolerate.
@@ -90,6 +93,8 @@ class ServerSettings(MethodSettings, frozen=True, forbid_unknown_fields=True, kw
     rounds: Positive = 10
     max_attempts: Positive = 3
     protection: str = "masks"
+    key_maker: str = ""
+    flood_bits: Annotated[int, Meta(ge=1, le=24)] = 8
     graph: str = "complete"
     threshold: Count = 0
     max_dropout: NonNegative = 0.1
@@ -113,7 +118,7 @@ class ServerSettings(MethodSettings, frozen=True, forbid_unknown_fields=True, kw
 
 
 CHOICES = {
-    "protection": ("masks", "none"),
+    "protection": ("masks", "bfv", "ckks", "none"),
     "graph": ("complete", "regular"),
     "weights": ("samples", "uniform"),
     "position": ("end", "middle", "front"),

@@ -22,8 +22,8 @@ from rich.progress import (
 
 from secure_fedprompt.clients.journal import FileJournal
 from secure_fedprompt.clients.link import CurveLink
-from secure_fedprompt.clients.participant import Party
 from secure_fedprompt.clients.session import Session, Work
+from secure_fedprompt.clients.state import Party
 from secure_fedprompt.protocol import command
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.errors import RosterError, SecureFedPromptError, UpdateError

@@ -7,13 +7,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from secure_fedprompt.clients import participant
+from secure_fedprompt.clients.encrypted import Opening
+from secure_fedprompt.clients.state import Party, Ready, Replies, State
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.errors import SecureFedPromptError
 from secure_fedprompt.protocol.layout import Values
 from secure_fedprompt.protocol.messages import CATALOGUE
 from secure_fedprompt.protocol.plan import RoundPlan
 from secure_fedprompt.server.coordinator import Deadlines, Round, Stage
+from secure_fedprompt.server.encrypted import make_round
 
+NEXT_PROMPT = b"the next prompt: a whole run computes it"
 Tap = Callable[[str, str, m.Message], m.Message | None]
 
 
@@ -25,16 +29,18 @@ class Outcome:
         round: the server's side, with result, faults and dropouts.
         frames: every delivered frame as (sender, recipient, bytes).
         errors: what clients refused, by name.
+        opened: what clients decrypted, under ``bfv`` and ``ckks``.
     """
 
     round: Round
     frames: list[tuple[str, str, bytes]] = field(default_factory=list)
     errors: dict[str, Exception] = field(default_factory=dict)
+    opened: dict[str, Opening] = field(default_factory=dict)
 
 
 def run_round(
     plan: RoundPlan,
-    parties: Mapping[str, participant.Party],
+    parties: Mapping[str, Party],
     updates: Mapping[str, tuple[Values, float]],
     dropouts: Mapping[str, Stage] | None = None,
     tap: Tap = lambda sender, recipient, message: message,
@@ -53,8 +59,9 @@ def run_round(
     """
     dropouts = dict(dropouts or {})
     any_party = next(iter(parties.values()))
-    server = Round(plan, b"", any_party.roster, Deadlines(stage=1, training=1))
-    outcome, states = Outcome(server), dict[str, participant.State]()
+    run_keys = {name: party.ready(plan.run) for name, party in parties.items()}
+    server = make_round(plan, b"", any_party.roster, Deadlines(stage=1, training=1), run_keys)
+    outcome, states = Outcome(server), dict[str, State]()
     clock = 0.0
     queue: deque[tuple[str, str, m.Message]] = deque(("", *out) for out in server.start(clock))
     while not server.over or queue:
@@ -75,7 +82,7 @@ def run_round(
             queue.extend(("", *out) for out in server.on(sender, message, clock))
             continue
         try:
-            replies = _deliver(plan, states, parties[recipient], message, updates)
+            replies = _deliver(outcome, states, parties[recipient], message, updates)
         except SecureFedPromptError as error:
             outcome.errors.setdefault(recipient, error)
             queue.extend(("", *out) for out in server.lost(recipient, clock))
@@ -85,12 +92,12 @@ def run_round(
 
 
 def _deliver(
-    plan: RoundPlan,
-    states: dict[str, participant.State],
-    party: participant.Party,
+    outcome: Outcome,
+    states: dict[str, State],
+    party: Party,
     message: m.Message,
     updates: Mapping[str, tuple[Values, float]],
-) -> participant.Replies:
+) -> Replies:
     name = party.name
     if isinstance(message, m.Plan):
         states[name], replies = participant.start(party, message.plan)
@@ -98,6 +105,10 @@ def _deliver(
         return []
     else:
         states[name], replies = states[name].on(message)
-    if isinstance(state := states[name], participant.Ready):
-        states[name], replies = state.upload(*updates[name])
+    if isinstance(state := states[name], Ready):
+        states[name], uploads = state.upload(*updates[name])
+        replies = replies + uploads
+    if isinstance(state, Opening):
+        outcome.opened[name] = state
+        states[name], replies = state.report(NEXT_PROMPT if state.plan.training else b"")
     return replies

@@ -20,8 +20,8 @@ from rich.progress import Progress
 from secure_fedprompt import show
 from secure_fedprompt.client_settings import ClientSettings
 from secure_fedprompt.clients.journal import MemoryJournal
-from secure_fedprompt.clients.participant import Party
 from secure_fedprompt.clients.session import Session
+from secure_fedprompt.clients.state import Party
 from secure_fedprompt.clients.training import Features, LocalTrainer, load_shares
 from secure_fedprompt.protocol import command
 from secure_fedprompt.protocol import messages as m

@@ -11,9 +11,10 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from secure_fedprompt.protocol import command
+from secure_fedprompt.protocol import command, homomorphic
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.errors import ConfigError
+from secure_fedprompt.protocol.homomorphic import SCHEMES
 from secure_fedprompt.protocol.plan import default_threshold, tolerated_colluders
 from secure_fedprompt.protocol.settings import ServerSettings
 from secure_fedprompt.server.hub import Hub
@@ -52,6 +53,10 @@ def serve(settings: ServerSettings, json_path: str | None) -> int:
     roster = command.read_roster(settings.roster)
     me = command.member_of(identity, roster, ("server",))
     folder = Path(settings.run_dir or time.strftime("runs/%Y%m%d-%H%M%S"))
+    if settings.protection in SCHEMES:  # can we, before anybody waits
+        clients = len(roster.with_role("client"))
+        chosen = homomorphic.choose(settings.protection, clients, settings.flood_bits)
+        homomorphic.scheme(settings.protection, chosen)
     store = Store(folder, settings)
     try:
         if store.finished:
@@ -79,8 +84,9 @@ def serve(settings: ServerSettings, json_path: str | None) -> int:
             hub.close()
         if run.error:
             raise run.error
-        store.event("finished", f"prompt {store.prompt_path(settings.rounds)}")
-        command.write_json(json_path, store.summary())
+        summary = store.summary()
+        store.event("finished", f"prompt {summary['prompt']}")
+        command.write_json(json_path, summary)
     finally:
         store.close()
     return 0
@@ -112,6 +118,13 @@ def warn(console: Console, settings: ServerSettings, clients: int) -> None:
         console.print("[bold red]NO PROTECTION: the server sees every client's update.[/]")
         return
     t = settings.threshold or default_threshold(clients)
+    if settings.protection in SCHEMES:
+        console.print(
+            f"{settings.protection}: the server adds ciphertexts and learns no sum. All clients "
+            "share one key: safe while this server follows the protocol and no client colludes "
+            "with it"
+        )
+        return
     if settings.graph == "regular":
         console.print("masks on a k-regular graph: safe against an honest-but-curious server")
     else:

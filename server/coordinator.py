@@ -37,11 +37,14 @@ Outbox = list[tuple[str, m.Message]]
 
 
 class Stage(StrEnum):
+    KEYING = "keying"
     ADVERTISING = "advertising"
     SHARING = "sharing"
     COLLECTING = "collecting"
     CONSISTENCY = "consistency"
     UNMASKING = "unmasking"
+    OPENING = "opening"
+    REPORTING = "reporting"
     DONE = "done"
     ABORTED = "aborted"
 
@@ -52,6 +55,7 @@ EXPECTED: dict[Stage, type[m.Message]] = {
     Stage.CONSISTENCY: m.Consistent,
     Stage.UNMASKING: m.Reveal,
 }
+UPLOADING = {Stage.ADVERTISING, Stage.SHARING, Stage.COLLECTING}  # who leaves is not in the sum
 
 
 @dataclass(frozen=True)
@@ -151,11 +155,22 @@ class Round:
         self.began, self.deadline = now, now + limit
 
     def _accept(self, sender: str, message: m.Message) -> None:
-        plan = self.plan
-        masked = plan.protection == "masks"
-        upload = m.MaskedUpload if masked else m.PlainUpload
-        if not isinstance(message, EXPECTED.get(self.stage, upload)):
+        if not isinstance(message, self._expected()):
             raise UnexpectedMessageError(f"{type(message).__name__} while {self.stage}")
+        self._take(sender, message)
+        self.answers[sender] = self._kept(message)
+
+    def _expected(self) -> type[m.Message]:
+        upload = m.MaskedUpload if self.plan.protection == "masks" else m.PlainUpload
+        return EXPECTED.get(self.stage, upload)
+
+    def _kept(self, message: m.Message) -> m.Message:
+        """That an upload came is kept, not the vector."""
+        return m.Alive() if isinstance(message, m.MaskedUpload | m.PlainUpload) else message
+
+    def _take(self, sender: str, message: m.Message) -> None:
+        """Check a frame of the expected kind, and add an upload to the sum."""
+        plan = self.plan
         match message:
             case m.Advert():
                 keys = {message.seal_key, message.mask_key}
@@ -175,20 +190,18 @@ class Round:
                     raise FieldError(f"{len(message.boxes)} bytes of boxes, {boxes} boxes expected")
             case m.MaskedUpload() | m.PlainUpload():
                 self._sum.add(message.vector)
-                message = m.RoundEnd(plan.run, plan.round, "")  # keep that it came, not the vector
             case m.Consistent():
                 body, identity = self._survivors_body, self.roster.identity_of(sender)
                 verify(identity, Purpose.SURVIVORS, body, message.signature, sender)
             case m.Reveal():
                 if len(message.shares) != 32 * len(self._shared[sender]):
                     raise FieldError(f"{len(message.shares)} bytes of shares")
-        self.answers[sender] = message
 
     def _advance(self, now: float) -> Outbox:
         """Close the stage with who answered, and open the next."""
         self.seconds[self.stage] = now - self.began
         names = tuple(sorted(self.answers))
-        if self.stage is not Stage.CONSISTENCY and self.stage is not Stage.UNMASKING:
+        if self.stage in UPLOADING:
             for name in set(self.plan.cohort) - set(names) - set(self.dropped):
                 self.dropped[name] = str(self.stage)
         if len(names) < self.plan.quorum:
@@ -196,15 +209,8 @@ class Round:
                 f"{len(names)} of {len(self.plan.cohort)} clients answered while {self.stage}, "
                 f"{self.plan.quorum} are needed"
             )
-        step: dict[Stage, Callable[[tuple[str, ...], float], Outbox]] = {
-            Stage.ADVERTISING: self._send_adverts,
-            Stage.SHARING: self._send_inboxes,
-            Stage.COLLECTING: self._send_survivors,
-            Stage.CONSISTENCY: self._ask_to_unmask,
-            Stage.UNMASKING: self._unmask,
-        }
         try:
-            return step[self.stage](names, now)
+            return self._close_stage(names, now)
         except BadShareError as error:
             self.suspect = error.owner
             if error.owner:
@@ -212,6 +218,16 @@ class Round:
             return self._abort(f"BadShareError: {error}")
         except ProtocolError as error:
             return self._abort(f"{type(error).__name__}: {error}")
+
+    def _close_stage(self, names: tuple[str, ...], now: float) -> Outbox:
+        step: dict[Stage, Callable[[tuple[str, ...], float], Outbox]] = {
+            Stage.ADVERTISING: self._send_adverts,
+            Stage.SHARING: self._send_inboxes,
+            Stage.COLLECTING: self._send_survivors,
+            Stage.CONSISTENCY: self._ask_to_unmask,
+            Stage.UNMASKING: self._unmask,
+        }
+        return step[self.stage](names, now)
 
     def _send_adverts(self, names: tuple[str, ...], now: float) -> Outbox:
         adverts = [a for name in names if isinstance(a := self.answers[name], m.Advert)]

@@ -1,4 +1,4 @@
-"""The server's arithmetic around a round: what is planned before it, what is averaged after it."""
+"""What the server plans before a round."""
 
 from __future__ import annotations
 
@@ -6,21 +6,25 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
-
+from secure_fedprompt.protocol import homomorphic, masking, shamir
 from secure_fedprompt.protocol import layout as lay
-from secure_fedprompt.protocol import masking, shamir
 from secure_fedprompt.protocol import messages as m
-from secure_fedprompt.protocol.errors import PlanError
+from secure_fedprompt.protocol.averaging import Prompt, prompt_bytes
+from secure_fedprompt.protocol.errors import PlanError, RunFailedError
 from secure_fedprompt.protocol.expand import Purpose, digest
 from secure_fedprompt.protocol.fixedpoint import size_layout
+from secure_fedprompt.protocol.homomorphic import SCHEMES
 from secure_fedprompt.protocol.layout import TensorSpec
-from secure_fedprompt.protocol.plan import MAX_VALUES, NO_SEED, RoundPlan, default_threshold
+from secure_fedprompt.protocol.plan import (
+    MAX_VALUES,
+    NO_KEY,
+    NO_SEED,
+    RoundPlan,
+    default_threshold,
+)
 from secure_fedprompt.protocol.roster import Roster
 from secure_fedprompt.protocol.settings import ServerSettings
 
-Prompt = NDArray[np.float32]
 TENSOR_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.]{0,47}")
 
 
@@ -31,7 +35,9 @@ class RunState:
     Attributes:
         run: its id, empty before it has begun; made of ``server_nonce`` and ``nonces``.
         round: the last round number used; learning_round: the next one to complete.
-        tensors, prompt: the global prompt, float32, flat.
+        tensors, prompt: the global prompt, float32, flat; under encryption the starting one.
+        sealed: the global prompt, sealed by the clients, once a round under encryption is done.
+        maker, election, key: of the cohort key; see ``RoundPlan``.
         model_fingerprint, classes_digest, class_count: what the first client announced.
     """
 
@@ -45,6 +51,46 @@ class RunState:
     model_fingerprint: bytes = b""
     classes_digest: bytes = b""
     class_count: int = 0
+    sealed: bytes = b""
+    maker: str = ""
+    election: int = 0
+    key: bytes = NO_KEY
+
+    @property
+    def base(self) -> bytes:
+        """The global prompt as it goes into plans."""
+        return self.sealed or (b"" if self.prompt is None else prompt_bytes(self.prompt))
+
+
+def elect(
+    state: RunState, cohort: tuple[str, ...], held: Mapping[str, bytes], wanted: str
+) -> tuple[str, ...]:
+    """Who must be given the cohort key; elects another maker, in ``state``, if the last is gone.
+
+    A new maker makes a new key. It must be able to open the global prompt, so it is one of those
+    who hold the last key, the lowest name unless ``wanted`` is one of them.
+
+    Args:
+        state: of the run; maker, election and key may change.
+        cohort: of the round.
+        held: digest of the key that each client holds.
+        wanted: configured maker, or empty.
+
+    Raises:
+        RunFailedError: nobody who holds the key is left.
+    """
+    holders = {name for name in cohort if state.key != NO_KEY and held.get(name) == state.key}
+    lacking = set(cohort) - holders
+    if lacking and state.maker not in holders:
+        able = holders if state.sealed else set(cohort)
+        if not able:
+            raise RunFailedError(
+                "no client that can open the sealed prompt is left: start a new run"
+            )
+        state.maker = wanted if wanted in able else min(able)
+        state.election, state.key = state.election + 1, NO_KEY
+        lacking = set(cohort) - {state.maker}
+    return tuple(sorted(lacking))
 
 
 def upload_layout(
@@ -76,19 +122,15 @@ def upload_layout(
     )
 
 
-def prompt_bytes(prompt: Prompt) -> bytes:
-    """As on the wire: float32 little-endian."""
-    return prompt.astype("<f4").tobytes()
-
-
 def round_plan(
     settings: ServerSettings,
     roster: Roster,
     state: RunState,
     cohort: tuple[str, ...],
     entropy: shamir.Entropy,
+    grants: tuple[str, ...] = (),
 ) -> RoundPlan:
-    """The plan of ``state.round`` for a cohort.
+    """The plan of ``state.round`` for a cohort; ``grants`` from ``elect``.
 
     Raises:
         PlanError: the settings do not allow one.
@@ -96,9 +138,11 @@ def round_plan(
     assert state.prompt is not None
     n, training = len(cohort), state.learning_round <= settings.rounds
     uniform = settings.weights == "uniform"
-    quorum = settings.threshold or default_threshold(n)
+    encrypted = settings.protection in SCHEMES
+    shares = settings.protection == "masks"
+    quorum = settings.threshold or (default_threshold(n) if shares else settings.min_clients)
     degree, threshold, seed = 0, quorum, NO_SEED
-    if settings.graph == "regular":
+    if settings.graph == "regular" and shares:
         degree, threshold = masking.choose_degree(
             n, dropout=settings.max_dropout, corruption=settings.max_corruption
         )
@@ -114,7 +158,7 @@ def round_plan(
         model_fingerprint=state.model_fingerprint,
         classes_digest=state.classes_digest,
         roster_digest=roster.digest,
-        base_digest=digest(Purpose.BASE, prompt_bytes(state.prompt)),
+        base_digest=digest(Purpose.BASE, state.base),
         cohort=cohort,
         quorum=quorum,
         threshold=threshold,
@@ -124,32 +168,11 @@ def round_plan(
         max_weight=1 if uniform else settings.max_weight,
         uniform=int(uniform),
         layout=upload_layout(settings, state.tensors if training else (), n),
+        parameters=homomorphic.choose(
+            settings.protection, len(roster.with_role("client")), settings.flood_bits
+        ),
+        maker=state.maker if encrypted else "",
+        election=state.election,
+        key=state.key,
+        grants=grants,
     )
-
-
-def averaged(prompt: Prompt, layout: lay.Layout, total: Mapping[str, lay.Vector]) -> Prompt:
-    """FedAvg: global + sum(n_k * delta_k) / sum(n_k). McMahan et al. 2017, Algorithm 1.
-
-    Saturated to finite float32: a malicious ring vector must not leave a file that none can use.
-    """
-    updates = [total[f.name].reshape(-1) for f in layout if f.update]
-    mean = np.concatenate(updates) / float(total[lay.WEIGHT])
-    limit = float(np.finfo(np.float32).max)
-    moved = np.clip(prompt.astype(np.float64) + mean, -limit, limit)
-    return np.nan_to_num(moved).astype(np.float32)
-
-
-def metrics_of(total: Mapping[str, lay.Vector]) -> dict[str, float]:
-    """The aggregate metrics of a round; accuracy and loss are the incoming prompt's."""
-    metrics = {
-        "weight": float(total[lay.WEIGHT]),
-        "contributors": float(total[lay.CONTRIBUTORS]),
-    }
-    if lay.SEEN in total and (seen := float(total[lay.SEEN])) > 0:
-        metrics |= {
-            "accuracy": float(total[lay.CORRECT]) / seen,
-            "loss": float(total[lay.LOSS]) / seen,
-            "seen": seen,
-            "clipped": float(total.get(lay.CLIPPED, 0.0)),
-        }
-    return metrics

@@ -17,6 +17,7 @@ import numpy as np
 
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol import shamir
+from secure_fedprompt.protocol.averaging import Prompt, averaged, metrics_of
 from secure_fedprompt.protocol.errors import (
     FieldError,
     MismatchError,
@@ -28,15 +29,17 @@ from secure_fedprompt.protocol.errors import (
     SecureFedPromptError,
     TooFewClientsError,
 )
+from secure_fedprompt.protocol.expand import Purpose
+from secure_fedprompt.protocol.homomorphic import SCHEMES
+from secure_fedprompt.protocol.keys import verify
+from secure_fedprompt.protocol.plan import NO_KEY
 from secure_fedprompt.protocol.roster import Roster
 from secure_fedprompt.protocol.settings import ServerSettings
 from secure_fedprompt.server.coordinator import Deadlines, Outbox, Round, Stage
+from secure_fedprompt.server.encrypted import EncryptedRound, make_round
 from secure_fedprompt.server.planning import (
-    Prompt,
     RunState,
-    averaged,
-    metrics_of,
-    prompt_bytes,
+    elect,
     round_plan,
     upload_layout,
 )
@@ -62,7 +65,8 @@ class Client:
     seen: float
     joined: float
     welcomed: bool = False
-    ready: bool = False
+    ready: m.Ready | None = None
+    key: bytes = NO_KEY  # digest of the cohort key that it holds
 
 
 @dataclass
@@ -121,13 +125,14 @@ class Run:
             case m.Alive():
                 return []
             case m.Ready():
-                client.ready = True
-                return self._maybe_start(now) if not self.current else []
+                return self._ready(sender, client, message, now)
             case m.Leave():
                 self.ledger.event("left", f"{sender} left: {message.error}: {message.reason}")
                 return self.gone(sender, now)
             case m.Initial():
                 return self._initial(sender, message, now)
+            case m.Withdraw():
+                client.key = NO_KEY  # whatever went wrong there: the next round gives it again
         return self._after(self.current.on(sender, message, now), now) if self.current else []
 
     def tick(self, now: float) -> Outbox:
@@ -224,10 +229,17 @@ class Run:
         state, settings = self.state, self.settings.method_settings().to_bytes()
         return m.Welcome(state.run, state.server_nonce, state.nonces, settings, int(need_initial))
 
+    def _ready(self, sender: str, client: Client, message: m.Ready, now: float) -> Outbox:
+        if message.run != self.state.run or message.name != sender:
+            raise FieldError("Ready for another run, or under another name")
+        identity, body = self.roster.identity_of(sender), message.body(self.roster.digest)
+        verify(identity, Purpose.RUN_KEY, body, message.signature, sender)
+        client.ready, client.key = message, message.key
+        return self._maybe_start(now) if not self.current else []
+
     def _initial(self, sender: str, message: m.Initial, now: float) -> Outbox:
         if self.state.prompt is not None or sender != self.initial_from:
             return []
-        self.clients[sender].ready = True
         size = sum(tensor.size for tensor in message.tensors)
         try:
             upload_layout(self.settings, message.tensors, len(self.clients))
@@ -241,14 +253,14 @@ class Run:
         self.state.tensors, self.state.prompt = message.tensors, prompt
         self.initial_from = ""
         self.ledger.save(self.state)
-        return self._maybe_start(now)
+        return []  # its Ready follows
 
     # -- rounds ----------------------------------------------------------------------------------
 
     def _maybe_start(self, now: float) -> Outbox:
         """Begin the run, ask for the initial prompt, or plan the next round, if it is time."""
         state = self.state
-        present = sum(c.ready or not state.run for c in self.clients.values())
+        present = sum(bool(c.ready) or not state.run for c in self.clients.values())
         if self.over:
             return []
         if self._complete():
@@ -293,6 +305,8 @@ class Run:
             return out + self._plan(now)
         except ProtocolError as error:
             return out + self._fail(RunFailedError(f"no round can be planned: {error}"))
+        except RunFailedError as error:  # somebody who holds the cohort key may come back
+            return out if now < self.gather_until else out + self._fail(error)
 
     def _complete(self) -> bool:
         last = self.settings.rounds + int(self.settings.metrics)
@@ -301,15 +315,19 @@ class Run:
     def _plan(self, now: float) -> Outbox:
         state, settings = self.state, self.settings
         assert state.prompt is not None
-        ready = {name for name, client in self.clients.items() if client.ready}
-        rested = ready - self.benched
+        ready = {name: client.ready for name, client in self.clients.items() if client.ready}
+        rested = set(ready) - self.benched
         cohort = tuple(sorted(rested if len(rested) >= settings.min_clients else ready))
         self.opening = False
+        grants: tuple[str, ...] = ()
+        if settings.protection in SCHEMES:
+            held = {name: client.key for name, client in self.clients.items()}
+            grants = elect(state, cohort, held, settings.key_maker)
         state.round += 1
         self.ledger.save(state)
-        plan = round_plan(settings, self.roster, state, cohort, self.entropy)
+        plan = round_plan(settings, self.roster, state, cohort, self.entropy, grants)
         deadlines = Deadlines(settings.stage_seconds, settings.training_seconds)
-        self.current = Round(plan, prompt_bytes(state.prompt), self.roster, deadlines)
+        self.current = make_round(plan, state.base, self.roster, deadlines, ready)
         return self.current.start(now)
 
     def _after(self, out: Outbox, now: float) -> Outbox:
@@ -321,6 +339,11 @@ class Run:
         for name, fault in current.faults.items():
             self.ledger.event("fault", f"round {current.plan.round}: {name}: {fault}")
         self.benched = {current.suspect} & set(self.clients)
+        if isinstance(current, EncryptedRound):
+            self.state.key = current.key
+            for name in current.holders & set(self.clients):
+                self.clients[name].key = current.key
+            self.ledger.save(self.state)
         if current.stage is Stage.DONE:
             self._apply(current)
             self.attempts = 0
@@ -334,18 +357,24 @@ class Run:
                 f"learning round {state.learning_round} aborted {self.attempts} times: "
                 f"{self.last_reason}"
             ))  # fmt: skip
-        short = sum(c.ready for c in self.clients.values()) < settings.min_clients
+        short = sum(bool(c.ready) for c in self.clients.values()) < settings.min_clients
         self.gather_until = now + (settings.gather_seconds if short else 0)
         return out + self._maybe_start(now)
 
     def _apply(self, done: Round) -> None:
         state = self.state
-        assert done.result is not None
         assert state.prompt is not None
-        if done.plan.training:
-            state.prompt = averaged(state.prompt, done.plan.layout, done.result)
+        training, metrics = done.plan.training, dict[str, float]()
+        if isinstance(done, EncryptedRound):  # all that is known of the sum
+            metrics["contributors"] = len(done.plan.cohort) - len(done.dropped)
+            state.sealed = done.sealed or state.sealed
+        else:
+            assert done.result is not None
+            metrics = metrics_of(done.result)
+            if training:
+                state.prompt = averaged(state.prompt, done.plan.layout, done.result)
         state.learning_round += 1
-        self.ledger.round_over(done, metrics_of(done.result), state.prompt)
+        self.ledger.round_over(done, metrics, state.prompt)
         self.ledger.save(state)
 
     def _fail(self, error: SecureFedPromptError) -> Outbox:
@@ -359,9 +388,7 @@ class Run:
         if not self.state.run:
             refusal = _refused(self.error or RunFailedError("the run is over"))
             return [(name, refusal) for name in names]
-        prompt = self.state.prompt
-        vector = b"" if prompt is None else prompt_bytes(prompt)
-        finish = m.Finish(self.state.run, vector, m.line(self.error or ""))
+        finish = m.Finish(self.state.run, self.state.base, m.line(self.error or ""))
         return [(name, finish) for name in names]
 
 

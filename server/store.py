@@ -1,7 +1,8 @@
 """The run folder: SQLite for what happened, safetensors for the prompts.
 
 run.sqlite      state, rounds, traffic, events
-prompts/        global-NNNN.safetensors after each learning round, global-0000 the start
+prompts/        global-NNNN.safetensors after each learning round, global-0000 the start;
+                sealed-NNNN.safetensors under bfv and ckks, which only the run's clients can open
 server.json     the settings of the run (no keys)
 """
 
@@ -17,16 +18,19 @@ from typing import Any
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from secure_fedprompt.protocol.averaging import Prompt
 from secure_fedprompt.protocol.codec import decode_fields, encode_fields
 from secure_fedprompt.protocol.errors import ConfigError, PromptFileError
+from secure_fedprompt.protocol.homomorphic import SCHEMES
 from secure_fedprompt.protocol.layout import TensorSpec
 from secure_fedprompt.protocol.messages import Nonce
 from secure_fedprompt.protocol.settings import ServerSettings
 from secure_fedprompt.server.coordinator import Round
-from secure_fedprompt.server.planning import Prompt, RunState
+from secure_fedprompt.server.planning import RunState
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS state (id INTEGER PRIMARY KEY CHECK (id = 1), body TEXT NOT NULL);
@@ -88,10 +92,18 @@ class Store:
             model_fingerprint=bytes.fromhex(body["model_fingerprint"]),
             classes_digest=bytes.fromhex(body["classes_digest"]),
             class_count=body["class_count"],
+            maker=body["maker"],
+            election=body["election"],
+            key=bytes.fromhex(body["key"]),
         )
         if state.tensors:
             rounds = json.loads((self.folder / "server.json").read_text())["rounds"]
-            state.prompt = self._read_prompt(min(state.learning_round - 1, rounds), state.tensors)
+            number = min(state.learning_round - 1, rounds)
+            if number and body["sealed"]:
+                box = self._read(self.prompt_path(number, sealed=True), ["sealed"])
+                state.sealed, number = box.astype(np.uint8).tobytes(), 0
+            names = [tensor.name for tensor in state.tensors]
+            state.prompt = self._read(self.prompt_path(number), names).astype(np.float32)
         return state
 
     @property
@@ -115,6 +127,10 @@ class Store:
             "model_fingerprint": state.model_fingerprint.hex(),
             "classes_digest": state.classes_digest.hex(),
             "class_count": state.class_count,
+            "maker": state.maker,
+            "election": state.election,
+            "key": state.key.hex(),
+            "sealed": bool(state.sealed),
         }
         with self._db:
             self._db.execute("INSERT OR REPLACE INTO state VALUES (1, ?)", (json.dumps(body),))
@@ -155,13 +171,14 @@ class Store:
 
     # -- prompts and reading ---------------------------------------------------------------------
 
-    def prompt_path(self, learning_round: int) -> Path:
-        return self.folder / "prompts" / f"global-{learning_round:04d}.safetensors"
+    def prompt_path(self, learning_round: int, sealed: bool = False) -> Path:
+        kind = "sealed" if sealed else "global"
+        return self.folder / "prompts" / f"{kind}-{learning_round:04d}.safetensors"
 
     def _write_prompt(self, state: RunState) -> None:
         settings = json.loads((self.folder / "server.json").read_text())
         number = min(state.learning_round - 1, settings["rounds"])  # an evaluation changes nothing
-        path = self.prompt_path(number)
+        path = self.prompt_path(number, bool(state.sealed))
         metadata = {
             "format": "secure-fedprompt/1",
             "method": settings["method"],
@@ -172,22 +189,23 @@ class Store:
             "learning_round": str(number),
         }
         assert state.prompt is not None
-        tensors, at = {}, 0
-        for spec in state.tensors:
+        tensors, at = dict[str, NDArray[Any]](), 0
+        if state.sealed:
+            tensors["sealed"] = np.frombuffer(state.sealed, np.uint8)
+        for spec in () if state.sealed else state.tensors:
             tensors[spec.name] = state.prompt[at : at + spec.size].reshape(spec.shape).copy()
             at += spec.size
         partial = path.with_suffix(".partial")
         save_file(tensors, partial, metadata)
         partial.replace(path)
 
-    def _read_prompt(self, learning_round: int, tensors: tuple[TensorSpec, ...]) -> Prompt:
-        path = self.prompt_path(learning_round)
+    def _read(self, path: Path, names: list[str]) -> NDArray[Any]:
         try:
             with safe_open(path, "np") as file:
-                parts = [np.asarray(file.get_tensor(t.name)).reshape(-1) for t in tensors]
+                parts = [np.asarray(file.get_tensor(name)).reshape(-1) for name in names]
         except (OSError, SafetensorError) as error:
             raise PromptFileError(f"prompt file {path} cannot be read: {error}") from None
-        return np.concatenate(parts).astype(np.float32)
+        return np.concatenate(parts)
 
     def round_row(self, round: int) -> dict[str, Any]:
         """One finished round as a dictionary."""
@@ -225,7 +243,7 @@ class Store:
             "accuracy_after": scores[-1] if scores else None,
             "bytes_up_per_client": sum(up) // max(clients, 1),
             "bytes_down_per_client": sum(down) // max(clients, 1),
-            "prompt": str(self.prompt_path(settings["rounds"])),
+            "prompt": str(self.prompt_path(settings["rounds"], settings["protection"] in SCHEMES)),
         }
 
     def close(self) -> None:

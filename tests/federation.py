@@ -11,10 +11,11 @@ import numpy as np
 from rounds import OPEN, entropy_from, identity, names, roster
 
 from secure_fedprompt.clients.journal import MemoryJournal
-from secure_fedprompt.clients.participant import Party
-from secure_fedprompt.clients.session import Prompt, Session, Work
+from secure_fedprompt.clients.session import Session, Work
+from secure_fedprompt.clients.state import Party
 from secure_fedprompt.protocol import errors
 from secure_fedprompt.protocol import messages as m
+from secure_fedprompt.protocol.averaging import Prompt
 from secure_fedprompt.protocol.layout import TensorSpec, Values
 from secure_fedprompt.protocol.policy import Policy
 from secure_fedprompt.protocol.settings import MethodSettings, ServerSettings

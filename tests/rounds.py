@@ -12,12 +12,12 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from secure_fedprompt.clients.journal import MemoryJournal
-from secure_fedprompt.clients.participant import Party
-from secure_fedprompt.protocol import fixedpoint
+from secure_fedprompt.clients.state import Party
+from secure_fedprompt.protocol import fixedpoint, homomorphic
 from secure_fedprompt.protocol.expand import keystream
 from secure_fedprompt.protocol.keys import Identity, Member
 from secure_fedprompt.protocol.layout import TensorSpec
-from secure_fedprompt.protocol.plan import NO_SEED, RoundPlan, default_threshold
+from secure_fedprompt.protocol.plan import NO_KEY, NO_SEED, RoundPlan, default_threshold
 from secure_fedprompt.protocol.policy import Policy
 from secure_fedprompt.protocol.roster import Roster
 from secure_fedprompt.protocol.shamir import Entropy
@@ -27,7 +27,7 @@ OPEN = Policy(
     min_survivors=1,
     min_threshold=1,
     min_threshold_share=0.5,
-    protections=("masks", "none"),
+    protections=("masks", "bfv", "ckks", "none"),
     graphs=("complete", "regular"),
 )
 CTX = (TensorSpec("ctx", (3, 5)),)
@@ -84,9 +84,18 @@ def make_plan(
         settings_digest=bytes(32), model_fingerprint=bytes(32), classes_digest=bytes(32),
         roster_digest=roster(count).digest, base_digest=bytes(32), cohort=names(count),
         quorum=t, threshold=t, degree=0, graph_seed=NO_SEED, clip=clip, max_weight=max_weight,
-        uniform=int(max_weight == 1), layout=layout,
+        uniform=int(max_weight == 1), layout=layout, parameters=homomorphic.NONE, maker="",
+        election=0, key=NO_KEY, grants=(),
     )  # fmt: skip
     return replace(plan, **changes)  # type: ignore[arg-type]
+
+
+def make_encrypted_plan(count: int, protection: str, **changes: object) -> RoundPlan:
+    """The first encrypted round of a run: the lowest name makes the key and grants it to all."""
+    return make_plan(
+        count, protection=protection, parameters=homomorphic.choose(protection, count),
+        maker=names(count)[0], election=1, grants=names(count)[1:], **changes,
+    )  # type: ignore[arg-type]  # fmt: skip
 
 
 def make_parties(count: int, policy: Policy = OPEN, seed: str = "") -> dict[str, Party]:

@@ -13,6 +13,7 @@ from rounds import make_plan
 
 from secure_fedprompt.protocol import codec, errors
 from secure_fedprompt.protocol import messages as m
+from secure_fedprompt.protocol.homomorphic import Parameters
 from secure_fedprompt.protocol.messages import CATALOGUE
 
 
@@ -132,6 +133,8 @@ def test_plan_digest_covers_every_field() -> None:
             case str():
                 other = value + "x"
             case tuple():
-                other = value[:-1]
+                other = value[:-1] or ("c002",)
+            case Parameters():
+                other = dataclasses.replace(value, degree=1)
         seen.add(dataclasses.replace(plan, **{field.name: other}).digest)
     assert len(seen) == 1 + len(dataclasses.fields(plan))

@@ -150,7 +150,7 @@ def test_settings_come_from_the_file_and_flags_win(tmp_path: Path) -> None:
         ("rouds = 3", r"unknown key 'rouds'; did you mean 'rounds'\?"),
         ("rounds = 0", "rounds = 0: expected `int` >= 1"),
         ('rounds = "three"', "rounds = 'three': expected `int`, got `str`"),
-        ('protection = "mask"', "protection = 'mask': must be one of masks, none"),
+        ('protection = "mask"', "protection = 'mask': must be one of masks, bfv, ckks, none"),
         ("ring_bits = 40", "ring_bits = 40: expected `int` <= 32"),
         ("rounds = ", "cannot be read"),
     ],

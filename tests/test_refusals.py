@@ -12,6 +12,7 @@ from rounds import OPEN, entropy_from, identity, make_parties, make_plan, make_u
 
 from secure_fedprompt.clients import participant
 from secure_fedprompt.clients.journal import MemoryJournal
+from secure_fedprompt.clients.state import Party, Ready
 from secure_fedprompt.protocol import errors
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.keys import Identity, Member
@@ -177,7 +178,7 @@ def test_split_survivor_lists_open_nothing() -> None:
     assert not revealed
 
 
-def advance(party: participant.Party, plan: Any = None) -> participant.Ready:
+def advance(party: Party, plan: Any = None) -> Ready:
     """A client alone in the world, ready to upload."""
     plan = plan or make_plan(1)
     state, replies = participant.start(party, plan)
@@ -185,7 +186,7 @@ def advance(party: participant.Party, plan: Any = None) -> participant.Ready:
     assert isinstance(advert, m.Advert)
     state, _ = state.on(m.Adverts(plan.run, plan.round, (advert,)))
     state, _ = state.on(m.Inbox(plan.run, plan.round, (), b""))
-    assert isinstance(state, participant.Ready)
+    assert isinstance(state, Ready)
     return state
 
 

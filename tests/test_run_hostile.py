@@ -103,7 +103,7 @@ def test_a_client_stays_in_one_run_with_one_set_of_settings(tmp_path: Path) -> N
     good = m.Welcome(
         state.run, state.server_nonce, state.nonces, world.settings.method_settings().to_bytes(), 0
     )
-    assert session.on(good) == [m.Ready(state.run)]
+    assert session.on(good) == [session.party.ready(state.run)]
     other = world.settings.method_settings()
     changed = msgspec.structs.replace(other, lr=0.7).to_bytes()
     with pytest.raises(errors.MismatchError, match="settings changed"):
@@ -142,7 +142,7 @@ def test_a_client_without_a_starting_prompt_is_passed_over(tmp_path: Path) -> No
         world.join(name)
     original = world.run.on
     world.run.on = lambda s, msg, now: (  # type: ignore[method-assign]
-        [] if s == "c001" and isinstance(msg, m.Initial) else original(s, msg, now)
+        [] if s == "c001" and isinstance(msg, m.Initial | m.Ready) else original(s, msg, now)
     )
     world.pump()
     assert world.run.error is None

@@ -15,6 +15,7 @@ from zmq.utils import z85
 
 from secure_fedprompt.clients import participant
 from secure_fedprompt.clients.link import CurveLink
+from secure_fedprompt.clients.state import Ready, State
 from secure_fedprompt.protocol import errors
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.keys import Identity
@@ -159,7 +160,7 @@ def test_a_round_of_random_vectors_over_sockets(
         link.send(m.Alive())
     collect(hub, 4)
     server = Round(plan, b"", roster(4), Deadlines())
-    states: dict[str, participant.State] = {}
+    states: dict[str, State] = {}
     out = server.start(0.0)
     deadline = time.monotonic() + PATIENCE
     while not server.over and time.monotonic() < deadline:
@@ -173,7 +174,7 @@ def test_a_round_of_random_vectors_over_sockets(
                 states[name], replies = participant.start(parties[name], message.plan)
             else:
                 states[name], replies = states[name].on(message)
-            if isinstance(state := states[name], participant.Ready):
+            if isinstance(state := states[name], Ready):
                 states[name], replies = state.upload(*updates[name])
             for reply in replies:
                 link.send(reply)

@@ -11,6 +11,7 @@ import pytest
 from rounds import make_parties, make_updates, roster
 
 from secure_fedprompt.clients import participant
+from secure_fedprompt.clients.state import Ready, State
 from secure_fedprompt.protocol import errors
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.messages import CATALOGUE
@@ -38,7 +39,7 @@ def test_client_refuses(name: str) -> None:
     plan = make_vectors.plan()
     party = make_parties(5, seed="vectors")[vector["client"]]
     updates = make_updates(plan, 7)
-    state: participant.State | None = None
+    state: State | None = None
 
     def take(raw: str) -> None:
         nonlocal state
@@ -48,7 +49,7 @@ def test_client_refuses(name: str) -> None:
         else:
             assert state is not None
             state, _ = state.on(message)
-        if isinstance(state, participant.Ready):
+        if isinstance(state, Ready):
             state, _ = state.upload(*updates[party.name])
 
     for raw in vector["frames"][:-1]:

@@ -1,0 +1,48 @@
+"""From the sum of a round to the next global prompt and the aggregate metrics.
+
+Under masks the server does this, under homomorphic encryption every client does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from secure_fedprompt.protocol import layout as lay
+
+Prompt = NDArray[np.float32]
+
+
+def prompt_bytes(prompt: Prompt) -> bytes:
+    """As on the wire: float32 little-endian."""
+    return prompt.astype("<f4").tobytes()
+
+
+def averaged(prompt: Prompt, layout: lay.Layout, total: Mapping[str, lay.Vector]) -> Prompt:
+    """FedAvg: global + sum(n_k * delta_k) / sum(n_k). McMahan et al. 2017, Algorithm 1.
+
+    Saturated to finite float32: a malicious ring vector must not leave a file that none can use.
+    """
+    updates = [total[f.name].reshape(-1) for f in layout if f.update]
+    mean = np.concatenate(updates) / float(total[lay.WEIGHT])
+    limit = float(np.finfo(np.float32).max)
+    moved = np.clip(prompt.astype(np.float64) + mean, -limit, limit)
+    return np.nan_to_num(moved).astype(np.float32)
+
+
+def metrics_of(total: Mapping[str, lay.Vector]) -> dict[str, float]:
+    """The aggregate metrics of a round; accuracy and loss are the incoming prompt's."""
+    metrics = {
+        "weight": float(total[lay.WEIGHT]),
+        "contributors": float(total[lay.CONTRIBUTORS]),
+    }
+    if lay.SEEN in total and (seen := float(total[lay.SEEN])) > 0:
+        metrics |= {
+            "accuracy": float(total[lay.CORRECT]) / seen,
+            "loss": float(total[lay.LOSS]) / seen,
+            "seen": seen,
+            "clipped": float(total.get(lay.CLIPPED, 0.0)),
+        }
+    return metrics
