@@ -15,6 +15,7 @@ COMMANDS = {
         "aggregate (same as -m secure_fedprompt.server)",
     ),
     "client": ("secure_fedprompt.client", "take part (same as -m secure_fedprompt.client)"),
+    "explain": ("secure_fedprompt.explain", "parameters, bytes and error of a protection"),
     "simulate": ("secure_fedprompt.simulation", "many clients in one process"),
     "evaluate": ("secure_fedprompt.evaluate", "accuracy of a trained prompt on a data set"),
     "predict": ("secure_fedprompt.evaluate", "class of images under a trained prompt"),

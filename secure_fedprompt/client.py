@@ -135,7 +135,7 @@ def take_part(settings: ClientSettings, json_path: str | None) -> int:
         path = save(session, trainer, state_dir)
         console.print(f"[green]run {session.run.hex()[:8]} is finished[/]; prompt in {path}")
         result = {"name": me.name, "run": session.run.hex(), "rounds": rounds, "prompt": str(path)}
-        command.write_json(json_path, result)
+        command.write_json(json_path, {**result, "history": session.history})
     finally:
         link.close()
         journal.close()
@@ -144,7 +144,7 @@ def take_part(settings: ClientSettings, json_path: str | None) -> int:
 
 def loop(link: CurveLink, session: Session, trainer: LocalTrainer, console: Console) -> int:
     """Move frames between socket and session; train in one worker thread. Returns rounds done."""
-    connections, alive_at, greeted, rounds = 0, 0.0, 0.0, 0
+    connections, alive_at, greeted, rounds, told = 0, 0.0, 0.0, 0, 0
     job: tuple[Work, Future[tuple[Values, float]]] | None = None
     welcome: Future[list[m.Message]] | None = None
     with ThreadPoolExecutor(1) as pool:
@@ -168,6 +168,7 @@ def loop(link: CurveLink, session: Session, trainer: LocalTrainer, console: Cons
                     welcome = pool.submit(session.on, message)
                 elif message is not None:
                     replies += react(session, message, console)
+                told = tell_sums(console, session, told)
                 if isinstance(message, m.RoundEnd) and message.reason:
                     reason = escape(message.reason)
                     console.print(f"[yellow]round {message.round} aborted[/]: {reason}")
@@ -239,6 +240,16 @@ def tell(console: Console, work: Work, trainer: LocalTrainer, weight: float) -> 
             f"[yellow]our {weight:g} images count as the plan's max_weight {plan.max_weight}[/]"
         )
     console.print(f"{what}: update of {weight:g} images sent {shield}{clipped}")
+
+
+def tell_sums(console: Console, session: Session, told: int) -> int:
+    """What newly opened sums say: under encryption only clients can. Returns how many are told."""
+    for number in sorted(session.history)[told:]:
+        metrics = session.history[number]
+        accuracy = f", accuracy before {metrics['accuracy']:.1%}" if "accuracy" in metrics else ""
+        contributors = f"{metrics['contributors']:.0f} clients"
+        console.print(f"round {number}: sum of {contributors} opened{accuracy}")
+    return len(session.history)
 
 
 def save(session: Session, trainer: LocalTrainer, folder: Path) -> Path:

@@ -23,6 +23,7 @@ from secure_fedprompt import show
 from secure_fedprompt.cli import make_key
 from secure_fedprompt.protocol import command
 from secure_fedprompt.protocol.errors import ConfigError, RunFailedError
+from secure_fedprompt.protocol.plan import PROTECTIONS
 from secure_fedprompt.protocol.roster import Roster
 
 NAMES = ("alice", "bob", "carol", "dave", "erin", "frank", "grace", "heidi")
@@ -51,12 +52,13 @@ def main(argv: list[str] | None = None) -> int:
         "generated pictures and a small CLIP that ship with the package. No network, no GPU.",
         "  secure-fedprompt demo\n"
         "  secure-fedprompt demo --clients 6 --rounds 3 --run-dir my-demo --json result.json\n"
+        "  secure-fedprompt demo --protection bfv     # homomorphic encryption instead of masks\n"
         "  secure-fedprompt demo --protection none    # the same without protection",
     )
     parser.add_argument("--method", choices=sorted(METHODS), default="promptfl")
     parser.add_argument("--clients", type=int, default=4, metavar="N")
     parser.add_argument("--rounds", type=int, default=5, metavar="N")
-    parser.add_argument("--protection", choices=("masks", "none"), default="masks")
+    parser.add_argument("--protection", choices=PROTECTIONS, default="masks")
     parser.add_argument("--seed", type=int, default=0, help="of data and batch order")
     parser.add_argument("--run-dir", type=Path, metavar="DIR", help="default: a new folder")
     args = parser.parse_args(argv)
@@ -113,6 +115,8 @@ def run(
     import json
 
     summary = json.loads((folder / "server" / "result.json").read_text())
+    found = json.loads((folder / NAMES[0] / "result.json").read_text())
+    show.add_history(summary, found["history"])
     summary |= {"seconds": time.monotonic() - begin, "run_dir": str(folder), "clients": clients}
     show.show_run(console, summary)
     prompt = next((folder / NAMES[0] / "state").glob("prompt-*.safetensors"))
@@ -171,7 +175,8 @@ def write_files(
         path = folder / name / "client.toml"
         allowed = {"protections": [protection]} if protection != "masks" else {}
         write_toml(path, client, {"policy": allowed} if allowed else {})
-        commands.append([python, "-m", "secure_fedprompt.client", "--config", str(path)])
+        words = [python, "-m", "secure_fedprompt.client", "--config", str(path)]
+        commands.append([*words, "--json", str(folder / name / "result.json")])
     return commands
 
 

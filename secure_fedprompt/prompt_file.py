@@ -93,6 +93,11 @@ def read_prompt(where: Path) -> PromptFile:
     """
     path = where
     if where.is_dir():
+        if any(where.glob("prompts/sealed-*")):
+            raise PromptFileError(
+                f"the prompts in {where} are sealed: this server never held one; "
+                "give a client's prompt file"
+            )
         found = sorted(
             [*where.glob("prompts/global-*.safetensors"), *where.glob("prompt-*.safetensors")]
         )

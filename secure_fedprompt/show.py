@@ -7,12 +7,28 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from secure_fedprompt.protocol.homomorphic import SCHEMES
+
 Summary = dict[str, Any]
 
 
 def size(count: float) -> str:
     """Bytes for people."""
     return f"{count:.0f} B" if count < 1000 else f"{count / 1000:.1f} kB"
+
+
+def add_history(summary: Summary, history: dict[str, dict[str, float]]) -> None:
+    """Fill in what only clients know under encryption: the metrics that they decrypted.
+
+    Args:
+        history: metrics by learning round, as a client's ``--json`` writes them.
+    """
+    for r in summary["rounds"]:
+        if r["outcome"] == "done":
+            r["metrics"] |= history.get(str(r["learning_round"]), {})
+    scores = [r["metrics"]["accuracy"] for r in summary["rounds"] if "accuracy" in r["metrics"]]
+    if scores:
+        summary |= {"accuracy_before": scores[0], "accuracy_after": scores[-1]}
 
 
 def rounds_table(summary: Summary) -> Table:
@@ -56,6 +72,11 @@ def what_the_server_saw(summary: Summary) -> str:
             'protection "none" is for comparison only'
         )
     rows = [r for r in summary["rounds"] if r["outcome"] == "done"]
+    if summary["protection"] in SCHEMES:
+        return (
+            f"the server added {len(rows)} encrypted sums and could read neither them nor any "
+            "client's update, image count, accuracy or loss; the figures above are a client's"
+        )
     fewest = min((len(r["cohort"]) - len(r["dropped"]) for r in rows), default=0)
     return (
         f"the server saw {len(rows)} sums over at least {fewest} clients each, and could not see "

@@ -27,6 +27,7 @@ from secure_fedprompt.protocol import command
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.errors import ConfigError
 from secure_fedprompt.protocol.keys import Identity, Member
+from secure_fedprompt.protocol.plan import PROTECTIONS
 from secure_fedprompt.protocol.policy import Policy
 from secure_fedprompt.protocol.roster import Roster
 from secure_fedprompt.protocol.settings import ServerSettings
@@ -39,7 +40,7 @@ _ABSENT = {
     *("config", "key", "roster", "bind", "server", "state_dir", "part", "clients", "policy"),
     *("patience", "gather_seconds", "stage_seconds", "training_seconds", "alive_seconds"),
 }
-_POLICY = Policy(protections=("masks", "none"), graphs=("complete", "regular"))
+_POLICY = Policy(protections=PROTECTIONS, graphs=("complete", "regular"))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -72,8 +73,9 @@ def _run(args: argparse.Namespace) -> int:
         store = Store(Path(server.run_dir or scratch), server)
         store.on_event.append(lambda kind, value: bar.advance(task) if kind == "round" else None)
         try:
-            simulate_run(server, store, trainers, args.dropout)
+            _, history = simulate_run(server, store, trainers, args.dropout)
             summary = store.summary()
+            show.add_history(summary, {str(number): row for number, row in history.items()})
         finally:
             store.close()
     show.show_run(console, summary)
@@ -113,8 +115,11 @@ def simulate_run(
     store: Store,
     trainers: dict[str, LocalTrainer],
     dropout: float = 0.0,
-) -> RunState:
+) -> tuple[RunState, dict[int, dict[str, float]]]:
     """Drive server and sessions to the end of the run.
+
+    Returns:
+        the server's last state, and the metrics by learning round that clients opened, if any.
 
     Raises:
         SecureFedPromptError: the run failed.
@@ -166,4 +171,7 @@ def simulate_run(
         queue.extend((recipient, "", reply) for reply in replies)
     if run.error:
         raise run.error
-    return run.state
+    history: dict[int, dict[str, float]] = {}
+    for session in sessions.values():
+        history |= session.history
+    return run.state, history

@@ -13,7 +13,7 @@ from rich.markup import escape
 
 from secure_fedprompt.protocol import command, homomorphic
 from secure_fedprompt.protocol import messages as m
-from secure_fedprompt.protocol.errors import ConfigError
+from secure_fedprompt.protocol.errors import ConfigError, PlanError
 from secure_fedprompt.protocol.homomorphic import SCHEMES
 from secure_fedprompt.protocol.plan import default_threshold, tolerated_colluders
 from secure_fedprompt.protocol.settings import ServerSettings
@@ -55,7 +55,10 @@ def serve(settings: ServerSettings, json_path: str | None) -> int:
     folder = Path(settings.run_dir or time.strftime("runs/%Y%m%d-%H%M%S"))
     if settings.protection in SCHEMES:  # can we, before anybody waits
         clients = len(roster.with_role("client"))
-        chosen = homomorphic.choose(settings.protection, clients, settings.flood_bits)
+        try:
+            chosen = homomorphic.choose(settings.protection, clients, settings.flood_bits)
+        except PlanError as error:
+            raise ConfigError(f"protection = {settings.protection!r}: {error}") from None
         homomorphic.scheme(settings.protection, chosen)
     store = Store(folder, settings)
     try:

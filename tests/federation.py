@@ -53,7 +53,7 @@ class World:
 
     def __init__(self, folder: Path, n: int = 4, policy: Policy = OPEN, **changes: Any) -> None:
         waits = {"gather_seconds": 60.0, "training_seconds": 60.0}
-        self.settings = ServerSettings(rounds=2, **{**waits, **changes})
+        self.settings = ServerSettings(**{"rounds": 2, **waits, **changes})
         self.roster, self.folder, self.n, self.policy = roster(n), folder, n, policy
         self.clock, self.lost, self.errors = 0.0, set[str](), dict[str, Exception]()
         self.toys = {name: Toy(i / 10, 10.0 + i) for i, name in enumerate(names(n))}
@@ -79,10 +79,17 @@ class World:
     def join(self, name: str, **hello: Any) -> None:
         entropy = entropy_from(f"{name} {self.clock}")
         party = Party(name, identity(name), self.roster, self.policy, self.journals[name], entropy)
-        self.sessions[name] = Session(party, self.toys[name])
         self.lost.discard(name)
+        if name in self.sessions:  # frames of the old connection are gone
+            self.queue = deque(q for q in self.queue if name not in q[:2])
+        self.sessions[name] = Session(party, self.toys[name])
         message = dataclasses.replace(self.sessions[name].hello(), **hello)
         self.queue.append((name, "", message))
+
+    def reconnect(self, name: str) -> None:
+        """The same process connects again."""
+        self.lost.discard(name)
+        self.queue.append((name, "", self.sessions[name].hello()))
 
     def pump(self, until: Any = lambda world, message: False) -> None:
         """Deliver until the run is over, nothing moves, or ``until`` says stop."""

@@ -137,3 +137,15 @@ def plain_sum(
         words = fixedpoint.encode(plan.layout, vector, key)
         total += fixedpoint.to_integers(plan.layout, words)
     return total
+
+
+def float_sum(plan: RoundPlan, updates: dict[str, Update], who: Sequence[str]) -> np.ndarray:
+    """The float64 reference, before any rounding."""
+    from secure_fedprompt.protocol import layout as lay
+
+    total = np.zeros(lay.total_size(plan.layout))
+    for name in who:
+        values, weight = updates[name]
+        full = {**values, "weight": np.float64(weight), "contributors": np.float64(1)}
+        total += fixedpoint.weighted(plan.layout, full, weight=weight, clip=plan.clip)
+    return total

@@ -142,9 +142,16 @@ def test_a_finished_folder_is_not_overwritten(
 class Federation:
     """A server and clients started as the demo prints them, one by one."""
 
-    def __init__(self, folder: Path, clients: int = 4, rounds: int = 2, **server: Any) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        clients: int = 4,
+        rounds: int = 2,
+        protection: str = "masks",
+        **server: Any,
+    ) -> None:
         self.folder = folder / "f"
-        self.commands = demo.write_files(self.folder, "promptfl", clients, rounds, "masks", 0)
+        self.commands = demo.write_files(self.folder, "promptfl", clients, rounds, protection, 0)
         config = self.folder / "server" / "server.toml"
         values = {**server}
         lines = [
@@ -207,8 +214,11 @@ def federation(tmp_path: Path) -> Iterator[Any]:
 
 
 @pytest.mark.slow
-def test_a_killed_server_and_a_killed_client_resume_the_run(federation: Any) -> None:
-    f = federation(rounds=3, alive_seconds=6.0, gather_seconds=60.0)
+@pytest.mark.parametrize("protection", ["masks", "bfv"])
+def test_a_killed_server_and_a_killed_client_resume_the_run(
+    federation: Any, protection: str
+) -> None:
+    f = federation(rounds=3, alive_seconds=6.0, gather_seconds=60.0, protection=protection)
     for i in range(5):
         f.start(i)
     f.wait_for("server", "round 1/3")
@@ -362,3 +372,29 @@ def test_masked_equals_unprotected_training(finished: Path, tmp_path: Path) -> N
     a = json.loads((finished / "result.json").read_text())["accuracy_after"]
     b = json.loads((tmp_path / "r.json").read_text())["accuracy_after"]
     assert abs(a - b) < 0.01
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("protection", ["bfv", "ckks"])
+def test_encrypted_equals_masked_training_and_only_clients_read_it(
+    finished: Path, tmp_path: Path, protection: str
+) -> None:
+    done = python("secure_fedprompt", "demo", "--run-dir", "d", "--rounds", "2",
+                  "--protection", protection, "--json", "r.json", cwd=tmp_path)  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "All clients share one key" in " ".join(done.stdout.split())
+    masked = load_file(finished / "d/server/run/prompts/global-0002.safetensors")["ctx"]
+    (path,) = (tmp_path / "d/alice/state").glob("prompt-*.safetensors")
+    encrypted = load_file(path)["ctx"]
+    assert 0 < np.abs(masked - encrypted).max() < 1e-4
+    a = json.loads((finished / "result.json").read_text())["accuracy_after"]
+    b = json.loads((tmp_path / "r.json").read_text())["accuracy_after"]
+    assert abs(a - b) < 0.01
+    # The server's folder holds no prompt that it could read.
+    assert encrypted.tobytes() not in b"".join(
+        p.read_bytes() for p in (tmp_path / "d/server").rglob("*") if p.is_file()
+    )
+    shown = python("secure_fedprompt", "evaluate", "d/server/run", cwd=tmp_path)
+    assert shown.returncode == 2
+    assert "sealed" in shown.stderr
+    assert "a client's prompt file" in shown.stderr

@@ -10,16 +10,28 @@ from contextlib import ExitStack, closing
 import numpy as np
 import pytest
 import zmq
-from rounds import identity, make_parties, make_plan, make_updates, names, plain_sum, roster
+from rounds import (
+    float_sum,
+    identity,
+    make_encrypted_plan,
+    make_parties,
+    make_plan,
+    make_updates,
+    names,
+    plain_sum,
+    roster,
+)
 from zmq.utils import z85
 
 from secure_fedprompt.clients import participant
+from secure_fedprompt.clients.encrypted import Opening
 from secure_fedprompt.clients.link import CurveLink
 from secure_fedprompt.clients.state import Ready, State
 from secure_fedprompt.protocol import errors
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.keys import Identity
-from secure_fedprompt.server.coordinator import Deadlines, Round, Stage
+from secure_fedprompt.server.coordinator import Deadlines, Stage
+from secure_fedprompt.server.encrypted import make_round
 from secure_fedprompt.server.hub import Hub
 
 PATIENCE = 20.0
@@ -148,10 +160,11 @@ def test_a_link_that_comes_back_counts_a_new_connection() -> None:
             assert collect(second, 1) == [("c001", m.Alive())]
 
 
+@pytest.mark.parametrize("protection", ["masks", "bfv", "ckks"])
 def test_a_round_of_random_vectors_over_sockets(
-    hub: Hub, connect: Callable[..., CurveLink]
+    hub: Hub, connect: Callable[..., CurveLink], protection: str
 ) -> None:
-    plan = make_plan(4)
+    plan = make_plan(4) if protection == "masks" else make_encrypted_plan(4, protection)
     updates = make_updates(plan)
     parties = make_parties(4)
     links = {name: connect(identity(name)) for name in names(4)}
@@ -159,7 +172,9 @@ def test_a_round_of_random_vectors_over_sockets(
         link.connect()
         link.send(m.Alive())
     collect(hub, 4)
-    server = Round(plan, b"", roster(4), Deadlines())
+    run_keys = {name: party.ready(plan.run) for name, party in parties.items()}
+    server = make_round(plan, b"", roster(4), Deadlines(), run_keys)
+    opened: list[np.ndarray] = []
     states: dict[str, State] = {}
     out = server.start(0.0)
     deadline = time.monotonic() + PATIENCE
@@ -175,10 +190,22 @@ def test_a_round_of_random_vectors_over_sockets(
             else:
                 states[name], replies = states[name].on(message)
             if isinstance(state := states[name], Ready):
-                states[name], replies = state.upload(*updates[name])
+                states[name], uploads = state.upload(*updates[name])
+                replies = replies + uploads
+            if isinstance(state, Opening):
+                opened.append(state.integers)
+                states[name], replies = state.report(b"prompt")
             for reply in replies:
                 link.send(reply)
         out = [o for name, msg in hub.poll(0.01) for o in server.on(name, msg, 0.0)]
-    assert server.stage is Stage.DONE
-    assert server.integers is not None
-    assert np.array_equal(server.integers, plain_sum(plan, updates, plan.cohort))
+    assert server.stage is Stage.DONE, server.reason
+    if protection == "masks":
+        assert server.integers is not None
+        assert np.array_equal(server.integers, plain_sum(plan, updates, plan.cohort))
+        return
+    assert server.integers is None
+    assert len(opened) == 4
+    assert all((one == opened[0]).all() for one in opened)
+    steps = np.concatenate([np.full(f.size, 2.0**-f.frac) for f in plan.layout])
+    reference = float_sum(plan, updates, plan.cohort)
+    assert (np.abs(opened[0] * steps - reference) <= 4 * steps).all()

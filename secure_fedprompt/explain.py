@@ -1,0 +1,161 @@
+"""``secure-fedprompt explain``: what a protection costs and promises, before anything runs."""
+
+from __future__ import annotations
+
+import argparse
+import math
+
+from rich.console import Console
+
+from secure_fedprompt.protocol import command, fixedpoint, homomorphic
+from secure_fedprompt.protocol.errors import ConfigError, PlanError
+from secure_fedprompt.protocol.homomorphic import SCHEMES, Parameters
+from secure_fedprompt.protocol.layout import Layout, TensorSpec, total_size
+from secure_fedprompt.protocol.packing import Packing
+from secure_fedprompt.protocol.plan import default_threshold, tolerated_colluders
+from secure_fedprompt.protocol.settings import ServerSettings
+
+_USED = {"protection", "clients", "clip", "weights", "max_weight", "max_seen", "ring_bits",
+         "metrics", "flood_bits", "threshold"}  # fmt: skip
+_SIGNED = 64 + 32 + 30  # signature, key digest and header of an upload
+_SEED = 100  # bytes of a fresh ciphertext beside its polynomial
+_DENSE = 7.56  # bytes that SEAL's compression leaves of a 54-bit coefficient, measured
+Rows = dict[str, str]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = command.parser(
+        "secure-fedprompt explain",
+        "Print parameter set, bytes and expected error of a protection, from the settings that a "
+        "server would use. Nothing is sent and no data is read.",
+        "  secure-fedprompt explain --protection ckks --dim 8192 --clients 50\n"
+        "  secure-fedprompt explain --protection bfv --dim 8192 --clients 10 --precision 1e-6\n"
+        "  secure-fedprompt explain --config server.toml --dim 8192",
+    )
+    parser.add_argument("--dim", type=int, default=8192, metavar="N", help="prompt values uploaded")
+    parser.add_argument(
+        "--precision", type=float, default=0.0, metavar="STEP",
+        help="refuse settings under which a client's value is rounded to a coarser step",
+    )  # fmt: skip
+    skip = frozenset(set(ServerSettings.__struct_fields__) - _USED)
+    command.add_flags(parser, ServerSettings, skip=skip)
+    args = parser.parse_args(argv)
+    return command.guard(lambda: _show(args), args.debug)
+
+
+def _show(args: argparse.Namespace) -> int:
+    settings = command.load(ServerSettings, args)
+    try:
+        rows, figures = describe(settings, args.dim, settings.clients or 10, args.precision)
+    except PlanError as error:
+        raise ConfigError(str(error)) from None
+    console = Console(highlight=False)
+    for name, text in rows.items():
+        console.print(f"[bold]{name:11}[/] {text}", soft_wrap=True)
+    command.write_json(args.json, figures)
+    return 0
+
+
+def describe(
+    settings: ServerSettings, dim: int, clients: int, precision: float
+) -> tuple[Rows, dict[str, float]]:
+    """Lines for people, and figures for programs.
+
+    Raises:
+        ConfigError: the step is coarser than ``precision``, or ``dim`` is no size.
+        PlanError: no layout or parameter set fits; says why.
+    """
+    if dim < 1:
+        raise ConfigError(f"dim = {dim}: at least 1 value")
+    weight = 1 if settings.weights == "uniform" else settings.max_weight
+    layout = fixedpoint.size_layout(
+        (TensorSpec("prompt", (dim,)),), clients, clip=settings.clip, max_weight=weight,
+        max_seen=settings.max_seen, ring_bits=settings.ring_bits, metrics=settings.metrics,
+    )  # fmt: skip
+    step = 2.0 ** -layout[0].frac
+    if precision and step > precision:
+        short = math.ceil(math.log2(step / precision))
+        raise ConfigError(
+            f"precision = {precision:g}: {settings.ring_bits}-bit sums of {clients} clients with "
+            f"clip {settings.clip:g} and weights up to {weight} have a step of {step:.2g}, "
+            f"{short} bits too coarse; use more ring_bits (at most 32), weights = 'uniform', or a "
+            "smaller clip or max_weight"
+        )
+    rows: Rows = {"protection": _NAMES[settings.protection]}
+    figures = {"step": step, "values": float(total_size(layout))}
+    if settings.protection in SCHEMES:
+        parameters = homomorphic.choose(settings.protection, clients, settings.flood_bits)
+        _encrypted(rows, figures, settings, layout, parameters, dim)
+    else:
+        masks = settings.protection == "masks"
+        up = fixedpoint.wire_size(layout) if masks else 8 * total_size(layout)
+        figures |= {"bytes_up": up, "bytes_down": 4.0 * dim}
+        if masks:
+            t = settings.threshold or default_threshold(clients)
+            rows["threshold"] = (
+                f"{clients} clients, t = {t}: safe against a dishonest server with "
+                f"c = {tolerated_colluders(clients, t)} colluding clients"
+            )
+    rows["bytes up"] = (
+        f"{figures['bytes_up']:,.0f} for the vector of each client and round, "
+        f"{figures['bytes_up'] / dim:.2f} per prompt value (keys and signatures come on top)"
+    )
+    rows["bytes down"] = f"{figures['bytes_down']:,.0f} for prompt and sum"
+    figures["rms_error"] = step / math.sqrt(6 * clients)
+    rows["error"] = (
+        f"clients round to multiples of {step:.2g}; an average over {clients} clients of weight 1 "
+        f"is off by {figures['rms_error']:.2g} (rms) and never by more than {step:.2g}, larger "
+        "weights divide that"
+    )
+    return rows, figures
+
+
+_NAMES = {
+    "masks": "pairwise masks over Z_2^b: the server learns the sum",
+    "bfv": "BFV homomorphic encryption of exact integers: the server learns no sum",
+    "ckks": "CKKS homomorphic encryption, flooded and rounded back to exact integers",
+    "none": "NONE: the server sees every update",
+}
+
+
+def _encrypted(
+    rows: Rows,
+    figures: dict[str, float],
+    settings: ServerSettings,
+    layout: Layout,
+    parameters: Parameters,
+    dim: int,
+) -> None:
+    scheme = homomorphic.scheme(settings.protection, parameters)
+    packing = Packing.of(layout, scheme.limit, parameters.clients)
+    count = -(-packing.slots // scheme.slots)
+    prime = homomorphic.SETS[parameters.degree]
+    what = (
+        f"plaintext prime of {parameters.plain_bits} bits"
+        if parameters.plain_bits
+        else f"scale 2^{parameters.scale_bits}"
+    )
+    rows["set"] = (
+        f"degree {parameters.degree}, one prime of {prime} bits, {what}, no relinearisation or "
+        "Galois keys: 128-bit security, checked by SEAL (TC128)"
+    )
+    place = f"{packing.digit} bits at a time above them" if packing.digit else "in own slots"
+    rows["packing"] = (
+        f"{packing.values:,} values, {packing.stack} in a slot, {packing.counters} counters "
+        f"{place}: {count} ciphertexts of {scheme.slots} slots"
+    )
+    rows["assumes"] = (
+        "a server that follows the protocol and colludes with no client: all clients share the key"
+    )
+    one = parameters.degree * (_DENSE if prime == min(homomorphic.SETS.values()) else 8.02)
+    figures["bytes_up"] = count * (one + _SEED) + _SIGNED
+    figures["bytes_down"] = 2 * count * one + 4.0 * dim
+    if settings.protection == "ckks":
+        figures["flooding_bits"] = homomorphic.flooding_bits(parameters)
+        figures["failure_bits"] = homomorphic.failure_bits(parameters)
+        rows["flooding"] = (
+            f"after decryption, uniform in a quarter step: statistical distance "
+            f"2^-{figures['flooding_bits']:.1f} for a value that is off the integers; values on "
+            "them (all honest ones) come out exact, wrong with probability below "
+            f"2^-{min(figures['failure_bits'], 1000):.0f}"
+        )

@@ -1,0 +1,231 @@
+"""Whole runs under bfv and ckks in memory: late and restarted clients, lost makers, restarts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from federation import World
+from rounds import names
+from test_run import expected_prompt
+
+from secure_fedprompt.protocol import errors
+from secure_fedprompt.protocol import messages as m
+from secure_fedprompt.protocol.averaging import prompt_bytes
+from secure_fedprompt.protocol.plan import NO_KEY
+
+
+def world_of(folder: Path, protection: str = "bfv", **changes: Any) -> World:
+    world = World(folder, protection=protection, alive_seconds=12.0, **changes)
+    for name in names(4):
+        world.join(name)
+    return world
+
+
+def finals(world: World) -> list[bytes]:
+    return [
+        s.final.tobytes()
+        for n, s in world.sessions.items()
+        if s.final is not None and n not in world.lost
+    ]
+
+
+@pytest.mark.parametrize("protection", ["bfv", "ckks"])
+def test_a_run_averages_as_under_masks_and_the_server_holds_no_prompt(
+    tmp_path: Path, protection: str
+) -> None:
+    world = world_of(tmp_path, protection)
+    world.pump()
+    assert world.run.error is None
+    assert not world.errors
+    final = world.sessions["c001"].final
+    assert final is not None
+    assert np.allclose(final, expected_prompt(world.toys, 2), atol=1e-5)
+    assert len(set(finals(world))) == 1
+    history = world.sessions["c002"].history
+    assert sorted(history) == [1, 2, 3]
+    assert history[3]["accuracy"] == 1.0
+    # Of the sums the server keeps the number of uploads, and prompts it cannot read.
+    summary = world.store.summary()
+    assert all(r["metrics"] == {"contributors": 4} for r in summary["rounds"])
+    assert summary["accuracy_after"] is None
+    world.store.close()
+    kept = b"".join(p.read_bytes() for p in tmp_path.rglob("*") if p.is_file())
+    assert prompt_bytes(final) not in kept
+    assert (tmp_path / "prompts" / "sealed-0002.safetensors").exists()
+    assert world.run.state.prompt is not None
+    assert (world.run.state.prompt == 0.5).all()  # the public start
+
+
+def lose_before(world: World, who: str, kind: type, number: int) -> None:
+    original = world.run.on
+
+    def on(sender: str, message: m.Message, now: float) -> Any:
+        if sender == who and isinstance(message, kind) and getattr(message, "round", 0) == number:
+            world.lost.add(who)
+            return []
+        return original(sender, message, now)
+
+    world.run.on = on  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("kind", [m.CipherUpload, m.Opened, m.SealedPrompt])
+@pytest.mark.parametrize("who", ["c001", "c003"])
+def test_a_client_lost_at_any_message_costs_nothing(tmp_path: Path, who: str, kind: type) -> None:
+    world = world_of(tmp_path)
+    lose_before(world, who, kind, 1)
+    world.pump()
+    assert world.run.error is None
+    rounds = world.store.summary()["rounds"]
+    assert all(r["outcome"] == "done" for r in rounds)
+    assert len(set(finals(world))) == 1
+
+
+def test_a_maker_lost_before_it_grants_is_replaced(tmp_path: Path) -> None:
+    world = world_of(tmp_path)
+    lose_before(world, "c001", m.KeyGrant, 1)
+    world.pump()
+    assert world.run.error is None
+    rounds = world.store.summary()["rounds"]
+    assert [r["outcome"] for r in rounds] == ["aborted", "done", "done", "done"]
+    assert "key maker c001" in rounds[0]["reason"]
+    assert (world.run.state.maker, world.run.state.election) == ("c002", 2)
+
+
+def test_a_restarted_client_gets_the_key_again(tmp_path: Path) -> None:
+    world = world_of(tmp_path)
+    world.pump(lambda w, message: isinstance(message, m.RoundEnd) and message.round == 1)
+    key = world.run.state.key
+    world.join("c003")  # a new process: no key, no prompt
+    world.pump()
+    assert world.run.error is None
+    assert not world.errors
+    assert world.run.state.key == key
+    assert len(set(finals(world))) == 1
+    assert len(finals(world)) == 4
+
+
+def test_a_late_client_gets_key_and_prompt_from_the_maker(tmp_path: Path) -> None:
+    world = World(tmp_path, protection="bfv", gather_seconds=20.0, alive_seconds=12.0)
+    for name in names(3):
+        world.join(name)
+    world.pump(lambda w, message: isinstance(message, m.RoundEnd) and message.round == 1)
+    world.join("c004")
+    world.pump()
+    assert world.run.error is None
+    assert world.store.summary()["rounds"][-1]["cohort"] == list(names(4))
+    assert len(set(finals(world))) == 1
+    assert len(finals(world)) == 4
+
+
+def test_a_restarted_maker_is_replaced_by_a_holder_and_the_prompt_survives(tmp_path: Path) -> None:
+    world = world_of(tmp_path)
+    world.pump(lambda w, message: isinstance(message, m.RoundEnd) and message.round == 1)
+    key = world.run.state.key
+    world.join("c001")
+    world.pump()
+    assert world.run.error is None
+    assert not world.errors
+    assert (world.run.state.maker, world.run.state.election) == ("c002", 2)
+    assert world.run.state.key not in (key, NO_KEY)
+    assert len(set(finals(world))) == 1
+    assert len(finals(world)) == 4
+
+
+def test_a_configured_maker_makes_the_key(tmp_path: Path) -> None:
+    world = world_of(tmp_path, key_maker="c003")
+    world.pump()
+    assert world.run.error is None
+    assert world.run.state.maker == "c003"
+
+
+def test_a_restarted_server_goes_on_with_sealed_prompt_and_key(tmp_path: Path) -> None:
+    world = world_of(tmp_path)
+    world.pump(lambda w, message: isinstance(message, m.CipherUpload) and message.round == 2)
+    before = world.run.state
+    world.store.close()
+    world.queue.clear()
+    world.clock += 100
+    world.start_server()
+    after = world.run.state
+    assert before.sealed
+    assert (after.sealed, after.key, after.maker, after.election) == (
+        before.sealed, before.key, before.maker, before.election
+    )  # fmt: skip
+    for name in names(4):
+        world.reconnect(name)
+    world.pump()
+    assert world.run.error is None
+    assert not world.errors
+    assert world.run.state.election == 1
+    final = world.sessions["c001"].final
+    assert final is not None
+    assert np.allclose(final, expected_prompt(world.toys, 2), atol=1e-5)
+    assert [(r["round"], r["learning_round"]) for r in world.store.summary()["rounds"]] == [
+        (1, 1), (3, 2), (4, 3),
+    ]  # fmt: skip
+
+
+def test_when_every_holder_is_gone_the_run_says_so(tmp_path: Path) -> None:
+    world = world_of(tmp_path)
+    world.pump(lambda w, message: isinstance(message, m.RoundEnd) and message.round == 1)
+    world.queue.clear()
+    for name in names(4):
+        world.join(name)  # all are new processes
+    world.pump()
+    with pytest.raises(errors.RunFailedError, match="open the sealed prompt is left"):
+        raise world.run.error or AssertionError
+
+
+def test_a_client_withdraws_and_gets_the_key_again(tmp_path: Path) -> None:
+    world = world_of(tmp_path)
+    world.pump(lambda w, message: isinstance(message, m.RoundEnd) and message.round == 1)
+    session = world.sessions["c003"]
+    world.pump(lambda w, message: isinstance(message, m.Plan) and message.plan.round == 2)
+    session.party.keyring.cohort = None
+    plan = next(x for _, r, x in world.queue if isinstance(x, m.Plan) and r == "c003")
+    with pytest.raises(errors.KeyMismatchError) as refused:
+        session.on(plan)
+    replies = session.withdraw(refused.value)
+    assert isinstance(replies[0], m.Withdraw)
+    world.queue = type(world.queue)(q for q in world.queue if q[1] != "c003" or q[2] is not plan)
+    world.queue.extend(("c003", "", reply) for reply in replies)
+    world.pump()
+    assert world.run.error is None
+    assert len(set(finals(world))) == 1
+    assert len(finals(world)) == 4
+
+
+def test_a_server_that_rolls_the_prompt_back_is_noticed(tmp_path: Path) -> None:
+    import dataclasses
+
+    from secure_fedprompt.protocol.expand import Purpose, digest
+
+    world = world_of(tmp_path, rounds=3)
+    world.pump(lambda w, message: isinstance(message, m.Plan) and message.plan.round == 2)
+    session = world.sessions["c002"]
+    plan = next(x for _, r, x in world.queue if isinstance(x, m.Plan) and r == "c002")
+    held = session.party.keyring.cohort
+    assert held is not None
+    other = held.seal_prompt(plan.plan.run, 2, bytes(40))  # a colluder's
+    forged = dataclasses.replace(plan.plan, base_digest=digest(Purpose.BASE, other))
+    with pytest.raises(errors.MismatchError, match="last sum"):
+        session.on(m.Plan(forged, other))
+
+
+def test_a_sealed_prompt_that_does_not_open_ends_our_part_in_the_round(tmp_path: Path) -> None:
+    import dataclasses
+
+    from secure_fedprompt.protocol.expand import Purpose, digest
+
+    world = world_of(tmp_path)
+    world.pump(lambda w, message: isinstance(message, m.Plan) and message.plan.round == 2)
+    session = world.sessions["c002"]
+    plan = next(x for _, r, x in world.queue if isinstance(x, m.Plan) and r == "c002")
+    bad = bytes([plan.base[0] ^ 1]) + bytes(plan.base[1:])
+    forged = dataclasses.replace(plan.plan, base_digest=digest(Purpose.BASE, bad))
+    with pytest.raises(errors.SealError) as refused:
+        session.on(m.Plan(forged, bad))
+    assert isinstance(session.withdraw(refused.value)[0], m.Withdraw)
