@@ -16,28 +16,20 @@ import argparse
 import json
 import os
 import sys
-import time
-from collections import deque
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import machine
+import metered
 import numpy as np
 
-from secure_fedprompt.clients import participant
-from secure_fedprompt.clients.journal import MemoryJournal
-from secure_fedprompt.clients.state import Party, Ready, State
 from secure_fedprompt.protocol import homomorphic
-from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.fixedpoint import size_layout
-from secure_fedprompt.protocol.keys import Identity, Member
 from secure_fedprompt.protocol.layout import TensorSpec
 from secure_fedprompt.protocol.masking import choose_degree
 from secure_fedprompt.protocol.plan import NO_KEY, NO_SEED, RoundPlan, default_threshold
-from secure_fedprompt.protocol.policy import Policy
 from secure_fedprompt.protocol.roster import Roster
-from secure_fedprompt.server.coordinator import Deadlines, Round, Stage
+from secure_fedprompt.server.coordinator import Deadlines, Round
 
 T = TypeVar("T")
 TABLE = [
@@ -47,12 +39,6 @@ TABLE = [
     for share in (0.0, 0.1)
 ]
 TABLE += [(10, 8_192, 0.0, 22, "complete")]
-
-
-def federation(n: int) -> tuple[dict[str, Identity], Roster]:
-    identities = {f"c{i:04d}": Identity.generate() for i in range(n)}
-    members = [Member.of(key, name, "client") for name, key in identities.items()]
-    return identities, Roster.of(tuple(members))
 
 
 def make_plan(n: int, dim: int, bits: int, graph: str, roster: Roster, number: int) -> RoundPlan:
@@ -78,95 +64,38 @@ def make_plan(n: int, dim: int, bits: int, graph: str, roster: Roster, number: i
     )  # fmt: skip
 
 
-class Meter:
-    """Charges CPU seconds and bytes to names; the server is ""."""
-
-    def __init__(self) -> None:
-        self.cpu: dict[str, float] = {}
-        self.up: dict[str, int] = {}
-        self.down: dict[str, int] = {}
-
-    def charge(self, who: str, work: Callable[[], T]) -> T:
-        begin = time.process_time()
-        result = work()
-        self.cpu[who] = self.cpu.get(who, 0.0) + time.process_time() - begin
-        return result
-
-
 def one_round(
     n: int,
     dim: int,
     dropout: float,
     bits: int,
     graph: str,
-    keys: tuple[dict[str, Identity], Roster],
+    keys: metered.Keys,
 ) -> dict[str, float]:
     """Run a round; returns the figures of one repetition."""
-    identities, roster = keys
-    plan = make_plan(n, dim, bits, graph, roster, 1)
-    policy = Policy(graphs=("complete", "regular"))
-    parties = {
-        name: Party(name, key, roster, policy, MemoryJournal(), os.urandom)
-        for name, key in identities.items()
-    }
-    rng = np.random.default_rng(0)
-    update = rng.normal(0, 0.05, dim)
+    plan = make_plan(n, dim, bits, graph, keys[1], 1)
+    parties = metered.parties_of(keys)
+    update = np.random.default_rng(0).normal(0, 0.05, dim)
     values = {"ctx": update, **{k: np.float64(64) for k in ("seen", "correct", "loss")}}
     weight = 1.0 if plan.uniform else 64.0
-    gone = set(list(parties)[: round(dropout * n)])
-    meter, states = Meter(), dict[str, State]()
-    server = Round(plan, b"", roster, Deadlines(1, 1))
-    queue: deque[tuple[str, str, bytes]] = deque()
-
-    def post(sender: str, out: list[tuple[str, m.Message]]) -> None:
-        for recipient, message in out:
-            queue.append((sender, recipient, m.CATALOGUE.encode(message)))
-
-    def to_server(sender: str, frame: bytes) -> None:
-        post("", server.on(sender, m.CATALOGUE.decode(frame), 0.0))
-
-    def to_client(name: str, frame: bytes) -> None:
-        message = m.CATALOGUE.decode(frame)
-        if isinstance(message, m.RoundEnd):
-            return
-        if isinstance(message, m.Plan):
-            states[name], replies = participant.start(parties[name], message.plan)
-        else:
-            states[name], replies = states[name].on(message)
-        if isinstance(state := states[name], Ready):
-            if name in gone:
-                return
-            states[name], replies = state.upload(values, weight)
-        post(name, [("", reply) for reply in replies])
-
-    meter.charge("", lambda: post("", server.start(0.0)))
-    while not server.over or queue:
-        if not queue:
-            meter.charge("", lambda: post("", server.tick(server.deadline)))
-            continue
-        sender, recipient, frame = queue.popleft()
-        if sender:
-            meter.up[sender] = meter.up.get(sender, 0) + len(frame)
-            meter.charge("", lambda s=sender, f=frame: to_server(s, f))  # type: ignore[misc]
-        else:
-            meter.down[recipient] = meter.down.get(recipient, 0) + len(frame)
-            meter.charge(recipient, lambda r=recipient, f=frame: to_client(r, f))  # type: ignore[misc]
-    assert server.stage is Stage.DONE, server.reason
+    gone = frozenset(list(parties)[: round(dropout * n)])
+    server = Round(plan, b"", keys[1], Deadlines(1, 1))
+    meter = metered.run(server, parties, values, weight, gone)
     assert server.result is not None
     survivors = [name for name in parties if name not in gone]
     step = 2.0 ** -plan.layout[0].frac
     error = np.abs(server.result["ctx"] - len(survivors) * weight * update).max()
     assert error <= len(survivors) * step, error
     return {
-        "client_cpu_s": float(np.median([meter.cpu[name] for name in survivors])),
-        "server_cpu_s": meter.cpu[""],
+        "client_cpu_s": float(np.median([meter.total(name) for name in survivors])),
+        "server_cpu_s": meter.total(""),
         "bytes_up": float(np.mean([meter.up[name] for name in survivors])),
         "bytes_down": float(np.mean([meter.down[name] for name in survivors])),
     }
 
 
 def measure(n: int, dim: int, dropout: float, bits: int, graph: str, repeat: int) -> dict[str, Any]:
-    keys = federation(n)
+    keys = metered.federation(n)
     runs = [one_round(n, dim, dropout, bits, graph, keys) for _ in range(repeat + 1)][1:]
     figures = {name: machine.spread([run[name] for run in runs]) for name in runs[0]}
     row: dict[str, Any] = {
