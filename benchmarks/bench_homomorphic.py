@@ -5,9 +5,9 @@
 
 Ours: the state machines, signatures and frames of the real programs in one process and thread (see
 ``metered.py``), in a round in which every client holds the key already. "encrypt" is clipping,
-rounding, packing, encrypting, signing and framing an upload; "server" everything the server does in
-the round; "decrypt" opening the sum. However many tensors there are, an upload is one vector. Bytes are
-those of all frames of the round but the prompt that a plan carries, 4 a value and 16.
+rounding, packing, encrypting, signing and framing an upload; "server" everything the server does
+in the round; "decrypt" opening the sum. However many tensors there are, an upload is one vector.
+Bytes are those of all frames but the prompt that a plan carries, 4 a value and 16.
 
 NVFlare 2.9: its classes and its serialisation, in a virtual environment that is made for it (first
 run: two minutes, needs a package index). Its parameters are its defaults: degree 8192, primes
@@ -82,11 +82,11 @@ def ours(n: int, dim: int, tensors: int, protection: str, repeat: int) -> list[d
         assert error <= n * 2.0**-field.frac, error
         plan = replace(plan, key=server.key, grants=())
         if number > 1:
+            encrypt = [meter.total(name, ("upload",)) for name in parties]
+            decrypt = [meter.total(name, ("CipherSum",)) for name in parties]
             rows.append({
-                "client_encrypt_s": float(np.median([meter.total(p, ("upload",)) for p in parties])),
-                "client_decrypt_s": float(
-                    np.median([meter.total(p, ("CipherSum",)) for p in parties])
-                ),
+                "client_encrypt_s": float(np.median(encrypt)),
+                "client_decrypt_s": float(np.median(decrypt)),
                 "server_s": meter.total(""),
                 "bytes_up": float(np.median(list(meter.up.values()))),
                 "bytes_down": float(np.median(list(meter.down.values()))),
