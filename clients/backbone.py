@@ -39,12 +39,15 @@ class PromptTokens:
     Attributes:
         shared: number of leading positions that are the same for every class (SOS, and the
             context if the name is at the end).
+        behind: embeddings (A, W) of fixed words between the context and the name, if any; they
+            belong to the shared positions.
         static: embeddings (K, W) of all fixed tokens; row 0 is SOS.
         index: (C, S) into cat(static, ctx): the tokens after the shared ones, padded.
         eot: (C,) position of EOT within those S.
     """
 
     shared: int
+    behind: Tensor
     static: Tensor
     index: Tensor
     eot: Tensor
@@ -139,6 +142,10 @@ class Backbone:
     def device(self) -> torch.device:
         return cast(torch.device, self.text.positional_embedding.device)
 
+    def precision(self) -> torch.autocast:
+        """The context in which frozen towers run."""
+        return torch.autocast(self.device.type, self._autocast, enabled=self._autocast is not None)
+
     @functools.cached_property
     def fingerprint(self) -> bytes:
         """SHA-256 over names, shapes and float32 bytes of all weights."""
@@ -163,7 +170,7 @@ class Backbone:
 
     def embed(self, ids: Sequence[int]) -> Tensor:
         """Frozen token embeddings (len(ids), W)."""
-        index = torch.tensor(list(ids), device=self.device)
+        index = torch.tensor(list(ids), dtype=torch.long, device=self.device)
         return cast(Tensor, self.text.token_embedding(index)).to(self.dtype)
 
     def check_class_names(self, names: Sequence[str]) -> None:
@@ -183,9 +190,11 @@ class Backbone:
             seen[key] = name
 
     def prompt_tokens(
-        self, names: Sequence[str], n_ctx: int, position: str = "end"
+        self, names: Sequence[str], n_ctx: int, position: str = "end", behind: Sequence[int] = ()
     ) -> PromptTokens:
         """Token plan for "[SOS] ctx name . [EOT]" with the name at the end, middle or front.
+
+        ``behind`` are ids of fixed words after a context whose name is at the end.
 
         Raises:
             ModelError: the longest prompt does not fit the text tower.
@@ -208,7 +217,7 @@ class Backbone:
             rows.append([*row, 1])
             ends.append(len(row))
         longest = max(ends) + 1
-        shared = 1 + (n_ctx if position == "end" else 0)
+        shared = 1 + (n_ctx + len(behind) if position == "end" else 0)
         if shared + longest > self.length:
             raise ModelError(
                 f"prompt of {shared + longest} tokens, the text tower takes {self.length}: "
@@ -217,9 +226,8 @@ class Backbone:
         padded = [row + [1] * (longest - len(row)) for row in rows]
         index = torch.tensor(padded, device=self.device)
         index = torch.where(index < 0, len(static) - 1 - index, index)
-        return PromptTokens(
-            shared, self.embed(static), index, torch.tensor(ends, device=self.device)
-        )
+        ends_at = torch.tensor(ends, device=self.device)
+        return PromptTokens(shared, self.embed(behind), self.embed(static), index, ends_at)
 
     # -- features --------------------------------------------------------------------------------
 
@@ -233,13 +241,14 @@ class Backbone:
         Returns:
             (G, C, E).
         """
-        with torch.autocast(self.device.type, self._autocast, enabled=self._autocast is not None):
+        with self.precision():
             ctx = ctx.to(self.dtype)
             groups = ctx.shape[0]
             table = torch.cat([tokens.static.expand(groups, -1, -1), ctx], 1)  # (G, K + n_ctx, W)
             prefix = table[:, :1]
             if tokens.shared > 1:
-                prefix = torch.cat([prefix, ctx], 1)  # (G, P, W)
+                words = tokens.behind.expand(groups, -1, -1)
+                prefix = torch.cat([prefix, ctx, words], 1)  # (G, P, W)
             position = self.text.positional_embedding
             prefix = prefix + position[: tokens.shared]
             suffix = table[:, tokens.index]  # (G, C, S, W)
@@ -261,8 +270,8 @@ class Backbone:
         for number, block in enumerate(blocks):
             last = number == len(blocks) - 1
             heads = block.attn.num_heads
-            q_p, k_p, v_p = _qkv(block, prefix, heads)  # (G, H, P, D)
-            q, k, v = _qkv(block, suffix, heads)  # (G, C, H, S, D)
+            q_p, k_p, v_p = qkv(block, prefix, heads)  # (G, H, P, D)
+            q, k, v = qkv(block, suffix, heads)  # (G, C, H, S, D)
             if last:
                 q = q.transpose(2, 3)[:, rows, eot][:, :, :, None]  # (G, C, H, 1, D)
                 suffix = suffix[:, rows, eot][:, :, None]
@@ -280,16 +289,16 @@ class Backbone:
             flat = near_p.transpose(1, 2).reshape(groups, heads, classes * steps, -1)
             mixed = (flat @ v_p).reshape(groups, heads, classes, steps, -1).transpose(1, 2)
             mixed = mixed + near @ v  # (G, C, H, S', D)
-            suffix = _residual(block, suffix, mixed.transpose(2, 3).flatten(3))
+            suffix = residual(block, suffix, mixed.transpose(2, 3).flatten(3))
             if not last:
                 own = F.scaled_dot_product_attention(q_p, k_p, v_p, is_causal=True)
-                prefix = _residual(block, prefix, own.transpose(1, 2).flatten(2))
+                prefix = residual(block, prefix, own.transpose(1, 2).flatten(2))
         return suffix[:, :, 0]
 
     @torch.no_grad()
     def image_features(self, pixels: Tensor) -> Tensor:
         """Normalised pooled image features (B, E) of preprocessed pixels (B, 3, H, H)."""
-        with torch.autocast(self.device.type, self._autocast, enabled=self._autocast is not None):
+        with self.precision():
             features = cast(Any, self.model).encode_image(pixels.to(self.device, self.dtype))
         return F.normalize(features.to(self.dtype), dim=-1)
 
@@ -325,13 +334,13 @@ def _spoken(name: str) -> str:
     return name.replace("_", " ")
 
 
-def _qkv(block: Any, x: Tensor, heads: int) -> list[Tensor]:
+def qkv(block: Any, x: Tensor, heads: int) -> list[Tensor]:
     """Queries, keys and values (..., H, L, D) of a residual block for tokens (..., L, W)."""
     packed = F.linear(block.ln_1(x), block.attn.in_proj_weight, block.attn.in_proj_bias)
     parts = packed.reshape(*packed.shape[:-1], 3, heads, -1).unbind(-3)
     return [part.transpose(-2, -3) for part in parts]
 
 
-def _residual(block: Any, x: Tensor, mixed: Tensor) -> Tensor:
+def residual(block: Any, x: Tensor, mixed: Tensor) -> Tensor:
     x = x + block.ls_1(block.attn.out_proj(mixed))
     return cast(Tensor, x + block.ls_2(block.mlp(block.ln_2(x))))

@@ -40,6 +40,7 @@ MAX_WITHDRAWN = 3  # rounds in a row
 ROUND_ERRORS = (  # a peer's doing
     SealError, AdvertMismatchError, SurvivorError, SignatureError, HomomorphicError,
 )  # fmt: skip
+SEAL_BYTES = 16  # that sealing a prompt adds
 _SAME_START = 1e-5  # initial prompts of two machines may differ by this much
 
 
@@ -88,6 +89,7 @@ class Session:
         self._entered: RoundPlan | None = None  # the round that we could withdraw from
         self._sealed: bool | None = None  # whether prompts come sealed, once a plan has told
         self._raw = b""  # the global prompt of the plan, as it came
+        self._opened: tuple[int, dict[str, float]] | None = None  # until the round is over
         self._made: tuple[int, bytes] | None = None  # the next prompt, as we computed it
         self._agreed: tuple[int, bytes] | None = None  # the same, once the round is over
         self._withdrawn = 0
@@ -129,6 +131,7 @@ class Session:
                 if self.round and (message.run, message.round) == (self.run, self.round.plan.round):
                     self.round = self.work = self._entered = None
                     self._agreed = self._agreed if message.reason else self._made or self._agreed
+                    self._conclude(done=not message.reason)
                 return []
         if self.round is None:
             return []  # a frame of a round that a reconnection ended
@@ -155,11 +158,14 @@ class Session:
         self._withdrawn += 1
         if not isinstance(error, ROUND_ERRORS) or plan is None or self._withdrawn >= MAX_WITHDRAWN:
             raise error
-        return [m.Withdraw(plan.run, plan.round, type(error).__name__, m.line(error))]
+        # What a sum decrypts to is not for the server, not even in an error.
+        reason = "" if isinstance(error, HomomorphicError) else m.line(error)
+        return [m.Withdraw(plan.run, plan.round, type(error).__name__, reason)]
 
     def leave(self, error: SecureFedPromptError) -> m.Leave:
         """The last frame. Only errors about what the server itself sent carry their text."""
         told = isinstance(error, ProtocolError | MismatchError)
+        told = told and not isinstance(error, HomomorphicError)
         return m.Leave(type(error).__name__ if told else "Stopped", m.line(error) if told else "")
 
     def _welcome(self, message: m.Welcome) -> Replies:
@@ -216,12 +222,19 @@ class Session:
                 f"after {self._progress[0]} of {self._progress[1]}"
             )
         self.work, self._entered, self._made, self._sealed = None, plan, None, plan.encrypted
+        self._conclude(done=plan.learning_round > self._progress[0])  # if its end was lost
         self._raw = bytes(message.base)
         if not (plan.encrypted and plan.learning_round > 1):
             self._prompt(plan, self._raw)  # refused before anything is done
         self.round, replies = participant.start(self.party, plan)
         self._progress = plan.learning_round, plan.rounds
         return self._ready(replies)
+
+    def _conclude(self, *, done: bool) -> None:
+        """Keep what was opened if its round counts, else forget it."""
+        if self._opened and done:
+            self.history[self._opened[0]] = self._opened[1]
+        self._opened = None
 
     def _prompt(self, plan: RoundPlan, data: bytes) -> Prompt:
         """The global prompt in the clear, checked as far as it can be."""
@@ -255,7 +268,7 @@ class Session:
             self._base = self.work.base
         if isinstance(state, Opening):
             plan = state.plan
-            self.history[plan.learning_round] = metrics_of(state.total)
+            self._opened = plan.learning_round, metrics_of(state.total)
             data = b""
             if plan.training:
                 data = prompt_bytes(averaged(self._base, plan.layout, state.total))
@@ -265,9 +278,12 @@ class Session:
         return replies
 
     def _finish(self, message: m.Finish) -> Replies:
+        if not self.run:
+            raise RunFailedError("the run ended before this client could take part")
         if message.run != self.run:
             return []
         self.over = True
+        self._conclude(done=not message.reason)
         if message.reason:
             raise RunFailedError(f"server ended the run: {message.reason}")
         size, data = sum(t.size for t in self.workload.tensors()), bytes(message.vector)
@@ -275,10 +291,12 @@ class Session:
             last = self._progress[1] + 1  # the round that the final prompt would be the start of
             data = cohort.open_prompt(self.run, last, data)
         if len(data) != 4 * size:
-            raise FieldError(
-                f"final prompt of {len(data)} bytes, {4 * size} expected: malformed, or sealed and "
-                "the run ended before this client was given its key"
-            )
+            if len(data) == 4 * size + SEAL_BYTES:
+                raise RunFailedError(
+                    "the run ended before this client was given its key: ask another client for "
+                    "the prompt"
+                )
+            raise FieldError(f"final prompt of {len(data)} bytes, {4 * size} expected")
         final = np.frombuffer(data, "<f4").astype(np.float32)
         if not np.isfinite(final).all():
             raise FieldError("final prompt holds NaN or infinity")

@@ -12,12 +12,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
 
+from secure_fedprompt.clients import vision
 from secure_fedprompt.clients.backbone import Backbone
 from secure_fedprompt.clients.data import partitions, sets
 from secure_fedprompt.clients.data.sets import ImageSet
 from secure_fedprompt.clients.data.settings import DataSettings
-from secure_fedprompt.clients.methods.base import Batch, Method, build
+from secure_fedprompt.clients.methods.base import Arrays, Batch, Method, build
 from secure_fedprompt.clients.session import Work
 from secure_fedprompt.protocol import layout as lay
 from secure_fedprompt.protocol.averaging import Prompt
@@ -28,6 +31,8 @@ from secure_fedprompt.protocol.layout import TensorSpec
 from secure_fedprompt.protocol.settings import MethodSettings
 
 _CHUNK = 256  # images at a time through the image tower
+_PREDICT = {"features": 256, "patches": 64, "tokens": 64}  # images at a time
+_AFTER = 1 << 32  # later than every learning round
 Progress = Callable[[str, int, int], None]
 Values = dict[str, NDArray[np.floating[Any]] | np.float64]
 
@@ -104,7 +109,7 @@ def classes_digest(names: Sequence[str]) -> bytes:
 
 
 class Features:
-    """Preprocessed images on the device: pooled features, or pixels.
+    """What a method needs of images, on the device: see ``Method.needs``.
 
     Raises:
         DataError: an image cannot be decoded.
@@ -117,8 +122,9 @@ class Features:
         for start in range(0, len(images), _CHUNK):
             index = range(start, min(start + _CHUNK, len(images)))
             pixels = torch.stack([backbone.test_transform(images.image(i)) for i in index])
-            parts.append(backbone.image_features(pixels) if needs == "features" else pixels)
+            parts.append(encode(backbone, pixels, needs))
             progress(what, index.stop, len(images))
+        self.needs = needs
         empty = torch.zeros(0, dtype=backbone.dtype, device=backbone.device)
         self.images = torch.cat(parts) if parts else empty
         self.labels = torch.from_numpy(images.labels).to(backbone.device)
@@ -129,6 +135,7 @@ class Features:
     def subset(self, index: NDArray[np.int64]) -> Features:
         """Some of the images, without computing anything again."""
         part = object.__new__(Features)
+        part.needs = self.needs
         rows = torch.from_numpy(index)
         part.images = self.images[rows.to(self.images.device)]
         part.labels = self.labels[rows.to(self.labels.device)]
@@ -141,11 +148,21 @@ class Features:
             yield Batch(self.images[rows.to(self.images.device)], self.labels[rows])
 
 
+def encode(backbone: Backbone, pixels: torch.Tensor, needs: str) -> torch.Tensor:
+    """What the frozen image tower gives a method."""
+    match needs:
+        case "patches":
+            return vision.patch_features(backbone, pixels)
+        case "tokens":
+            return vision.image_tokens(backbone, pixels)
+    return backbone.image_features(pixels)
+
+
 @torch.no_grad()
 def predict(method: Method, images: Features) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Predicted labels and cross-entropy of every image, (N,) each."""
     guesses, losses = [], []
-    for batch in images.batches(_CHUNK):
+    for batch in images.batches(_PREDICT[images.needs]):
         logits = method.logits(batch).float()
         guesses.append(logits.argmax(1).cpu().numpy())
         losses.append(
@@ -186,7 +203,9 @@ class LocalTrainer:
         self.classes_digest = classes_digest(train.class_names)
         self.class_count = len(train.class_names)
         self._sets = train, test
-        self._features = {"features": features} if features else {}
+        self._features = {features[0].needs: features} if features else {}
+        self.keep: Path | None = None  # folder for what the method must not forget
+        self._restored = b""
         self.method: Method | None = None
         self.settings: MethodSettings | None = None
         self.clipped = 0  # update values beyond the plan's clip in the last round
@@ -195,7 +214,7 @@ class LocalTrainer:
     def prepare(self, settings: MethodSettings) -> None:
         self.settings = settings
         self.method = build(settings, self.backbone, self.class_names)
-        self._initial = self._flat()
+        self._initial = self._flattened(self.method.state())
         self._load_features(self.method.needs)
 
     def _load_features(self, needs: str) -> tuple[Features, Features]:
@@ -208,10 +227,9 @@ class LocalTrainer:
             )
         return self._features[needs]
 
-    def _flat(self) -> Prompt:
+    def _flattened(self, tensors: Arrays) -> Prompt:
         assert self.method is not None
-        state = self.method.state()
-        return np.concatenate([state[t.name].reshape(-1) for t in self.method.uploaded()])
+        return np.concatenate([tensors[t.name].reshape(-1) for t in self.method.uploaded()])
 
     def tensors(self) -> tuple[TensorSpec, ...]:
         assert self.method is not None
@@ -220,14 +238,46 @@ class LocalTrainer:
     def initial(self) -> Prompt:
         return self._initial
 
-    def load(self, flat: Prompt) -> None:
-        """Set the uploaded tensors from a flat vector."""
+    def finish(self, flat: Prompt, run: bytes) -> None:
+        """Take over the final prompt of a run."""
+        assert self.method is not None
+        self._restore(run)
+        self.method.begin(self._named(flat), _AFTER)
+
+    def _named(self, flat: Prompt) -> Arrays:
         assert self.method is not None
         tensors, at = {}, 0
         for spec in self.method.uploaded():
             tensors[spec.name] = flat[at : at + spec.size].reshape(spec.shape)
             at += spec.size
-        self.method.load(tensors)
+        return tensors
+
+    def _kept(self, run: bytes) -> Path | None:
+        return self.keep / f"private-{run.hex()[:8]}.safetensors" if self.keep else None
+
+    def _restore(self, run: bytes) -> None:
+        """What the method kept of this run before a restart, once."""
+        path = self._kept(run)
+        if self._restored == run or path is None or not path.exists():
+            return
+        assert self.method is not None
+        try:
+            self.method.restore(load_file(path))
+        except (OSError, SafetensorError, KeyError, RuntimeError) as error:
+            line = str(error).splitlines()[0]
+            raise DataError(f"{path} cannot be used: {line}; remove it to start afresh") from None
+        self._restored = run
+
+    def _save(self, run: bytes) -> None:
+        assert self.method is not None
+        path, arrays = self._kept(run), self.method.private()
+        if path is None or not arrays:
+            return
+        partial = path.with_suffix(".partial")
+        partial.touch(mode=0o600)
+        save_file(arrays, partial)
+        partial.replace(path)
+        self._restored = run
 
     def run(self, work: Work) -> tuple[Values, float]:
         """Evaluate the global prompt, train on it if the round trains, and return the contribution.
@@ -239,7 +289,8 @@ class LocalTrainer:
         assert self.settings is not None
         plan, method = work.plan, self.method
         train, test = self._load_features(method.needs)
-        self.load(work.base)
+        self._restore(plan.run)
+        method.begin(self._named(work.base), plan.learning_round)
         self.clipped = 0
         values: Values = {}
         if any(field.name == lay.SEEN for field in plan.layout):
@@ -251,8 +302,11 @@ class LocalTrainer:
                 lay.LOSS: np.float64(np.minimum(losses, LOSS_CLIP).sum()),
             }
         if plan.training:
-            self._train(train, [0 if self.seed is None else self.seed, plan.round])
-            delta = self._flat() - work.base
+            seed = [0 if self.seed is None else self.seed, plan.round]
+            self._train(train, seed)
+            draws = np.random.default_rng(None if self.seed is None else [*seed, 1])
+            delta = self._flattened(method.contribution(draws)) - work.base
+            self._save(plan.run)
             self.clipped = int(np.count_nonzero(np.abs(delta) > plan.clip))
             at = 0
             for spec in method.uploaded():
@@ -293,6 +347,5 @@ class LocalTrainer:
         for start in range(0, len(order), size):
             rows = order[start : start + size]
             views = torch.stack([self.backbone.train_transform(train.image(i)) for i in rows])
-            if self.method.needs == "features":
-                views = self.backbone.image_features(views)
+            views = encode(self.backbone, views, self.method.needs)
             yield Batch(views, labels[torch.from_numpy(rows).to(labels.device)])

@@ -205,6 +205,8 @@ class Scheme:
         ntt = self.protection == "ckks"
         if made.size() != 2 or made.is_ntt_form() != ntt or (ntt and made.scale != scale):
             raise CiphertextError(f"ciphertext of {made.size()} polynomials, or at another scale")
+        if made.is_transparent():
+            raise CiphertextError("ciphertext without a random part: it would encrypt nothing")
         return made
 
     def check_context(self, data: bytes | memoryview) -> None:
@@ -266,11 +268,13 @@ class CipherSum:
                 f"ciphertext of {largest} bytes, a fresh one has at most {fresh_size(parameters)}"
             )
         fresh = [self.scheme.ciphertext(data) for data in ciphertexts]
-        if not self._total:
-            self._total = fresh
-        else:
-            for total, one in zip(self._total, fresh, strict=True):
-                self._evaluator.add_inplace(total, one)
+        if self._total:
+            try:
+                for total, one in zip(self._total, fresh, strict=True):
+                    self._evaluator.add_inplace(one, total)
+            except (RuntimeError, ValueError) as error:
+                raise CiphertextError(f"ciphertext cannot be added ({error})") from None
+        self._total = fresh
         self.added += 1
 
     def result(self) -> Ciphertexts:

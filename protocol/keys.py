@@ -166,4 +166,4 @@ def unseal(key: bytes, box: bytes, associated: bytes, who: str) -> bytes:
     try:
         return AESGCM(key).decrypt(_NONCE, box, associated)
     except (InvalidTag, ValueError):
-        raise SealError(f"sealed shares from {who} do not open") from None
+        raise SealError(f"box sealed by {who} does not open") from None

@@ -15,6 +15,7 @@ from secure_fedprompt.protocol import homomorphic
 from secure_fedprompt.protocol import layout as lay
 from secure_fedprompt.protocol.codec import (
     F64,
+    MAX_FRAME,
     U8,
     U16,
     U32,
@@ -166,6 +167,12 @@ class RoundPlan:
         others = set(self.cohort) - {self.maker}
         if len(self.cohort) > chosen.clients:
             raise PlanError(f"{len(self.cohort)} clients, parameters are for {chosen.clients}")
+        ciphertexts = 1 + -(-total_size(self.layout) // chosen.degree)
+        if ciphertexts * homomorphic.summed_size(chosen) > MAX_FRAME:
+            raise PlanError(
+                f"an encrypted sum of {total_size(self.layout)} values does not fit a frame of "
+                f"{MAX_FRAME} bytes: use masks, or a smaller prompt"
+            )
         if list(self.grants) != sorted(set(self.grants)) or not set(self.grants) <= others:
             raise PlanError("grants are doubled, unsorted, or not to other clients of the cohort")
         if self.grants and self.maker not in self.cohort:

@@ -20,7 +20,8 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         min_threshold_share: on the complete graph t must also exceed this share of the cohort. With
             the default of two thirds, a third of the clients may collude with the server.
         protections, methods, graphs: allowed values; an empty ``methods`` allows every method.
-        key_makers: who may make the cohort key of bfv and ckks; empty allows every client.
+        key_makers: who may make the cohort key of bfv and ckks; empty allows every client. If none
+            of them is left when a new key is needed, this client leaves the run.
         max_rounds: most learning rounds of one run, and half the attempts at them.
         allow_late_join: take part in a run that began without this client's nonce.
         min_survivor_change: refuse a survivor list that differs from an earlier one of the run

@@ -16,6 +16,50 @@ NonNegative = Annotated[float, Meta(ge=0)]
 Seconds = Annotated[float, Meta(gt=0)]
 
 
+class FedOTPSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """FedOTP (CVPR 2024).
+
+    Attributes:
+        transport: "unbalanced", "classical" or "average".
+        eps: entropic regularisation; the paper takes 0.1 (CIFAR) and 0.01 (few-shot).
+        gamma: share of an image's patches that must be matched, unbalanced transport only.
+        iterations: most updates of a transport plan.
+    """
+
+    transport: str = "unbalanced"
+    eps: Annotated[float, Meta(ge=1e-3, le=10)] = 0.1
+    gamma: Annotated[float, Meta(gt=0, le=1)] = 0.8
+    iterations: Annotated[int, Meta(ge=1, le=10000)] = 100
+
+
+class FedMGPSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """FedMGP (NeurIPS 2025). Its slots are averaged without weights: set weights = "uniform".
+
+    Attributes:
+        groups: m, pairs of a text and a visual prompt on each client.
+        slots: s, groups that a client sends in a round, at most m.
+        length: l, tokens of each prompt.
+        diversity_weight: lambda.
+        diversity: "cosine" (the paper's), "l1" or "l2".
+        compat: "released" for the released code's diversity term, which pulls groups together.
+        tau: temperature of the selection.
+        rule: "similarity" (published), "fixed", "random" or "all".
+        inference: "mean" of the groups' logits, "single" group, "max" logit, or "feature" mean.
+        modality: "both", "text" or "vision".
+    """
+
+    groups: Annotated[int, Meta(ge=1, le=64)] = 5
+    slots: Annotated[int, Meta(ge=1, le=64)] = 2
+    length: Annotated[int, Meta(ge=1, le=64)] = 2
+    diversity_weight: NonNegative = 1.0
+    diversity: str = "cosine"
+    compat: str = ""
+    tau: Annotated[float, Meta(ge=1e-4, le=100)] = 1.0
+    rule: str = "similarity"
+    inference: str = "mean"
+    modality: str = "both"
+
+
 class MethodSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What every client must train alike. The server sends it; its digest is in every plan.
 
@@ -38,6 +82,25 @@ class MethodSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     batch_size: Annotated[int, Meta(ge=1, le=65536)] = 32
     epochs: Annotated[int, Meta(ge=1, le=1000)] = 1
     seed: Count = 0
+    fedotp: FedOTPSettings = FedOTPSettings()
+    fedmgp: FedMGPSettings = FedMGPSettings()
+
+    def check(self) -> None:
+        """Refuse values outside ``CHOICES``, and sizes that contradict each other.
+
+        Raises:
+            ConfigError: naming the key.
+        """
+        for where, table in (("", self), ("fedotp.", self.fedotp), ("fedmgp.", self.fedmgp)):
+            for name in table.__struct_fields__:
+                value = getattr(table, name)
+                if name in CHOICES and value not in CHOICES[name]:
+                    allowed = ", ".join(repr(choice) for choice in CHOICES[name])
+                    raise ConfigError(f"{where}{name} = {value!r}: must be one of {allowed}")
+        if self.fedmgp.slots > self.fedmgp.groups:
+            raise ConfigError(
+                f"fedmgp.slots = {self.fedmgp.slots}: at most fedmgp.groups = {self.fedmgp.groups}"
+            )
 
     def to_bytes(self) -> bytes:
         """Canonical JSON."""
@@ -49,8 +112,10 @@ class MethodSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
             settings = msgspec.json.decode(data, type=cls)
         except (msgspec.DecodeError, msgspec.ValidationError) as error:
             raise ConfigError(f"the server's settings are not understood: {error}") from None
-        if settings.position not in CHOICES["position"]:
-            raise ConfigError(f"the server's settings are not understood: {settings.position!r}")
+        try:
+            settings.check()
+        except ConfigError as error:
+            raise ConfigError(f"the server's settings are not understood: {error}") from None
         return settings
 
 
@@ -122,6 +187,12 @@ CHOICES = {
     "graph": ("complete", "regular"),
     "weights": ("samples", "uniform"),
     "position": ("end", "middle", "front"),
+    "transport": ("unbalanced", "classical", "average"),
+    "diversity": ("cosine", "l1", "l2"),
+    "compat": ("", "released"),
+    "rule": ("similarity", "fixed", "random", "all"),
+    "inference": ("mean", "single", "max", "feature"),
+    "modality": ("both", "text", "vision"),
     "partition": ("iid", "pathological", "dirichlet", "domain"),
     "device": ("auto", "cpu", "cuda"),
     "precision": ("fp32", "bf16", "fp16"),

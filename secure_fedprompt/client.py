@@ -129,6 +129,7 @@ def take_part(settings: ClientSettings, json_path: str | None) -> int:
         console.print(f"[bold]{me.name}[/] connected to {settings.server}")
         with Progress(*columns, console=console, transient=True) as progress:
             trainer = load_trainer(settings, console, progress)
+            trainer.keep = state_dir
             party = Party(me.name, identity, roster, settings.policy, journal, os.urandom)
             session = Session(party, trainer, settings.method)
             rounds = loop(link, session, trainer, console)
@@ -257,7 +258,7 @@ def save(session: Session, trainer: LocalTrainer, folder: Path) -> Path:
     from secure_fedprompt.prompt_file import write_prompt
 
     assert session.final is not None
-    trainer.load(session.final)
+    trainer.finish(session.final, session.run)
     path = folder / f"prompt-{session.run.hex()[:8]}.safetensors"
     write_prompt(path, trainer)
     return path

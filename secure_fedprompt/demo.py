@@ -32,6 +32,14 @@ METHODS: dict[str, dict[str, Any]] = {
         "defaults": {"n_ctx": 4, "init": "a photo of a", "lr": 0.02, "epochs": 4, "batch_size": 32},
         "published": "16 random context tokens, lr 0.001, 1 to 5 epochs, batch 32, 10 to 20 rounds",
     },
+    "fedotp": {
+        "defaults": {"n_ctx": 4, "init": "a photo of a", "lr": 0.02, "epochs": 4, "batch_size": 32},
+        "published": "16 random context tokens, lr 0.001, 5 epochs, 10 rounds, eps 0.01 or 0.1",
+    },
+    "fedmgp": {
+        "defaults": {"lr": 0.02, "epochs": 2, "batch_size": 8, "weights": "uniform"},
+        "published": "5 groups, 2 slots, 2 tokens each, lr 0.001, 2 epochs, batch 8, 10 rounds",
+    },
 }
 DATA = {
     "dataset": "generated",

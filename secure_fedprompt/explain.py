@@ -26,8 +26,8 @@ Rows = dict[str, str]
 def main(argv: list[str] | None = None) -> int:
     parser = command.parser(
         "secure-fedprompt explain",
-        "Print parameter set, bytes and expected error of a protection, from the settings that a "
-        "server would use. Nothing is sent and no data is read.",
+        "Print parameter set, bytes and expected error of a protection, from a server's settings; "
+        "clients counts those on the roster (10 if it is 0). Nothing is sent and no data is read.",
         "  secure-fedprompt explain --protection ckks --dim 8192 --clients 50\n"
         "  secure-fedprompt explain --protection bfv --dim 8192 --clients 10 --precision 1e-6\n"
         "  secure-fedprompt explain --config server.toml --dim 8192",
@@ -154,8 +154,9 @@ def _encrypted(
         figures["flooding_bits"] = homomorphic.flooding_bits(parameters)
         figures["failure_bits"] = homomorphic.failure_bits(parameters)
         rows["flooding"] = (
-            f"after decryption, uniform in a quarter step: statistical distance "
-            f"2^-{figures['flooding_bits']:.1f} for a value that is off the integers; values on "
-            "them (all honest ones) come out exact, wrong with probability below "
-            f"2^-{min(figures['failure_bits'], 1000):.0f}"
+            "after decryption, uniform in a quarter step, then rounded: values on the integers "
+            "(all honest ones) come out exact, each wrong with probability below "
+            f"2^-{min(figures['failure_bits'], 1000):.0f}. For a value off the integers the "
+            f"statistical distance is 2^-{figures['flooding_bits']:.1f}, which bounds nothing over "
+            "a whole vector of such values"
         )

@@ -65,7 +65,16 @@ class PromptFile:
                 raise PromptFileError(
                     f"prompt {self.path}: tensor {spec.name!r} has shape {shape}, not {spec.shape}"
                 )
-        method.load(self.tensors)
+        own = {
+            name.removeprefix("private."): values
+            for name, values in self.tensors.items()
+            if name.startswith("private.")
+        }
+        if own:
+            method.load(self.tensors)
+            method.restore(own)
+        else:
+            method.adopt(self.tensors)
         return method
 
 
@@ -82,7 +91,8 @@ def write_prompt(path: Path, trainer: LocalTrainer) -> None:
         "class_names": json.dumps(trainer.class_names),
         "layout": json.dumps([asdict(t) for t in trainer.method.uploaded()]),
     }
-    save_file(trainer.method.state(), path, metadata)
+    private = {f"private.{name}": values for name, values in trainer.method.private().items()}
+    save_file({**trainer.method.state(), **private}, path, metadata)
 
 
 def read_prompt(where: Path) -> PromptFile:

@@ -30,7 +30,7 @@ from secure_fedprompt.protocol.keys import Identity, Member
 from secure_fedprompt.protocol.plan import PROTECTIONS
 from secure_fedprompt.protocol.policy import Policy
 from secure_fedprompt.protocol.roster import Roster
-from secure_fedprompt.protocol.settings import ServerSettings
+from secure_fedprompt.protocol.settings import MethodSettings, ServerSettings
 from secure_fedprompt.server.planning import RunState
 from secure_fedprompt.server.run import Run
 from secure_fedprompt.server.store import Store
@@ -69,7 +69,7 @@ def _run(args: argparse.Namespace) -> int:
     console = Console(highlight=False)
     with tempfile.TemporaryDirectory() as scratch, Progress(console=console, transient=True) as bar:
         task = bar.add_task("rounds", total=server.rounds + int(server.metrics))
-        trainers = make_trainers(client)
+        trainers = make_trainers(client, server.method_settings())
         store = Store(Path(server.run_dir or scratch), server)
         store.on_event.append(lambda kind, value: bar.advance(task) if kind == "round" else None)
         try:
@@ -83,11 +83,14 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
-def make_trainers(settings: ClientSettings) -> dict[str, LocalTrainer]:
-    """One trainer per client, over one model and one feature cache."""
+def make_trainers(
+    settings: ClientSettings, method: MethodSettings | None = None
+) -> dict[str, LocalTrainer]:
+    """One trainer per client, over one model and one cache of what the method needs of images."""
     import torch
 
     from secure_fedprompt.clients.backbone import Backbone
+    from secure_fedprompt.clients.methods.base import build
 
     if settings.threads:
         torch.set_num_threads(settings.threads)
@@ -96,7 +99,8 @@ def make_trainers(settings: ClientSettings) -> dict[str, LocalTrainer]:
         settings.model, settings.pretrained, settings.device, settings.precision
     )
     quiet = lambda what, done, total: None  # noqa: E731
-    features = [Features(backbone, images, "features", quiet, "") for images in (train, test)]
+    needs = build(method or MethodSettings(), backbone, train.class_names).needs
+    features = [Features(backbone, images, needs, quiet, "") for images in (train, test)]
     return {
         f"client{k:03d}": LocalTrainer(
             backbone,

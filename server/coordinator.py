@@ -118,11 +118,13 @@ class Round:
     def on(self, sender: str, message: m.Message, now: float) -> Outbox:
         """Take a frame of an authenticated sender; a bad one drops the sender from the round."""
         of = getattr(message, "run", None), getattr(message, "round", None)
-        if self.over or sender not in self.waiting or of != (self.plan.run, self.plan.round):
+        if not self.involves(sender) or of != (self.plan.run, self.plan.round):
             return []  # late: a frame may cross the end of its round
         if isinstance(message, m.Withdraw):
             self.faults[sender] = f"withdrew: {message.error}: {message.reason}"
             return self.lost(sender, now)
+        if sender not in self.waiting:
+            return self._unawaited(sender, message)
         try:
             self._accept(sender, message)
         except ProtocolError as error:
@@ -130,6 +132,14 @@ class Round:
             return self.lost(sender, now)
         self.waiting.discard(sender)
         return self._settle(now)
+
+    def involves(self, name: str) -> bool:
+        """Whether the round still counts on a client, in this stage or a later one."""
+        return not self.over and name in self.plan.cohort and name not in self._gone
+
+    def _unawaited(self, sender: str, message: m.Message) -> Outbox:
+        """A frame of this round from a client that has answered this stage."""
+        return []
 
     def lost(self, sender: str, now: float) -> Outbox:
         """A client is gone for the rest of this round."""

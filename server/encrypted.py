@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from secure_fedprompt.protocol import homomorphic
 from secure_fedprompt.protocol import messages as m
-from secure_fedprompt.protocol.errors import FieldError, KeyMismatchError
+from secure_fedprompt.protocol.errors import FieldError, KeyMismatchError, SecretKeyError
 from secure_fedprompt.protocol.expand import Purpose, digest
 from secure_fedprompt.protocol.homomorphic import CipherSum
 from secure_fedprompt.protocol.keys import verify
@@ -45,12 +45,15 @@ class EncryptedRound(Round):
         run_keys: signed keys of the clients.
         key: digest of the cohort key in use.
         holders: clients that are known to hold it.
+        keyed: whether everybody could have the key; burnt: whether the server was shown it.
         sealed: the next global prompt, once done.
     """
 
     run_keys: Mapping[str, m.Ready] = field(default_factory=dict)
     key: bytes = NO_KEY
     holders: set[str] = field(default_factory=set)
+    keyed: bool = True
+    burnt: bool = False
     sealed: bytes = b""
 
     def __post_init__(self) -> None:
@@ -71,15 +74,21 @@ class EncryptedRound(Round):
         if not plan.grants:
             self._begin(Stage.COLLECTING, plan.cohort, now)
             return out
+        self.keyed = False
         self._begin(Stage.KEYING, (plan.maker,), now)
         recipients = tuple(self.run_keys[name] for name in plan.grants)
         return [*out, (plan.maker, m.KeyRequest(plan.run, plan.round, recipients))]
 
-    def on(self, sender: str, message: m.Message, now: float) -> Outbox:
-        if self.stage is Stage.KEYING and isinstance(message, m.CipherUpload):
+    def _unawaited(self, sender: str, message: m.Message) -> Outbox:
+        """Holders of the key upload while others are given it."""
+        early = self.stage is Stage.KEYING and sender not in self.plan.grants
+        if early and isinstance(message, m.CipherUpload):
             self._early[sender] = message
-            return []
-        return super().on(sender, message, now)
+        return []
+
+    def lost(self, sender: str, now: float) -> Outbox:
+        self.holders.discard(sender)
+        return super().lost(sender, now)
 
     def _expected(self) -> type[m.Message]:
         kinds: dict[Stage, type[m.Message]] = {
@@ -96,7 +105,11 @@ class EncryptedRound(Round):
             case m.KeyGrant():
                 body = message.body(plan)
                 verify(identity, Purpose.KEY_GRANT, body, message.signature, sender)
-                self._ciphers.scheme.check_context(message.context)
+                try:
+                    self._ciphers.scheme.check_context(message.context)
+                except SecretKeyError:
+                    self.burnt = True
+                    raise
                 if tuple(grant.recipient for grant in message.grants) != plan.grants:
                     raise FieldError("key is not granted to those whom the plan names")
                 if message.key == NO_KEY or plan.key not in (NO_KEY, message.key):
@@ -107,7 +120,7 @@ class EncryptedRound(Round):
                 for grant in message.grants:
                     body = grant.body(plan, message.key)
                     verify(identity, Purpose.KEY_GRANT, body, grant.signature, sender)
-                self.key = message.key
+                self.key, self.keyed = message.key, True
                 self.holders.add(sender)
             case m.CipherUpload():
                 if message.key != self.key:

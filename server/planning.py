@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 
 from secure_fedprompt.protocol import homomorphic, masking, shamir
 from secure_fedprompt.protocol import layout as lay
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.averaging import Prompt, prompt_bytes
-from secure_fedprompt.protocol.errors import PlanError, RunFailedError
+from secure_fedprompt.protocol.errors import ConfigError, PlanError, RunFailedError
 from secure_fedprompt.protocol.expand import Purpose, digest
 from secure_fedprompt.protocol.fixedpoint import size_layout
 from secure_fedprompt.protocol.homomorphic import SCHEMES
@@ -25,6 +25,7 @@ from secure_fedprompt.protocol.plan import (
 from secure_fedprompt.protocol.roster import Roster
 from secure_fedprompt.protocol.settings import ServerSettings
 
+UNWEIGHTED = ("fedmgp",)
 TENSOR_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.]{0,47}")
 
 
@@ -37,7 +38,9 @@ class RunState:
         round: the last round number used; learning_round: the next one to complete.
         tensors, prompt: the global prompt, float32, flat; under encryption the starting one.
         sealed: the global prompt, sealed by the clients, once a round under encryption is done.
-        maker, election, key: of the cohort key; see ``RoundPlan``.
+        maker, election, key: of the cohort key; see ``RoundPlan``. ``key`` is zeros before there is
+            one, and once it must not be used any more.
+        keys: digests of all cohort keys of the run; who holds any of them can open the prompt.
         model_fingerprint, classes_digest, class_count: what the first client announced.
     """
 
@@ -55,6 +58,7 @@ class RunState:
     maker: str = ""
     election: int = 0
     key: bytes = NO_KEY
+    keys: tuple[bytes, ...] = ()
 
     @property
     def base(self) -> bytes:
@@ -62,35 +66,62 @@ class RunState:
         return self.sealed or (b"" if self.prompt is None else prompt_bytes(self.prompt))
 
 
+@dataclass(frozen=True)
+class Keying:
+    """Of the cohort key in a round: ``key`` is zeros if the state's maker makes a new one."""
+
+    key: bytes = NO_KEY
+    grants: tuple[str, ...] = ()
+
+
 def elect(
-    state: RunState, cohort: tuple[str, ...], held: Mapping[str, bytes], wanted: str
-) -> tuple[str, ...]:
+    state: RunState,
+    cohort: tuple[str, ...],
+    held: Mapping[str, bytes],
+    wanted: str,
+    unfit: Set[str] = frozenset(),
+) -> Keying:
     """Who must be given the cohort key; elects another maker, in ``state``, if the last is gone.
 
     A new maker makes a new key. It must be able to open the global prompt, so it is one of those
-    who hold the last key, the lowest name unless ``wanted`` is one of them.
+    who hold a key of the run, the lowest name unless ``wanted`` is one of them. The old key stays
+    registered until the new one is granted.
 
     Args:
-        state: of the run; maker, election and key may change.
+        state: of the run; maker and election may change.
         cohort: of the round.
         held: digest of the key that each client holds.
         wanted: configured maker, or empty.
+        unfit: clients whose grants failed; they make no key while somebody else can.
 
     Raises:
-        RunFailedError: nobody who holds the key is left.
+        RunFailedError: nobody who holds a key is left.
     """
     holders = {name for name in cohort if state.key != NO_KEY and held.get(name) == state.key}
     lacking = set(cohort) - holders
-    if lacking and state.maker not in holders:
-        able = holders if state.sealed else set(cohort)
-        if not able:
-            raise RunFailedError(
-                "no client that can open the sealed prompt is left: start a new run"
-            )
-        state.maker = wanted if wanted in able else min(able)
-        state.election, state.key = state.election + 1, NO_KEY
-        lacking = set(cohort) - {state.maker}
-    return tuple(sorted(lacking))
+    if not lacking or (state.maker in holders and state.maker not in unfit):
+        return Keying(state.key, tuple(sorted(lacking)))
+    able = {name for name in cohort if held.get(name) in state.keys} if state.sealed else {*cohort}
+    if not able:
+        raise RunFailedError("no client that can open the sealed prompt is left: start a new run")
+    able = able - unfit or able
+    state.maker = wanted if wanted in able else min(able)
+    state.election += 1
+    return Keying(NO_KEY, tuple(sorted(set(cohort) - {state.maker})))
+
+
+def check_settings(settings: ServerSettings) -> None:
+    """Refuse settings that no run can have.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    settings.check()
+    if settings.method in UNWEIGHTED and settings.weights != "uniform":
+        raise ConfigError(
+            f"weights = {settings.weights!r}: {settings.method} averages without weights; "
+            "set weights = 'uniform'"
+        )
 
 
 def upload_layout(
@@ -128,9 +159,9 @@ def round_plan(
     state: RunState,
     cohort: tuple[str, ...],
     entropy: shamir.Entropy,
-    grants: tuple[str, ...] = (),
+    keying: Keying = Keying(),
 ) -> RoundPlan:
-    """The plan of ``state.round`` for a cohort; ``grants`` from ``elect``.
+    """The plan of ``state.round`` for a cohort; ``keying`` from ``elect``.
 
     Raises:
         PlanError: the settings do not allow one.
@@ -173,6 +204,6 @@ def round_plan(
         ),
         maker=state.maker if encrypted else "",
         election=state.election,
-        key=state.key,
-        grants=grants,
+        key=keying.key,
+        grants=keying.grants,
     )

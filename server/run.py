@@ -14,31 +14,33 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol import shamir
 from secure_fedprompt.protocol.averaging import Prompt, averaged, metrics_of
 from secure_fedprompt.protocol.errors import (
+    AdvertMismatchError,
     FieldError,
-    MismatchError,
-    NotOnRosterError,
     OverflowPlanError,
     ProtocolError,
-    RosterMismatchError,
     RunFailedError,
     SecureFedPromptError,
     TooFewClientsError,
 )
 from secure_fedprompt.protocol.expand import Purpose
 from secure_fedprompt.protocol.homomorphic import SCHEMES
-from secure_fedprompt.protocol.keys import verify
+from secure_fedprompt.protocol.keys import agree, verify
 from secure_fedprompt.protocol.plan import NO_KEY
 from secure_fedprompt.protocol.roster import Roster
 from secure_fedprompt.protocol.settings import ServerSettings
+from secure_fedprompt.server.admission import admit
 from secure_fedprompt.server.coordinator import Deadlines, Outbox, Round, Stage
 from secure_fedprompt.server.encrypted import EncryptedRound, make_round
 from secure_fedprompt.server.planning import (
+    Keying,
     RunState,
+    check_settings,
     elect,
     round_plan,
     upload_layout,
@@ -91,6 +93,7 @@ class Run:
     last_reason: str = ""
 
     def __post_init__(self) -> None:
+        check_settings(self.settings)
         self.expected = self.settings.clients or len(self.roster.with_role("client"))
         self.gather_until = self.began + self.settings.gather_seconds
         self.initial_from, self.initial_until = "", 0.0
@@ -98,6 +101,9 @@ class Run:
         self.rejoin: dict[str, float] = {}
         self.asked: set[str] = set()  # for the starting prompt
         self.benched: set[str] = set()  # sit out the next attempt
+        self.unfit: set[str] = set()  # whose cohort keys failed
+        self.stranded_until = 0.0  # wait for somebody who can open the prompt
+        self._probe = X25519PrivateKey.generate()
 
     # -- frames and time -------------------------------------------------------------------------
 
@@ -131,9 +137,19 @@ class Run:
                 return self.gone(sender, now)
             case m.Initial():
                 return self._initial(sender, message, now)
-            case m.Withdraw():
-                client.key = NO_KEY  # whatever went wrong there: the next round gives it again
-        return self._after(self.current.on(sender, message, now), now) if self.current else []
+        if self.current is None:
+            return []
+        out = self.current.on(sender, message, now)
+        self._register(self.current)
+        return self._after(out, now)
+
+    def _register(self, current: Round) -> None:
+        """Note a granted cohort key before any client is told of it."""
+        state = self.state
+        if not isinstance(current, EncryptedRound) or current.key in (NO_KEY, state.key):
+            return
+        state.key, state.keys = current.key, (*state.keys, current.key)
+        self.ledger.save(state)
 
     def tick(self, now: float) -> Outbox:
         """Let time act: silent clients, deadlines, the start of the next round."""
@@ -170,13 +186,13 @@ class Run:
 
     def _hello(self, sender: str, hello: m.Hello, now: float) -> Outbox:
         try:
-            self._admit(sender, hello)
+            admit(self.state, self.settings, self.roster, sender, hello)
         except SecureFedPromptError as error:
             self.ledger.event("refused", f"{sender} refused: {error}")
             return [(sender, _refused(error))]
         before = self.clients.get(sender)
         again = before and before.nonce == hello.nonce and now - before.joined < SAME_HELLO
-        if again and not (self.current and sender in self.current.waiting):
+        if again and not (self.current and self.current.involves(sender)):
             return [(sender, self._welcome(sender))] if self.state.run else []
         out = self.gone(sender, now) if before else []
         if self.over:
@@ -186,43 +202,6 @@ class Run:
         if self.state.run:
             out.append((sender, self._welcome(sender)))
         return out + (self._maybe_start(now) if not self.current else [])
-
-    def _admit(self, sender: str, hello: m.Hello) -> None:
-        state, settings = self.state, self.settings
-        if sender not in {member.name for member in self.roster.with_role("client")}:
-            raise NotOnRosterError(f"{sender!r} is on the roster, but not as a client")
-        if hello.roster_digest != self.roster.digest:
-            raise RosterMismatchError(
-                f"roster of {sender} is {hello.roster_digest.hex()[:16]}, the server's is "
-                f"{self.roster.digest.hex()[:16]}: copy the same roster file to every machine"
-            )
-        if hello.method and hello.method != self.settings.method:
-            raise MismatchError(
-                f"method of {sender} is {hello.method!r}, the run's is {self.settings.method!r}"
-            )
-        announced = {
-            "model_fingerprint": (hello.model_fingerprint.hex(), settings.model_fingerprint),
-            "classes_digest": (hello.classes_digest.hex(), settings.classes_digest),
-        }
-        for what, (theirs, pinned) in announced.items():
-            if not theirs.startswith(pinned.lower()):
-                raise MismatchError(
-                    f"{what} of {sender} is {theirs[:16]}, the server wants {pinned}"
-                )
-        if not state.model_fingerprint:
-            state.model_fingerprint = hello.model_fingerprint
-            state.classes_digest, state.class_count = hello.classes_digest, hello.class_count
-        if hello.model_fingerprint != state.model_fingerprint:
-            raise MismatchError(
-                f"model of {sender} has fingerprint {hello.model_fingerprint.hex()[:16]}, the "
-                f"run's is {state.model_fingerprint.hex()[:16]}: use the same weights everywhere"
-            )
-        if hello.classes_digest != state.classes_digest:
-            raise MismatchError(
-                f"class list of {sender} has {hello.class_count} names and digest "
-                f"{hello.classes_digest.hex()[:16]}, the run's has {state.class_count} and "
-                f"{state.classes_digest.hex()[:16]}: name the same classes in the same order"
-            )
 
     def _welcome(self, name: str, *, need_initial: bool = False) -> m.Welcome:
         self.clients[name].welcomed = True
@@ -234,6 +213,10 @@ class Run:
             raise FieldError("Ready for another run, or under another name")
         identity, body = self.roster.identity_of(sender), message.body(self.roster.digest)
         verify(identity, Purpose.RUN_KEY, body, message.signature, sender)
+        agree(self._probe, message.seal_key, sender)  # refuses points of small order
+        others = (c.ready for name, c in self.clients.items() if name != sender)
+        if message.seal_key in {ready.seal_key for ready in others if ready}:
+            raise AdvertMismatchError(f"run key of {sender} is another client's")
         client.ready, client.key = message, message.key
         return self._maybe_start(now) if not self.current else []
 
@@ -306,7 +289,8 @@ class Run:
         except ProtocolError as error:
             return out + self._fail(RunFailedError(f"no round can be planned: {error}"))
         except RunFailedError as error:  # somebody who holds the cohort key may come back
-            return out if now < self.gather_until else out + self._fail(error)
+            self.stranded_until = self.stranded_until or now + self.settings.gather_seconds
+            return out if now < self.stranded_until else out + self._fail(error)
 
     def _complete(self) -> bool:
         last = self.settings.rounds + int(self.settings.metrics)
@@ -319,13 +303,14 @@ class Run:
         rested = set(ready) - self.benched
         cohort = tuple(sorted(rested if len(rested) >= settings.min_clients else ready))
         self.opening = False
-        grants: tuple[str, ...] = ()
+        keying = Keying()
         if settings.protection in SCHEMES:
             held = {name: client.key for name, client in self.clients.items()}
-            grants = elect(state, cohort, held, settings.key_maker)
+            keying = elect(state, cohort, held, settings.key_maker, self.unfit)
+        self.stranded_until = 0.0
         state.round += 1
         self.ledger.save(state)
-        plan = round_plan(settings, self.roster, state, cohort, self.entropy, grants)
+        plan = round_plan(settings, self.roster, state, cohort, self.entropy, keying)
         deadlines = Deadlines(settings.stage_seconds, settings.training_seconds)
         self.current = make_round(plan, state.base, self.roster, deadlines, ready)
         return self.current.start(now)
@@ -340,10 +325,7 @@ class Run:
             self.ledger.event("fault", f"round {current.plan.round}: {name}: {fault}")
         self.benched = {current.suspect} & set(self.clients)
         if isinstance(current, EncryptedRound):
-            self.state.key = current.key
-            for name in current.holders & set(self.clients):
-                self.clients[name].key = current.key
-            self.ledger.save(self.state)
+            self._note_holders(current)
         if current.stage is Stage.DONE:
             self._apply(current)
             self.attempts = 0
@@ -360,6 +342,17 @@ class Run:
         short = sum(bool(c.ready) for c in self.clients.values()) < settings.min_clients
         self.gather_until = now + (settings.gather_seconds if short else 0)
         return out + self._maybe_start(now)
+
+    def _note_holders(self, current: EncryptedRound) -> None:
+        for name in current.plan.cohort:
+            if client := self.clients.get(name):
+                client.key = current.key if name in current.holders else client.key
+                if name in current.faults:  # whatever went wrong there: it is given the key again
+                    client.key = NO_KEY
+        if current.burnt:
+            self.state.key = NO_KEY
+        if current.burnt or not current.keyed:
+            self.unfit.add(current.plan.maker)
 
     def _apply(self, done: Round) -> None:
         state = self.state

@@ -95,6 +95,7 @@ class Store:
             maker=body["maker"],
             election=body["election"],
             key=bytes.fromhex(body["key"]),
+            keys=tuple(bytes.fromhex(key) for key in body["keys"]),
         )
         if state.tensors:
             rounds = json.loads((self.folder / "server.json").read_text())["rounds"]
@@ -130,6 +131,7 @@ class Store:
             "maker": state.maker,
             "election": state.election,
             "key": state.key.hex(),
+            "keys": [key.hex() for key in state.keys],
             "sealed": bool(state.sealed),
         }
         with self._db:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ import pytest
 import tenseal.sealapi as seal
 from rounds import OPEN, float_sum, identity, make_encrypted_plan, make_parties, make_updates
 
+from secure_fedprompt.clients import participant
 from secure_fedprompt.clients.cohort_key import CohortKey
 from secure_fedprompt.clients.state import Party
 from secure_fedprompt.protocol import errors, homomorphic
@@ -20,8 +21,8 @@ from secure_fedprompt.protocol.expand import Purpose
 from secure_fedprompt.protocol.layout import TensorSpec
 from secure_fedprompt.protocol.messages import CATALOGUE
 from secure_fedprompt.protocol.plan import NO_KEY, RoundPlan
-from secure_fedprompt.server.coordinator import Stage
-from secure_fedprompt.server.encrypted import EncryptedRound
+from secure_fedprompt.server.coordinator import Deadlines, Stage
+from secure_fedprompt.server.encrypted import EncryptedRound, make_round
 from secure_fedprompt.simulate import NEXT_PROMPT, Outcome, run_round
 
 SCHEMES = homomorphic.SCHEMES
@@ -259,6 +260,49 @@ def test_a_second_key_in_one_election_is_refused() -> None:
     assert plan.key.hex()[:16] in outcome.round.faults["c001"]
 
 
+def test_a_key_that_the_server_was_shown_is_burnt() -> None:
+    outcome = with_grant(GRANTS["secret key in the context"][0])
+    assert isinstance(outcome.round, EncryptedRound)
+    assert outcome.round.burnt
+    assert not outcome.round.keyed
+
+
+def test_a_client_that_withdraws_while_others_get_the_key_is_not_waited_for() -> None:
+    plan, parties = keyed(5)
+    parties["c003"] = make_parties(5, seed="again")["c003"]
+    plan = dataclasses.replace(plan, grants=("c003",))
+    run_keys = {name: party.ready(plan.run) for name, party in parties.items()}
+    server = make_round(plan, b"", parties["c001"].roster, Deadlines(1, 900), run_keys)
+    server.start(0.0)
+    server.on("c002", m.Withdraw(plan.run, plan.round, "SealError", ""), 0.0)
+    assert server.stage is Stage.KEYING
+    assert "c002" in server.faults
+    assert not server.involves("c002")
+    assert server.lost("c004", 0.0) == []
+    state, _ = participant.start(parties["c001"], plan)
+    _, replies = state.on(m.KeyRequest(plan.run, plan.round, (run_keys["c003"],)))
+    server.on("c001", replies[0], 0.0)
+    assert server.stage is Stage.COLLECTING
+    assert server.waiting == {"c001", "c003", "c005"}
+
+
+def test_early_uploads_are_kept_only_from_holders() -> None:
+    plan, parties = keyed(4)
+    plan = dataclasses.replace(plan, grants=("c003",))
+    run_keys = {name: party.ready(plan.run) for name, party in parties.items()}
+    server = make_round(plan, b"", parties["c001"].roster, Deadlines(1, 900), run_keys)
+    assert isinstance(server, EncryptedRound)
+    server.start(0.0)
+    upload = m.CipherUpload(plan.run, plan.round, plan.key, (b"x",), bytes(64))
+    for sender, message in (
+        ("c003", upload), ("outsider", upload), ("c002", dataclasses.replace(upload, round=1)),
+    ):  # fmt: skip
+        server.on(sender, message, 0.0)
+    assert not server._early
+    server.on("c002", upload, 0.0)
+    assert set(server._early) == {"c002"}
+
+
 # -- clients refuse ------------------------------------------------------------------------------
 
 
@@ -299,7 +343,7 @@ CLIENTS: dict[str, tuple[str, type, dict[str, Any], type[Exception]]] = {
     "swapped ciphertexts": ("c002", m.CipherSum, {"ciphertexts": lambda s: s.ciphertexts[::-1]}, errors.DecryptionError),
     "truncated sum": ("c002", m.CipherSum, {"ciphertexts": lambda s: s.ciphertexts[:1]}, errors.CiphertextError),
     "cut ciphertext": ("c002", m.CipherSum, {"ciphertexts": lambda s: (s.ciphertexts[0], s.ciphertexts[1][:-9])}, errors.CiphertextError),
-    "unsealed too early": ("c002", m.SealedRequest, {"round": 0}, errors.ReplayError),
+    "request of an earlier round": ("c002", m.SealedRequest, {"round": 0}, errors.ReplayError),
 }  # fmt: skip
 
 
@@ -390,6 +434,23 @@ def test_policies_limit_schemes_survivors_and_makers() -> None:
 # -- what the server could do with what it saw -----------------------------------------------------
 
 
+def every_byte(thing: Any, seen: set[int]) -> Iterator[bytes]:
+    """All bytes that can be reached from an object of the server."""
+    if id(thing) in seen:
+        return
+    seen.add(id(thing))
+    if isinstance(thing, bytes | memoryview | np.ndarray):
+        yield bytes(thing)
+    elif isinstance(thing, dict):
+        for item in [*thing.keys(), *thing.values()]:
+            yield from every_byte(item, seen)
+    elif isinstance(thing, list | tuple | set | frozenset):
+        for item in thing:
+            yield from every_byte(item, seen)
+    elif hasattr(thing, "__dict__"):
+        yield from every_byte(vars(thing), seen)
+
+
 @pytest.mark.parametrize("protection", SCHEMES)
 def test_the_server_cannot_decrypt_with_every_byte_it_saw(protection: str) -> None:
     plan = make_encrypted_plan(4, protection)
@@ -408,6 +469,8 @@ def test_the_server_cannot_decrypt_with_every_byte_it_saw(protection: str) -> No
     assert any(words)
     for needle in (held._secret[200:232], held._secret, held.prompt_key, words):
         assert needle not in seen
+    outcome.round.leak = [held._secret]  # type: ignore[attr-defined]
+    assert held._secret in b"".join(every_byte(outcome.round, set()))  # the search looks there
     # Nor does any piece of any frame parse as a key.
     for _, _, frame in outcome.frames:
         message = CATALOGUE.decode(frame)

@@ -59,11 +59,12 @@ def test_a_run_averages_as_under_masks_and_the_server_holds_no_prompt(
     assert (world.run.state.prompt == 0.5).all()  # the public start
 
 
-def lose_before(world: World, who: str, kind: type, number: int) -> None:
+def lose_before(world: World, who: str, kind: type, after: int) -> None:
+    """Lose a client before its first frame of a kind in a round later than ``after``."""
     original = world.run.on
 
     def on(sender: str, message: m.Message, now: float) -> Any:
-        if sender == who and isinstance(message, kind) and getattr(message, "round", 0) == number:
+        if sender == who and isinstance(message, kind) and getattr(message, "round", 0) > after:
             world.lost.add(who)
             return []
         return original(sender, message, now)
@@ -75,7 +76,7 @@ def lose_before(world: World, who: str, kind: type, number: int) -> None:
 @pytest.mark.parametrize("who", ["c001", "c003"])
 def test_a_client_lost_at_any_message_costs_nothing(tmp_path: Path, who: str, kind: type) -> None:
     world = world_of(tmp_path)
-    lose_before(world, who, kind, 1)
+    lose_before(world, who, kind, 0)
     world.pump()
     assert world.run.error is None
     rounds = world.store.summary()["rounds"]
@@ -85,7 +86,7 @@ def test_a_client_lost_at_any_message_costs_nothing(tmp_path: Path, who: str, ki
 
 def test_a_maker_lost_before_it_grants_is_replaced(tmp_path: Path) -> None:
     world = world_of(tmp_path)
-    lose_before(world, "c001", m.KeyGrant, 1)
+    lose_before(world, "c001", m.KeyGrant, 0)
     world.pump()
     assert world.run.error is None
     rounds = world.store.summary()["rounds"]
@@ -229,3 +230,149 @@ def test_a_sealed_prompt_that_does_not_open_ends_our_part_in_the_round(tmp_path:
     with pytest.raises(errors.SealError) as refused:
         session.on(m.Plan(forged, bad))
     assert isinstance(session.withdraw(refused.value)[0], m.Withdraw)
+
+
+def restart(world: World) -> None:
+    world.store.close()
+    world.queue.clear()
+    world.clock += 100
+    world.start_server()
+    for name in set(world.sessions) - world.lost:
+        world.reconnect(name)
+
+
+def finished_alike(world: World, clients: int) -> None:
+    assert world.run.error is None
+    assert not world.errors
+    assert len(set(finals(world))) == 1
+    assert len(finals(world)) == clients
+
+
+def test_two_makers_in_a_row_can_be_lost(tmp_path: Path) -> None:
+    world = world_of(tmp_path)
+    world.pump(lambda w, message: isinstance(message, m.RoundEnd) and message.round == 1)
+    world.join("c001")  # without a key: somebody else must make one
+    lose_before(world, "c002", m.KeyGrant, 1)
+    world.pump()
+    assert world.run.state.maker == "c003"
+    finished_alike(world, 3)
+
+
+@pytest.mark.parametrize("kind", [m.KeyGrant, m.KeyBox, m.CipherUpload])
+def test_a_server_restarted_while_a_new_key_spreads_goes_on(tmp_path: Path, kind: type) -> None:
+    world = world_of(tmp_path)
+    world.pump(lambda w, message: isinstance(message, m.RoundEnd) and message.round == 1)
+    world.join("c001")
+    world.pump(lambda w, message: isinstance(message, kind) and message.round == 2)
+    restart(world)
+    world.pump()
+    finished_alike(world, 4)
+
+
+def test_holders_that_go_silent_together_do_not_end_the_run(tmp_path: Path) -> None:
+    world = World(tmp_path, n=6, protection="bfv", alive_seconds=12.0)
+    for name in names(6):
+        world.join(name)
+    world.pump(lambda w, message: isinstance(message, m.RoundEnd) and message.round == 1)
+    world.lost |= {"c001", "c002"}
+    world.join("c006")
+    world.pump()
+    finished_alike(world, 4)
+
+
+def test_a_reconnection_while_the_key_spreads_costs_no_deadline(tmp_path: Path) -> None:
+    world = world_of(tmp_path)
+    world.pump(lambda w, message: isinstance(message, m.RoundEnd) and message.round == 1)
+    world.join("c004")
+    world.pump(lambda w, message: isinstance(message, m.KeyRequest))
+    lost = next(iter(world.queue), None)
+    world.queue = type(world.queue)(q for q in world.queue if "c003" not in q[:2])
+    request = m.KeyRequest  # the popped frame is delivered again by a new plan
+    assert lost is not None or request
+    world.reconnect("c003")
+    world.pump()
+    assert world.clock < 50
+    finished_alike(world, 4)
+
+
+def test_a_client_restarted_after_its_upload_is_given_the_key_again(tmp_path: Path) -> None:
+    world = world_of(tmp_path)
+    seen: list[str] = []
+
+    def until(w: World, message: m.Message) -> bool:
+        seen.append(type(message).__name__)
+        return seen.count("CipherSum") == 1
+
+    world.pump(until)
+    world.join("c004")
+    world.pump()
+    finished_alike(world, 4)
+
+
+def test_a_run_key_of_small_order_or_of_another_is_refused(tmp_path: Path) -> None:
+    import dataclasses
+
+    from rounds import identity
+
+    from secure_fedprompt.protocol.expand import Purpose
+
+    for number, forged in enumerate((bytes(32), None)):
+        world = world_of(tmp_path / str(number))
+        original = world.run.on
+
+        def on(
+            sender: str, message: m.Message, now: float,
+            world: World = world, original: Any = original, forged: bytes | None = forged,
+        ) -> Any:  # fmt: skip
+            if sender == "c004" and isinstance(message, m.Ready):
+                ready = world.run.clients["c001"].ready
+                key = forged if forged is not None else ready.seal_key  # type: ignore[union-attr]
+                message = dataclasses.replace(message, seal_key=key)
+                body = message.body(world.roster.digest)
+                signature = identity("c004").sign(Purpose.RUN_KEY, body)
+                message = dataclasses.replace(message, signature=signature)
+            return original(sender, message, now)
+
+        world.run.on = on  # type: ignore[method-assign]
+        world.pump()
+        assert world.run.error is None
+        assert set(world.errors) == {"c004"}
+
+
+def test_who_comes_after_the_last_key_is_told_so(tmp_path: Path) -> None:
+    world = world_of(tmp_path)
+    world.pump()
+    final = world.run.farewell("c004")[0][1]
+    world.join("c004")
+    session = world.sessions["c004"]
+    with pytest.raises(errors.RunFailedError, match="ended before this client could take part"):
+        session.on(final)
+    session.on(welcome_again(world))
+    with pytest.raises(errors.RunFailedError, match="before this client was given its key"):
+        session.on(final)
+
+
+def welcome_again(world: World) -> m.Welcome:
+    state, settings = world.run.state, world.settings.method_settings().to_bytes()
+    return m.Welcome(state.run, state.server_nonce, state.nonces, settings, 0)
+
+
+def test_figures_of_an_aborted_round_are_not_told(tmp_path: Path) -> None:
+    world = world_of(tmp_path)
+    world.pump(lambda w, message: isinstance(message, m.Opened) and message.round == 1)
+    session = world.sessions["c001"]
+    assert session.history == {}
+    session.on(m.RoundEnd(session.run, 1, "aborted"))
+    assert session.history == {}
+
+
+def test_no_decrypted_number_reaches_the_server(tmp_path: Path) -> None:
+    world = world_of(tmp_path)
+    world.pump(lambda w, message: isinstance(message, m.Plan))
+    session = world.sessions["c002"]
+    world.pump(lambda w, message: isinstance(message, m.CipherUpload))
+    error = errors.DecryptionError("decrypted sum counts 1234567 contributors")
+    (withdrawal,) = session.withdraw(error)
+    assert isinstance(withdrawal, m.Withdraw)
+    assert (withdrawal.error, withdrawal.reason) == ("DecryptionError", "")
+    assert session.leave(error).reason == ""

@@ -172,12 +172,21 @@ def test_choice_and_refusal() -> None:
 
 
 def test_bfv_decrypts_at_its_bound_and_not_far_beyond() -> None:
-    """The noise bound is real: with eight times the plaintext bits per noise bit, sums break."""
-    held = key("bfv", 100)
-    parameters = held.scheme.parameters
-    q = 2**54
-    noise = parameters.clients * (homomorphic.NOISE_BOUND + 1)
-    assert 2 ** (parameters.plain_bits + 1) * noise <= q < 2 ** (parameters.plain_bits + 3) * noise
+    """Copies of one ciphertext add their noise up: as many as planned still decrypt, eight times as
+    many do not. With a smaller noise bound in the choice the first half would fail."""
+    parameters = choose("bfv", 100)
+    held = CohortKey.make(Scheme("bfv", parameters), os.urandom)
+    (one,) = held.encrypt(np.ones(held.scheme.slots, np.int64))
+    evaluator = seal.Evaluator(held.scheme.context)
+
+    def copies(count: int) -> np.ndarray:
+        total = held.scheme.ciphertext(one)
+        for _ in range(count - 1):
+            evaluator.add_inplace(total, held.scheme.ciphertext(one))
+        return held._slots(held.scheme.save(total))
+
+    assert (copies(100) == 100).all()
+    assert not (copies(800) == 800).all()
 
 
 # -- what is refused -----------------------------------------------------------------------------
@@ -222,6 +231,20 @@ def test_other_parameter_sets_counts_and_sizes_are_named() -> None:
         total.add([bytes(40_000)])
     with pytest.raises(errors.CiphertextError):
         held.decrypt(upload(held) * 2, 10, bytes(32))
+
+
+def test_ciphertexts_without_a_random_part_are_refused() -> None:
+    held = key("bfv", 100)
+    (fresh,) = upload(held)
+    total = held.scheme.ciphertext(fresh)
+    minus = seal.Ciphertext()
+    seal.Evaluator(held.scheme.context).negate(total, minus)
+    added = CipherSum(held.scheme, 1)
+    added.add((fresh,))
+    before = added.result()
+    with pytest.raises(errors.CiphertextError):  # cancels the first one
+        added.add((held.scheme.save(minus),))
+    assert added.result() == before
 
 
 def test_an_upload_is_added_whole_or_not_at_all() -> None:

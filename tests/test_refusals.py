@@ -86,7 +86,7 @@ REFUSALS: dict[str, tuple[type, Change, type[Exception], str]] = {
     "altered box": (
         m.Inbox, lambda i: dataclasses.replace(i, boxes=flip(i.boxes)), errors.SealError, "c002",
     ),
-    "swapped boxes": (m.Inbox, swap_boxes, errors.SealError, "do not open"),
+    "swapped boxes": (m.Inbox, swap_boxes, errors.SealError, "does not open"),
     "truncated inbox": (
         m.Inbox, lambda i: dataclasses.replace(i, boxes=i.boxes[:-1]),
         errors.AdvertMismatchError, "inbox of",

@@ -6,11 +6,13 @@ Secure aggregation sees ``uploaded`` and the flat vector; training sees ``parame
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -19,7 +21,9 @@ from secure_fedprompt.protocol.errors import ConfigError
 from secure_fedprompt.protocol.layout import TensorSpec
 from secure_fedprompt.protocol.settings import MethodSettings
 
-Arrays = dict[str, NDArray[np.float32]]
+Array = NDArray[np.float32]
+Arrays = dict[str, Array]
+INIT_STD = 0.02
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,7 @@ class Batch:
     """Labelled images as the method asked for them (``needs``).
 
     Attributes:
-        images: pooled features (B, E) or pixels (B, 3, H, H).
+        images: see ``Method.needs``.
         labels: (B,) class indices.
     """
 
@@ -35,46 +39,117 @@ class Batch:
     labels: Tensor
 
 
-class Method(Protocol):
+class Method(ABC):
     """A prompt method on one client.
 
     Attributes:
         name: as in settings and plans.
-        needs: "features" if the frozen pooled image feature is all it takes (then it is computed
-            once and cached), else "pixels".
+        needs: what the frozen image tower must give, computed once and cached: "features" (B, E)
+            pooled, "patches" (B, M, E), or "tokens" (B, 1 + M, W) before the first layer.
     """
 
-    name: str
-    needs: str
+    name: ClassVar[str]
+    needs: str = "features"
 
+    @abstractmethod
+    def __init__(
+        self, settings: MethodSettings, backbone: Backbone, class_names: Sequence[str]
+    ) -> None: ...
+
+    @abstractmethod
     def parameters(self) -> list[nn.Parameter]:
         """Everything that local training changes."""
 
+    @abstractmethod
     def uploaded(self) -> tuple[TensorSpec, ...]:
         """The tensors that are aggregated."""
 
+    @abstractmethod
     def state(self) -> Arrays:
         """Current values of the uploaded tensors, float32."""
 
-    def load(self, tensors: Mapping[str, NDArray[np.float32]]) -> None:
-        """Start from an aggregate."""
+    @abstractmethod
+    def load(self, tensors: Mapping[str, Array]) -> None:
+        """Take over an aggregate."""
 
+    @abstractmethod
     def loss(self, batch: Batch) -> Tensor:
         """Training loss, a scalar."""
 
+    @abstractmethod
     def logits(self, batch: Batch) -> Tensor:
         """(B, C) for prediction."""
+
+    def begin(self, tensors: Mapping[str, Array], learning_round: int) -> None:
+        """Start a round from the aggregate. The same round may begin again after an abort."""
+        self.load(tensors)
+
+    def contribution(self, rng: np.random.Generator) -> Arrays:
+        """What is uploaded after training: the uploaded tensors, or what the client chooses."""
+        return self.state()
+
+    def private(self) -> Arrays:
+        """What never leaves the client but must survive its restart."""
+        return {}
+
+    def restore(self, arrays: Mapping[str, Array]) -> None:
+        """Inverse of ``private``."""
+        if arrays:
+            raise ConfigError(f"method {self.name!r} keeps nothing, found {sorted(arrays)}")
+
+    def adopt(self, tensors: Mapping[str, Array]) -> None:
+        """Predict with an aggregate alone, as who holds no private part must."""
+        self.load(tensors)
+
+
+def parameter(values: Array, backbone: Backbone) -> nn.Parameter:
+    """A trainable tensor on the model's device."""
+    return nn.Parameter(torch.from_numpy(np.array(values)).to(backbone.device, torch.float32))
+
+
+def array(tensor: Tensor) -> Array:
+    values: Array = tensor.detach().float().cpu().numpy().copy()
+    return values
+
+
+@torch.no_grad()
+def put(target: Tensor, values: Array) -> None:
+    """Copy values into a tensor in place: optimisers and captured graphs keep it."""
+    target.copy_(torch.from_numpy(np.array(values)))
+
+
+def initial_context(settings: MethodSettings, backbone: Backbone) -> Array:
+    """(n_ctx, W): from words, or N(0, 0.02) drawn by numpy so that every machine gets the same.
+
+    Raises:
+        ConfigError: the words are not n_ctx tokens.
+    """
+    if not settings.init:
+        rng = np.random.default_rng(settings.seed)
+        shape = (settings.n_ctx, backbone.width)
+        return (rng.standard_normal(shape) * INIT_STD).astype(np.float32)
+    ids = backbone.words(settings.init)
+    if len(ids) != settings.n_ctx:
+        raise ConfigError(
+            f"init = {settings.init!r} has {len(ids)} tokens, n_ctx is {settings.n_ctx}: "
+            f"set n_ctx = {len(ids)}"
+        )
+    return array(backbone.embed(ids))
 
 
 def build(settings: MethodSettings, backbone: Backbone, class_names: Sequence[str]) -> Method:
     """The method that the settings name.
 
     Raises:
-        ConfigError: there is no such method.
+        ConfigError: there is no such method, or it cannot run with these settings.
+        ModelError: it cannot run on this model.
     """
+    from secure_fedprompt.clients.methods.fedmgp import FedMGP
+    from secure_fedprompt.clients.methods.fedotp import FedOTP
     from secure_fedprompt.clients.methods.promptfl import PromptFL
 
-    methods = {PromptFL.name: PromptFL}
+    methods: dict[str, type[Method]] = {m.name: m for m in (PromptFL, FedOTP, FedMGP)}
     if settings.method not in methods:
         raise ConfigError(f"method = {settings.method!r}: must be one of {', '.join(methods)}")
+    settings.check()
     return methods[settings.method](settings, backbone, class_names)

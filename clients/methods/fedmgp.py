@@ -1,0 +1,221 @@
+"""FedMGP: several groups of paired text and visual prompts, of which each round shares a few.
+
+Bo, Sun, Wang, Zhang and Li, "FedMGP: Personalized Federated Learning with Multi-Group Text-Visual
+Prompts" (NeurIPS 2025). A client trains m groups, kept apart by a diversity term. In a round it
+sends the s groups whose prompts are closest to the global slots, drawn by softmax(similarity / tau)
+without replacement, text and visual apart. Slot k becomes the mean of what clients sent for it, and
+replaces that group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from secure_fedprompt.clients import vision
+from secure_fedprompt.clients.backbone import Backbone
+from secure_fedprompt.clients.methods.base import (
+    INIT_STD,
+    Array,
+    Arrays,
+    Batch,
+    Method,
+    array,
+    parameter,
+    put,
+)
+from secure_fedprompt.protocol.layout import TensorSpec
+from secure_fedprompt.protocol.settings import MethodSettings
+
+TEMPLATE = "a photo of a"
+_TEXT_NOISE = 0.01
+
+
+class FedMGP(Method):
+    """See the module.
+
+    Attributes:
+        prompts: by modality, (m, l, W) with the text tower's or the image tower's width.
+        slots: by modality, the global (s, l, W).
+        choice: by modality, which group was sent for each slot in ``sent``, a learning round.
+    """
+
+    name = "fedmgp"
+
+    def __init__(
+        self, settings: MethodSettings, backbone: Backbone, class_names: Sequence[str]
+    ) -> None:
+        self.backbone, self.options = backbone, settings.fedmgp
+        o, ids = self.options, backbone.words(TEMPLATE)
+        self.trained = [m for m in ("text", "visual") if o.modality in ("both", _NAMES[m])]
+        self.slot_count = o.groups if o.rule == "all" else o.slots
+        self.prompts: dict[str, nn.Parameter] = {}
+        words = array(backbone.embed(ids))[: o.length]
+        starts = {"text": np.zeros((o.groups, o.length, backbone.width))}
+        if "visual" in self.trained:
+            starts["visual"] = np.zeros((o.groups, o.length, vision.visual_width(backbone)))
+        for group in range(o.groups):
+            rng = np.random.default_rng([settings.seed, group])
+            text = rng.standard_normal((o.length, backbone.width))
+            starts["text"][group] = INIT_STD * text
+            starts["text"][group, : len(words)] = words + _TEXT_NOISE * text[: len(words)]
+            if "visual" in self.trained:
+                shape = starts["visual"][group].shape
+                starts["visual"][group] = INIT_STD * rng.standard_normal(shape)
+        for modality in self.trained:
+            self.prompts[modality] = parameter(starts[modality].astype(np.float32), backbone)
+        shapes = {m: (self.slot_count, *p.shape[1:]) for m, p in self.prompts.items()}
+        self.slots = {m: np.zeros(shape, np.float32) for m, shape in shapes.items()}
+        self.choice: dict[str, NDArray[np.int64]] = {}
+        self.sent = self.learning_round = 0
+        self.needs = "tokens" if "visual" in self.trained else "features"
+        self.tokens = backbone.prompt_tokens(class_names, o.length, behind=ids[o.length :])
+        self._fixed_text = backbone.zero_shot_features(class_names, TEMPLATE)[None]
+
+    # -- rounds ----------------------------------------------------------------------------------
+
+    def parameters(self) -> list[nn.Parameter]:
+        return list(self.prompts.values())
+
+    def uploaded(self) -> tuple[TensorSpec, ...]:
+        return tuple(TensorSpec(m, tuple(slots.shape)) for m, slots in self.slots.items())
+
+    def state(self) -> Arrays:
+        return {m: slots.copy() for m, slots in self.slots.items()}
+
+    def load(self, tensors: Mapping[str, Array]) -> None:
+        for modality in self.slots:
+            self.slots[modality] = np.array(tensors[modality], np.float32)
+
+    def adopt(self, tensors: Mapping[str, Array]) -> None:
+        self.load(tensors)
+        self.prompts = {m: parameter(slots, self.backbone) for m, slots in self.slots.items()}
+
+    def begin(self, tensors: Mapping[str, Array], learning_round: int) -> None:
+        self.load(tensors)
+        if self.choice and learning_round > self.sent:
+            for modality, chosen in self.choice.items():
+                rows = torch.from_numpy(chosen).to(self.prompts[modality].device)
+                filled = torch.from_numpy(self.slots[modality]).to(rows.device)
+                with torch.no_grad():
+                    self.prompts[modality][rows] = filled
+        self.choice, self.learning_round = {}, learning_round
+
+    def contribution(self, rng: np.random.Generator) -> Arrays:
+        """Choose, remember the choice, and return the chosen prompts in slot order."""
+        o, first = self.options, None
+        for modality, prompts in self.prompts.items():
+            groups = array(prompts)
+            if o.rule in ("fixed", "all"):
+                chosen = np.arange(self.slot_count)
+            elif o.rule == "random" or self.learning_round == 1:
+                chosen = rng.permutation(o.groups)[: self.slot_count]
+                chosen = chosen if first is None else first  # the same for text and visual
+            else:
+                keys = selection_keys(groups, self.slots[modality], o.tau, rng)
+                chosen = np.argsort(-keys, kind="stable")[: self.slot_count]
+            first = chosen if first is None else first
+            self.choice[modality] = chosen
+        self.sent = self.learning_round
+        return {m: array(self.prompts[m])[chosen] for m, chosen in self.choice.items()}
+
+    def private(self) -> Arrays:
+        kept = {f"groups.{m}": array(p) for m, p in self.prompts.items()}
+        kept |= {f"choice.{m}": c.astype(np.float32) for m, c in self.choice.items()}
+        return {**kept, "sent": np.array([self.sent], np.float32)}
+
+    def restore(self, arrays: Mapping[str, Array]) -> None:
+        for modality, prompts in self.prompts.items():
+            put(prompts, arrays[f"groups.{modality}"])
+        found = {m: arrays[f"choice.{m}"] for m in self.prompts if f"choice.{m}" in arrays}
+        self.choice = {m: c.astype(np.int64) for m, c in found.items()}
+        self.sent = int(arrays["sent"][0])
+
+    # -- features --------------------------------------------------------------------------------
+
+    def features(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Text (m or 1, C, E) and image (m or 1, B, E) features, normalised."""
+        text, images = self._fixed_text, batch.images[None]
+        if "text" in self.prompts:
+            text = self.backbone.text_features(self.prompts["text"], self.tokens)
+        if "visual" in self.prompts:
+            images = vision.prompted_features(self.backbone, batch.images, self.prompts["visual"])
+        return text, images
+
+    def group_logits(self, text: Tensor, images: Tensor) -> Tensor:
+        """(m, B, C)."""
+        return self.backbone.scale * images @ text.transpose(1, 2)
+
+    def loss(self, batch: Batch) -> Tensor:
+        text, images = self.features(batch)
+        logits = self.group_logits(text, images)
+        labels = batch.labels.expand(len(logits), -1)
+        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        o = self.options
+        if not o.diversity_weight or o.groups == 1:
+            return loss
+        terms = [
+            likeness(features, o.diversity, o.compat)
+            for modality, features in (("text", text), ("visual", images))
+            if modality in self.prompts
+        ]
+        return loss + o.diversity_weight * sum(terms) / len(terms)
+
+    def logits(self, batch: Batch) -> Tensor:
+        text, images = self.features(batch)
+        if self.options.inference == "feature":
+            text = F.normalize(text.mean(0, keepdim=True), dim=-1)
+            images = F.normalize(images.mean(0, keepdim=True), dim=-1)
+        logits = self.group_logits(text, images)
+        match self.options.inference:
+            case "single":
+                return logits[0]
+            case "max":
+                best = logits.amax(2).argmax(0)  # (B,)
+                return logits[best, torch.arange(logits.shape[1], device=best.device)]
+        return logits.mean(0)
+
+
+_NAMES = {"text": "text", "visual": "vision"}
+
+
+def likeness(features: Tensor, kind: str, compat: str = "") -> Tensor:
+    """How alike groups are, to be minimised: mean over pairs of groups and over rows.
+
+    Args:
+        features: normalised, (m, R, E), m >= 2.
+        kind: "cosine" similarity, or the negated "l1" or "l2" distance.
+        compat: "released" for |1 - cosine| and the plain distances, as the released code minimises
+            them: small where groups are alike.
+    """
+    groups, rows, _ = features.shape
+    pairs = groups * (groups - 1)
+    if kind == "l1":
+        distance = torch.cdist(features.transpose(0, 1), features.transpose(0, 1), p=1)
+        mean = distance.sum() / (pairs * rows)
+        return mean if compat else -mean
+    # Sum over i != j of <f_i, f_j> is |sum f|^2 - m for unit vectors: no gram matrix.
+    if kind == "cosine":
+        cosine = (features.sum(0).square().sum(-1) - groups).mean() / pairs
+        return (1 - cosine).abs() if compat else cosine
+    gram = torch.einsum("ire,jre->rij", features, features)
+    off = ~torch.eye(groups, dtype=torch.bool, device=features.device)
+    mean = (2 - 2 * gram[:, off]).clamp(min=1e-12).sqrt().mean()
+    return mean if compat else -mean
+
+
+def selection_keys(
+    groups: Array, slots: Array, tau: float, rng: np.random.Generator
+) -> NDArray[np.float64]:
+    """(m,) keys whose s largest, in order, are s draws without replacement from
+    softmax(max_r cos(group, slot_r) / tau) (the Gumbel trick; Vieira 2014, Kool et al. 2019)."""
+    a, b = (x.reshape(len(x), -1).astype(np.float64) for x in (groups, slots))
+    norms = np.linalg.norm(a, axis=1)[:, None] * np.linalg.norm(b, axis=1)[None]
+    cosine = (a @ b.T) / np.maximum(norms, 1e-12)
+    keys: NDArray[np.float64] = cosine.max(1) + tau * rng.gumbel(size=len(a))
+    return keys

@@ -1,0 +1,83 @@
+"""FedOTP: a global and a local prompt share an image's patches by optimal transport.
+
+Li et al., "Global and Local Prompts Cooperation via Optimal Transport for Federated Learning"
+(CVPR 2024). Both contexts are trained; the global one is aggregated with weights n_k / sum n, the
+local one never leaves the client.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from secure_fedprompt.clients.backbone import Backbone
+from secure_fedprompt.clients.methods.base import (
+    INIT_STD,
+    Array,
+    Arrays,
+    Batch,
+    Method,
+    array,
+    initial_context,
+    parameter,
+    put,
+)
+from secure_fedprompt.clients.methods.transport import transported_similarity
+from secure_fedprompt.protocol.layout import TensorSpec
+from secure_fedprompt.protocol.settings import MethodSettings
+
+
+class FedOTP(Method):
+    """See the module; ``ctx`` (aggregated) and ``local`` are (1, n_ctx, W)."""
+
+    name = "fedotp"
+    needs = "patches"
+
+    def __init__(
+        self, settings: MethodSettings, backbone: Backbone, class_names: Sequence[str]
+    ) -> None:
+        self.backbone, self.options = backbone, settings.fedotp
+        start = initial_context(settings, backbone)[None]
+        self.ctx = parameter(start, backbone)
+        # Another start than the global prompt's: equal prompts would get equal gradients for ever.
+        noise = np.random.default_rng([settings.seed, 1]).standard_normal(start.shape) * INIT_STD
+        local = noise if not settings.init else start + 0.5 * noise
+        self.local = parameter(local.astype(np.float32), backbone)
+        self.tokens = backbone.prompt_tokens(class_names, settings.n_ctx, settings.position)
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [self.ctx, self.local]
+
+    def uploaded(self) -> tuple[TensorSpec, ...]:
+        return (TensorSpec("ctx", tuple(self.ctx.shape)),)
+
+    def state(self) -> Arrays:
+        return {"ctx": array(self.ctx)}
+
+    def load(self, tensors: Mapping[str, Array]) -> None:
+        put(self.ctx, tensors["ctx"])
+
+    def adopt(self, tensors: Mapping[str, Array]) -> None:
+        self.load(tensors)
+        put(self.local, tensors["ctx"])
+
+    def private(self) -> Arrays:
+        return {"local": array(self.local)}
+
+    def restore(self, arrays: Mapping[str, Array]) -> None:
+        put(self.local, arrays["local"])
+
+    def logits(self, batch: Batch) -> Tensor:
+        text = self.backbone.text_features(torch.cat([self.ctx, self.local]), self.tokens)
+        similarity = torch.einsum("bme,nce->bcmn", batch.images, text)
+        o = self.options
+        return self.backbone.scale * transported_similarity(
+            similarity, mode=o.transport, eps=o.eps, gamma=o.gamma, iterations=o.iterations
+        )
+
+    def loss(self, batch: Batch) -> Tensor:
+        return F.cross_entropy(self.logits(batch), batch.labels)

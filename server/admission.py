@@ -1,0 +1,55 @@
+"""Who may take part in a run: the checks of a client's greeting."""
+
+from __future__ import annotations
+
+from secure_fedprompt.protocol import messages as m
+from secure_fedprompt.protocol.errors import (
+    MismatchError,
+    NotOnRosterError,
+    RosterMismatchError,
+)
+from secure_fedprompt.protocol.roster import Roster
+from secure_fedprompt.protocol.settings import ServerSettings
+from secure_fedprompt.server.planning import RunState
+
+
+def admit(
+    state: RunState, settings: ServerSettings, roster: Roster, sender: str, hello: m.Hello
+) -> None:
+    """Check a greeting against the run; the first one fixes model and classes in ``state``.
+
+    Raises:
+        NotOnRosterError, RosterMismatchError, MismatchError: with both values.
+    """
+    if sender not in {member.name for member in roster.with_role("client")}:
+        raise NotOnRosterError(f"{sender!r} is on the roster, but not as a client")
+    if hello.roster_digest != roster.digest:
+        raise RosterMismatchError(
+            f"roster of {sender} is {hello.roster_digest.hex()[:16]}, the server's is "
+            f"{roster.digest.hex()[:16]}: copy the same roster file to every machine"
+        )
+    if hello.method and hello.method != settings.method:
+        raise MismatchError(
+            f"method of {sender} is {hello.method!r}, the run's is {settings.method!r}"
+        )
+    announced = {
+        "model_fingerprint": (hello.model_fingerprint.hex(), settings.model_fingerprint),
+        "classes_digest": (hello.classes_digest.hex(), settings.classes_digest),
+    }
+    for what, (theirs, pinned) in announced.items():
+        if not theirs.startswith(pinned.lower()):
+            raise MismatchError(f"{what} of {sender} is {theirs[:16]}, the server wants {pinned}")
+    if not state.model_fingerprint:
+        state.model_fingerprint = hello.model_fingerprint
+        state.classes_digest, state.class_count = hello.classes_digest, hello.class_count
+    if hello.model_fingerprint != state.model_fingerprint:
+        raise MismatchError(
+            f"model of {sender} has fingerprint {hello.model_fingerprint.hex()[:16]}, the "
+            f"run's is {state.model_fingerprint.hex()[:16]}: use the same weights everywhere"
+        )
+    if hello.classes_digest != state.classes_digest:
+        raise MismatchError(
+            f"class list of {sender} has {hello.class_count} names and digest "
+            f"{hello.classes_digest.hex()[:16]}, the run's has {state.class_count} and "
+            f"{state.classes_digest.hex()[:16]}: name the same classes in the same order"
+        )
