@@ -215,7 +215,8 @@ class LocalTrainer:
         self.settings = settings
         self.method = build(settings, self.backbone, self.class_names)
         self._initial = self._flattened(self.method.state())
-        self._load_features(self.method.needs)
+        train, _ = self._load_features(self.method.needs)
+        self.method.observe(train.images, train.labels)
 
     def _load_features(self, needs: str) -> tuple[Features, Features]:
         """Decoded and encoded once: without augmentation the frozen tower gives the same again."""
@@ -293,6 +294,8 @@ class LocalTrainer:
         method.begin(self._named(work.base), plan.learning_round)
         self.clipped = 0
         values: Values = {}
+        if method.fine_tunes and not plan.training:
+            self._train(train, [0 if self.seed is None else self.seed, plan.round])
         if any(field.name == lay.SEEN for field in plan.layout):
             guesses, losses = predict(method, test)
             hits = guesses == test.labels.cpu().numpy()
@@ -319,6 +322,8 @@ class LocalTrainer:
         assert self.method is not None
         assert self.settings is not None
         s, method = self.settings, self.method
+        if not method.parameters():
+            return
         rng = np.random.default_rng(None if self.seed is None else seed)
         optimiser = torch.optim.SGD(
             method.parameters(), lr=s.lr, momentum=s.momentum, weight_decay=s.weight_decay

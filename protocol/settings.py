@@ -60,6 +60,27 @@ class FedMGPSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     modality: str = "both"
 
 
+class ComparatorSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Of the methods that PromptFL, FedOTP and FedMGP are compared with.
+
+    Attributes:
+        prox_mu: FedProx, weight of half the squared distance from the global prompt.
+        theta: PromptFolio, share of the local prompt in a text feature.
+        rank: FedPGP, of the local correction of the global prompt.
+        contrast: FedPGP, weight of the contrastive term.
+        cache_weight, cache_sharpness: pFedPrompt, of the local cache's logits.
+        queries: FedTPG, context vectors that are generated.
+    """
+
+    prox_mu: NonNegative = 0.5
+    theta: Annotated[float, Meta(ge=0, le=1)] = 0.2
+    rank: Annotated[int, Meta(ge=1, le=512)] = 8
+    contrast: NonNegative = 1.0
+    cache_weight: NonNegative = 1.0
+    cache_sharpness: Rate = 5.5
+    queries: Annotated[int, Meta(ge=1, le=64)] = 4
+
+
 class MethodSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What every client must train alike. The server sends it; its digest is in every plan.
 
@@ -84,6 +105,7 @@ class MethodSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     seed: Count = 0
     fedotp: FedOTPSettings = FedOTPSettings()
     fedmgp: FedMGPSettings = FedMGPSettings()
+    compare: ComparatorSettings = ComparatorSettings()
 
     def check(self) -> None:
         """Refuse values outside ``CHOICES``, and sizes that contradict each other.

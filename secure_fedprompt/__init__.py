@@ -12,6 +12,8 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "Backbone": "secure_fedprompt.clients.backbone",
+    "FedMGP": "secure_fedprompt.clients.methods.fedmgp",
+    "FedOTP": "secure_fedprompt.clients.methods.fedotp",
     "Identity": "secure_fedprompt.protocol.keys",
     "MethodSettings": "secure_fedprompt.protocol.settings",
     "Policy": "secure_fedprompt.protocol.policy",

@@ -12,6 +12,7 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
+from models import in_double, tiny
 from torch import Tensor
 
 from secure_fedprompt.clients.backbone import Backbone
@@ -31,31 +32,9 @@ def bundled() -> Backbone:
     return Backbone.load("bundled", device="cpu")
 
 
-def in_double(backbone: Backbone) -> Backbone:
-    model = copy.deepcopy(backbone.model).double()
-    return Backbone(model, backbone.tokenizer, backbone.train_transform, backbone.test_transform)
-
-
 @pytest.fixture(scope="module")
 def double(bundled: Backbone) -> Backbone:
     return in_double(bundled)
-
-
-def tiny(custom_text: bool, quick_gelu: bool = False, linear: bool = False) -> Backbone:
-    """A random CLIP of either open_clip class, in float64."""
-    torch.manual_seed(0)
-    vision = open_clip.CLIPVisionCfg(
-        layers=1, width=32, head_width=16, patch_size=16, image_size=32
-    )
-    text = open_clip.CLIPTextCfg(
-        width=48, heads=3, layers=3, proj_type="linear" if linear else None
-    )
-    if not linear:
-        text = open_clip.CLIPTextCfg(width=48, heads=3, layers=3)
-    kind = open_clip.CustomTextCLIP if custom_text else open_clip.CLIP
-    model = kind(24, vision, text, quick_gelu=quick_gelu).double()
-    transform = open_clip.image_transform(32, is_train=False)
-    return Backbone(model, open_clip.get_tokenizer("ViT-B-32"), transform, transform)
 
 
 def reference(backbone: Backbone, ctx: Tensor, position: str) -> Tensor:

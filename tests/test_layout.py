@@ -78,7 +78,8 @@ def test_the_state_machines_know_neither_torch_nor_sockets() -> None:
 
 def test_public_names() -> None:
     assert sorted(secure_fedprompt.__all__) == [
-        "Backbone", "Identity", "MethodSettings", "Policy", "PromptFL", "Roster", "RoundPlan",
+        "Backbone", "FedMGP", "FedOTP", "Identity", "MethodSettings", "Policy", "PromptFL",
+        "Roster", "RoundPlan",
         "SecureFedPromptError", "ServerSettings", "__version__", "run_round",
     ]  # fmt: skip
     for name in secure_fedprompt.__all__:

@@ -6,6 +6,7 @@ Secure aggregation sees ``uploaded`` and the flat vector; training sees ``parame
 
 from __future__ import annotations
 
+import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,22 @@ from secure_fedprompt.protocol.settings import MethodSettings
 Array = NDArray[np.float32]
 Arrays = dict[str, Array]
 INIT_STD = 0.02
+METHODS = {
+    "promptfl": "promptfl:PromptFL",
+    "fedotp": "fedotp:FedOTP",
+    "fedmgp": "fedmgp:FedMGP",
+    "zeroshot": "zeroshot:ZeroShot",
+    "coop": "coop:CoOp",
+    "promptfl-ft": "promptfl_ft:PromptFLFineTuned",
+    "fedprox": "fedprox:FedProx",
+    "fedper": "fedper:FedPer",
+    "promptfolio": "promptfolio:PromptFolio",
+    "fedpgp": "fedpgp:FedPGP",
+    "pfedprompt": "pfedprompt:PFedPrompt",
+    "fedtpg": "fedtpg:FedTPG",
+    "linear": "linear:LinearHead",
+    "linear-scratch": "linear:ScratchHead",
+}
 
 
 @dataclass(frozen=True)
@@ -44,11 +61,13 @@ class Method(ABC):
 
     Attributes:
         name: as in settings and plans.
+        fine_tunes: whether a client trains once more on the last aggregate before it is evaluated.
         needs: what the frozen image tower must give, computed once and cached: "features" (B, E)
             pooled, "patches" (B, M, E), or "tokens" (B, 1 + M, W) before the first layer.
     """
 
     name: ClassVar[str]
+    fine_tunes: ClassVar[bool] = False
     needs: str = "features"
 
     @abstractmethod
@@ -87,6 +106,9 @@ class Method(ABC):
     def contribution(self, rng: np.random.Generator) -> Arrays:
         """What is uploaded after training: the uploaded tensors, or what the client chooses."""
         return self.state()
+
+    def observe(self, images: Tensor, labels: Tensor) -> None:  # noqa: B027
+        """See the client's own training features, once, before the first round."""
 
     def private(self) -> Arrays:
         """What never leaves the client but must survive its restart."""
@@ -144,12 +166,10 @@ def build(settings: MethodSettings, backbone: Backbone, class_names: Sequence[st
         ConfigError: there is no such method, or it cannot run with these settings.
         ModelError: it cannot run on this model.
     """
-    from secure_fedprompt.clients.methods.fedmgp import FedMGP
-    from secure_fedprompt.clients.methods.fedotp import FedOTP
-    from secure_fedprompt.clients.methods.promptfl import PromptFL
-
-    methods: dict[str, type[Method]] = {m.name: m for m in (PromptFL, FedOTP, FedMGP)}
-    if settings.method not in methods:
-        raise ConfigError(f"method = {settings.method!r}: must be one of {', '.join(methods)}")
+    if settings.method not in METHODS:
+        raise ConfigError(f"method = {settings.method!r}: must be one of {', '.join(METHODS)}")
     settings.check()
-    return methods[settings.method](settings, backbone, class_names)
+    module, name = METHODS[settings.method].split(":")
+    found = importlib.import_module(f"secure_fedprompt.clients.methods.{module}")
+    method: type[Method] = getattr(found, name)
+    return method(settings, backbone, class_names)

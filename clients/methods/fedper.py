@@ -1,0 +1,40 @@
+"""PromptFL + FedPer: the first half of the context is shared, the rest stays with its client.
+
+Arivazhagan et al., "Federated Learning with Personalization Layers" (2019), on context tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from secure_fedprompt.clients.methods.base import Array, Arrays, array, put
+from secure_fedprompt.clients.methods.promptfl import PromptFL
+from secure_fedprompt.protocol.layout import TensorSpec
+
+
+class FedPer(PromptFL):
+    name = "fedper"
+
+    @property
+    def shared(self) -> int:
+        """Context tokens that are aggregated: half of them, rounded up."""
+        return -(-self.ctx.shape[1] // 2)
+
+    def uploaded(self) -> tuple[TensorSpec, ...]:
+        return (TensorSpec("ctx", (1, self.shared, self.ctx.shape[2])),)
+
+    def state(self) -> Arrays:
+        return {"ctx": array(self.ctx)[:, : self.shared]}
+
+    def load(self, tensors: Mapping[str, Array]) -> None:
+        own = array(self.ctx)[:, self.shared :]
+        put(self.ctx, np.concatenate([tensors["ctx"], own], 1))
+
+    def private(self) -> Arrays:
+        return {"own": array(self.ctx)[:, self.shared :].copy()}
+
+    def restore(self, arrays: Mapping[str, Array]) -> None:
+        shared = array(self.ctx)[:, : self.shared]
+        put(self.ctx, np.concatenate([shared, arrays["own"]], 1))

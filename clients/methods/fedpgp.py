@@ -1,0 +1,70 @@
+"""FedPGP: a low-rank local correction of the global prompt, kept useful by a contrastive term.
+
+Cui, Li, Wang and Shi, "Harmonizing Generalization and Personalization in Federated Prompt Learning"
+(ICML 2024). ctx = global + U V. The contrastive term holds text features of the global prompt near
+zero-shot CLIP's and away from the personal ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from secure_fedprompt.clients.backbone import Backbone
+from secure_fedprompt.clients.methods.base import (
+    INIT_STD,
+    Array,
+    Arrays,
+    Batch,
+    array,
+    parameter,
+    put,
+)
+from secure_fedprompt.clients.methods.promptfl import PromptFL
+from secure_fedprompt.protocol.settings import MethodSettings
+
+
+class FedPGP(PromptFL):
+    """``left`` (1, n_ctx, r) and ``right`` (1, r, W) stay with the client; left starts at zero."""
+
+    name = "fedpgp"
+
+    def __init__(
+        self, settings: MethodSettings, backbone: Backbone, class_names: Sequence[str]
+    ) -> None:
+        super().__init__(settings, backbone, class_names)
+        rank, (_, n_ctx, width) = settings.compare.rank, self.ctx.shape
+        rng = np.random.default_rng([settings.seed, 2])
+        right = (rng.standard_normal((1, rank, width)) * INIT_STD).astype(np.float32)
+        self.left = parameter(np.zeros((1, n_ctx, rank), np.float32), backbone)
+        self.right = parameter(right, backbone)
+        self.contrast = settings.compare.contrast
+        self._fixed = backbone.zero_shot_features(class_names)
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [self.ctx, self.left, self.right]
+
+    def private(self) -> Arrays:
+        return {"left": array(self.left), "right": array(self.right)}
+
+    def restore(self, arrays: Mapping[str, Array]) -> None:
+        put(self.left, arrays["left"])
+        put(self.right, arrays["right"])
+
+    def _texts(self) -> Tensor:
+        """Global and personal text features, (2, C, E)."""
+        personal = self.ctx + self.left @ self.right
+        return self.backbone.text_features(torch.cat([self.ctx, personal]), self.tokens)
+
+    def logits(self, batch: Batch) -> Tensor:
+        return self.backbone.scale * batch.images @ self._texts()[1].T
+
+    def loss(self, batch: Batch) -> Tensor:
+        shared, personal = self._texts()
+        loss = F.cross_entropy(self.backbone.scale * batch.images @ personal.T, batch.labels)
+        near, far = (shared * self._fixed).sum(-1), (shared * personal).sum(-1)
+        return loss + self.contrast * F.softplus(far - near).mean()

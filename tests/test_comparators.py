@@ -1,0 +1,175 @@
+"""Every method through one door: it trains, uploads what it says, restarts, and joins a round."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from models import tiny
+from rounds import make_parties, make_plan
+
+from secure_fedprompt.clients.backbone import Backbone
+from secure_fedprompt.clients.data import sets
+from secure_fedprompt.clients.methods.base import METHODS, Batch, Method, build
+from secure_fedprompt.clients.session import Work
+from secure_fedprompt.clients.training import LocalTrainer, encode
+from secure_fedprompt.protocol.settings import ComparatorSettings, FedMGPSettings, MethodSettings
+from secure_fedprompt.simulate import run_round
+
+NAMES = ("cat", "dog", "red ring")
+STILL = {"zeroshot", "coop"}  # what they upload never changes
+
+
+def settings_of(name: str, **changes: Any) -> MethodSettings:
+    few = {"fedmgp": FedMGPSettings(groups=2, slots=1)} if name == "fedmgp" else {}
+    base: dict[str, Any] = {"method": name, "n_ctx": 4, "lr": 0.02, "batch_size": 8, **few}
+    return MethodSettings(**{**base, **changes})
+
+
+def make(name: str, backbone: Backbone | None = None, **changes: Any) -> Method:
+    return build(settings_of(name, **changes), backbone or tiny(), NAMES)
+
+
+def batch_for(method: Method, backbone: Backbone, count: int = 6) -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randn(count, 3, 32, 32, dtype=torch.float64, generator=generator)
+    return Batch(encode(backbone, pixels, method.needs), torch.arange(count) % 3)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_state_loads_back_and_gradients_are_right(name: str) -> None:
+    backbone = tiny()
+    method = build(settings_of(name), backbone, NAMES)
+    batch = batch_for(method, backbone)
+    method.observe(batch.images, batch.labels)
+    specs = {t.name: tuple(t.shape) for t in method.uploaded()}
+    state = method.state()
+    assert {k: v.shape for k, v in state.items()} == specs
+    moved = {k: v + 0.01 for k, v in state.items()}
+    method.begin(moved, 2)
+    assert all(np.allclose(method.state()[k], moved[k]) for k in moved) or name == "zeroshot"
+    assert method.logits(batch).shape == (6, 3)
+    if not method.parameters():
+        return
+    for p in method.parameters():
+        p.data = p.data.double()
+    method.loss(batch).backward()
+    for p in method.parameters():  # central differences along a random direction
+        assert p.grad is not None
+        direction = torch.randn_like(p)
+        values = []
+        for step in (1e-6, -1e-6):
+            p.data += step * direction
+            values.append(float(method.loss(batch).detach()))
+            p.data -= step * direction
+        slope = float((p.grad * direction).sum())
+        if name == "fedotp":  # the plan is held fixed, so the slope is another
+            continue
+        assert abs((values[0] - values[1]) / 2e-6 - slope) < 1e-4 * max(1, abs(slope))
+
+
+@pytest.fixture(scope="module")
+def bundled() -> Backbone:
+    return Backbone.load("bundled", device="cpu")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_it_joins_a_masked_round_and_what_it_keeps_survives(name: str, bundled: Backbone) -> None:
+    train, test = sets.generated_sets(6, ["sketch"], 4, 2, 0)
+    trainers = []
+    for seed in range(3):
+        trainer = LocalTrainer(bundled, train, test, seed)
+        trainer.prepare(settings_of(name))
+        trainers.append(trainer)
+    weight = 1 if name == "fedmgp" else 64
+    plan = make_plan(3, tensors=trainers[0].tensors(), max_weight=weight, clip=2.0)
+    work = Work(plan, trainers[0].initial())
+    results = [trainer.run(work) for trainer in trainers]
+    outcome = run_round(plan, make_parties(3), dict(zip(plan.cohort, results, strict=True)))
+    assert outcome.round.result is not None
+    total, weights = outcome.round.result, sum(w for _, w in results)
+    for spec in trainers[0].tensors():
+        expected = sum(w * np.clip(v[spec.name], -2, 2) for v, w in results) / weights
+        assert np.allclose(total[spec.name] / weights, expected, atol=1e-3)
+        assert (np.abs(expected).max() > 1e-6) == (name not in STILL)
+    method = trainers[0].method
+    assert method is not None
+    kept = method.private()
+    other = build(settings_of(name, seed=5), bundled, train.class_names)
+    other.restore(kept)
+    for key, values in other.private().items():
+        assert np.array_equal(values, kept[key])
+    assert not set(kept) & {t.name for t in trainers[0].tensors()}
+
+
+def test_zero_shot_is_the_models_own(bundled: Backbone) -> None:
+    method = build(settings_of("zeroshot"), bundled, NAMES)
+    image = torch.nn.functional.normalize(torch.randn(4, 128), dim=-1)
+    expected = bundled.scale * image @ bundled.zero_shot_features(NAMES).T
+    logits = method.logits(Batch(image, torch.zeros(4, dtype=torch.long)))
+    assert torch.allclose(logits, expected, atol=1e-4)
+
+
+def test_fedprox_pulls_towards_the_global_prompt() -> None:
+    backbone = tiny()
+    far = make("fedprox", backbone, compare=ComparatorSettings(prox_mu=0.5))
+    plain = make("promptfl", backbone)
+    batch = batch_for(far, backbone)
+    far.begin({"ctx": far.state()["ctx"] + 1}, 2)
+    plain.begin(far.state(), 2)
+    assert torch.allclose(far.loss(batch), plain.loss(batch))  # at the global prompt
+    (p,) = far.parameters()
+    p.data += 0.1
+    plain.parameters()[0].data += 0.1
+    gap = far.loss(batch) - plain.loss(batch)
+    assert torch.allclose(gap, torch.tensor(0.25 * 0.01 * p.numel()).double(), rtol=1e-3)
+    slopes = [
+        torch.autograd.grad(m.loss(batch), m.parameters()[0])[0] for m in (far, plain)
+    ]  # a real gradient: mu (p - p_global)
+    assert torch.allclose(slopes[0] - slopes[1], torch.full_like(p, 0.05), atol=1e-4)
+
+
+def test_fedper_shares_half_of_the_tokens() -> None:
+    method = make("fedper")
+    own = method.parameters()[0].detach()[:, 2:].clone()
+    method.begin({"ctx": np.full((1, 2, 48), 7, np.float32)}, 2)
+    ctx = method.parameters()[0].detach()
+    assert (ctx[:, :2] == 7).all()
+    assert torch.equal(ctx[:, 2:], own)
+
+
+def test_coop_ignores_the_aggregate() -> None:
+    method = make("coop")
+    own = method.parameters()[0].detach().clone()
+    method.begin({"ctx": np.full((1, 4, 48), 7, np.float32)}, 2)
+    assert torch.equal(method.parameters()[0], own)
+
+
+def test_pfedprompts_cache_votes_for_the_neighbours_class() -> None:
+    backbone = tiny()
+    method = make("pfedprompt", backbone, compare=ComparatorSettings(cache_weight=1e4))
+    batch = batch_for(method, backbone)
+    before = method.logits(batch)
+    method.observe(batch.images, batch.labels)
+    assert not torch.allclose(method.logits(batch), before)
+    far_apart = torch.eye(24, dtype=torch.float64)[:6]
+    method.observe(far_apart, batch.labels)
+    found = method.logits(Batch(far_apart, batch.labels)).argmax(1)
+    assert (found == batch.labels).all()
+    assert torch.allclose(
+        method.loss(batch), torch.nn.functional.cross_entropy(before, batch.labels)
+    )
+
+
+def test_fine_tuning_happens_before_the_last_evaluation(bundled: Backbone) -> None:
+    train, test = sets.generated_sets(6, ["sketch"], 6, 6, 0)
+    seen = {}
+    for name in ("promptfl", "promptfl-ft"):
+        trainer = LocalTrainer(bundled, train, test, 0)
+        trainer.prepare(settings_of(name, epochs=6))
+        plan = make_plan(3, tensors=trainer.tensors(), learning_round=2)
+        plan = make_plan(3, tensors=(), learning_round=2)
+        seen[name] = float(trainer.run(Work(plan, trainer.initial()))[0]["loss"])
+    assert seen["promptfl-ft"] < seen["promptfl"]
