@@ -58,6 +58,8 @@ def load_sets(settings: DataSettings) -> tuple[ImageSet, ImageSet]:
             settings.dataset, Path(settings.data_root), settings.download, settings.test_share,
             settings.data_seed,
         )  # fmt: skip
+    if settings.classes != "all":
+        train, test = train.half(settings.classes), test.half(settings.classes)
     if len(train.class_names) < 2:
         raise DataError(
             f"data set {settings.dataset} has one class, {train.class_names[0]!r}: "
@@ -78,8 +80,13 @@ def load_shares(settings: DataSettings) -> tuple[ImageSet, ImageSet, list[partit
     match settings.partition:
         case "pathological":
             shares = partitions.pathological(*labels, n, seed)
+        case "overlap":
+            shares = partitions.overlap(*labels, n, seed, settings.rho)
         case "dirichlet":
             shares = partitions.dirichlet(*labels, n, seed, settings.beta)
+        case "domain-dirichlet":
+            both = (train.labels, train.domains), (test.labels, test.domains)
+            shares = partitions.domain_dirichlet(*both, n, seed, settings.beta)
         case "domain":
             shares = partitions.by_domain(train.domains, test.domains, n)
         case _:

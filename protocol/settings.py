@@ -215,7 +215,8 @@ CHOICES = {
     "rule": ("similarity", "fixed", "random", "all"),
     "inference": ("mean", "single", "max", "feature"),
     "modality": ("both", "text", "vision"),
-    "partition": ("iid", "pathological", "dirichlet", "domain"),
+    "partition": ("iid", "pathological", "overlap", "dirichlet", "domain", "domain-dirichlet"),
+    "classes": ("all", "base", "novel"),
     "device": ("auto", "cpu", "cuda"),
     "precision": ("fp32", "bf16", "fp16"),
 }

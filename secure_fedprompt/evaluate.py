@@ -17,19 +17,7 @@ from secure_fedprompt.protocol import command
 from secure_fedprompt.protocol.errors import DataError, PromptFileError
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from secure_fedprompt.prompt_file import PromptFile
-
-
-def macro_f1(labels: NDArray[np.int64], guesses: NDArray[np.int64]) -> float:
-    """Mean F1 over the labels that are present."""
-    scores = []
-    for label in np.unique(labels):
-        hit = np.count_nonzero((labels == label) & (guesses == label))
-        total = np.count_nonzero(labels == label) + np.count_nonzero(guesses == label)
-        scores.append(2 * hit / total)
-    return float(np.mean(scores))
 
 
 def _parse(argv: list[str], prog: str, text: str, examples: str) -> argparse.ArgumentParser:
@@ -81,6 +69,7 @@ def _with(args: argparse.Namespace, body: Body) -> int:
 
 def _evaluate(args: argparse.Namespace, settings: ModelSettings, prompt: PromptFile) -> int:
     from secure_fedprompt.clients.backbone import Backbone
+    from secure_fedprompt.clients.metrics import macro_f1
     from secure_fedprompt.clients.training import Features, load_part
     from secure_fedprompt.clients.training import predict as guess
 

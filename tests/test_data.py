@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from secure_fedprompt.clients import metrics
 from secure_fedprompt.clients.data import generated, partitions, sets
 from secure_fedprompt.clients.data.settings import DataSettings
 from secure_fedprompt.clients.training import load_part, load_sets
@@ -149,6 +150,10 @@ RULES: dict[str, Callable[[np.ndarray, np.ndarray, int, int], list[partitions.Pa
     "pathological": partitions.pathological,
     "dirichlet": lambda a, b, n, s: partitions.dirichlet(a, b, n, s, 0.3),
     "domain": lambda a, b, n, s: partitions.by_domain(a, b, n),
+    "overlap": lambda a, b, n, s: partitions.overlap(a, b, n, s, 0.3),
+    "domain-dirichlet": lambda a, b, n, s: partitions.domain_dirichlet(
+        (a, np.arange(len(a)) % 2), (b, np.arange(len(b)) % 2), n, s, 1.0
+    ),
 }
 
 
@@ -214,3 +219,81 @@ def test_domain_gives_each_client_one_style() -> None:
     assert set(train.domains.tolist()) == {2}
     with pytest.raises(DataError, match="part = 4"):
         load_part(DataSettings(parts=4, part=4))
+
+
+@pytest.mark.parametrize("rho", [0.0, 0.2, 0.5, 1.0])
+def test_overlap_shares_some_classes_and_deals_out_the_rest(rho: float) -> None:
+    labels = np.repeat(np.arange(20), 12)
+    shares = partitions.overlap(labels, labels, 4, 0, rho)
+    own = [set(labels[s.train].tolist()) for s in shares]
+    common = set.intersection(*own)
+    assert len(common) == int(rho * 20)
+    rest = [classes - common for classes in own]
+    assert sum(map(len, rest)) == len(set.union(*own) - common) == 20 - int(rho * 20)
+    for share in shares:
+        assert set(labels[share.test].tolist()) == set(labels[share.train].tolist())
+    with pytest.raises(DataError, match="2 classes beside the shared ones for 4"):
+        partitions.overlap(labels, labels, 4, 0, 0.9)
+
+
+def test_domain_dirichlet_keeps_clients_in_their_domain_and_skews_labels() -> None:
+    labels, domains = np.tile(np.repeat(np.arange(10), 40), 2), np.repeat([0, 1], 400)
+    shares = partitions.domain_dirichlet((labels, domains), (labels, domains), 6, 0, 0.1)
+    largest = []
+    for k, share in enumerate(shares):
+        assert set(domains[share.train].tolist()) == set(domains[share.test].tolist()) == {k % 2}
+        largest.append(np.bincount(labels[share.train]).max() / len(share.train))
+    assert np.mean(largest) > 0.2
+    with pytest.raises(DataError, match="1 clients for 2 domains"):
+        partitions.domain_dirichlet((labels, domains), (labels, domains), 1, 0, 0.1)
+
+
+def test_domain_folders_keep_images_labels_and_domains_together(tmp_path: Path) -> None:
+    """Colours tell class and domain: whatever the names and their order, they stay together."""
+    rng = np.random.default_rng(3)
+    for d, domain in enumerate(("webcam", "amazon", "dslr")):
+        for c, name in enumerate(("mug", "bike")):
+            folder = tmp_path / "office" / domain / name
+            folder.mkdir(parents=True)
+            for stem in rng.permutation(1000)[:6]:
+                pixels = np.full((8, 8, 3), (40 * d, 100 * c, 7), np.uint8)
+                Image.fromarray(pixels).save(folder / f"{stem}.png")
+    train, test = sets.folder_sets(tmp_path / "office", None, 0.34, 0)
+    assert train.domain_names == ("amazon", "dslr", "webcam")
+    assert train.class_names == ("bike", "mug")
+    assert len(test) == 12  # two of six in each class of each domain
+    truth_d, truth_c = {0: "webcam", 1: "amazon", 2: "dslr"}, {0: "mug", 1: "bike"}
+    for part in (train, test, train.subset(rng.permutation(len(train))[:9])):
+        for i in range(len(part)):
+            red, green, _ = part.image(i).getpixel((0, 0))  # type: ignore[misc]
+            assert part.domain_names[part.domains[i]] == truth_d[red // 40]
+            assert part.class_names[part.labels[i]] == truth_c[green // 100]
+    assert len(set(test.domains.tolist())) == 3
+
+
+def test_base_and_novel_halves_split_the_sorted_names() -> None:
+    train, _ = load_sets(DataSettings(generated_classes=9, per_class=2, test_per_class=1))
+    base, novel = (
+        load_sets(DataSettings(generated_classes=9, per_class=2, test_per_class=1, classes=half))
+        for half in ("base", "novel")
+    )
+    names = sorted(train.class_names)
+    assert base[0].class_names == base[1].class_names == tuple(names[:5])
+    assert novel[1].class_names == tuple(names[5:])
+    assert len(base[0]) + len(novel[0]) == len(train)
+    for half in (base, novel):
+        for i in range(0, len(half[0]), 7):
+            name = half[0].class_names[half[0].labels[i]]
+            whole = [j for j in range(len(train)) if train.class_names[train.labels[j]] == name]
+            pixels = np.asarray(half[0].image(i))
+            assert any(np.array_equal(pixels, np.asarray(train.image(j))) for j in whole)
+
+
+def test_figures() -> None:
+    labels, guesses = np.array([0, 0, 1, 1, 2]), np.array([0, 1, 1, 1, 0])
+    assert metrics.accuracy(labels, guesses) == 0.6
+    expected = np.mean([2 * 1 / (2 + 2), 2 * 2 / (2 + 3), 0])
+    assert np.isclose(metrics.macro_f1(labels, guesses), expected)
+    assert np.isclose(metrics.harmonic_mean(0.6, 0.3), 0.4)
+    assert metrics.harmonic_mean(0, 0) == 0
+    assert np.isclose(metrics.combined_mean(0.8, 0.6, 0.3), 0.6)

@@ -60,6 +60,32 @@ def pathological(train: Index, test: Index, parts: int, seed: int) -> list[Part]
     ]
 
 
+def overlap(train: Index, test: Index, parts: int, seed: int, rho: float) -> list[Part]:
+    """floor(rho C) classes are shared, their images dealt out; the rest is disjoint.
+
+    Raises:
+        DataError: fewer disjoint classes than clients.
+    """
+    rng = np.random.default_rng([seed, 6])
+    classes = rng.permutation(np.unique(train))
+    shared, rest = np.split(classes, [int(rho * len(classes))])
+    if len(rest) < parts and rho < 1:
+        raise DataError(
+            f"partition 'overlap': {len(rest)} classes beside the shared ones for {parts} clients: "
+            "use a smaller rho or fewer clients"
+        )
+    owners = []
+    for labels in (train, test):
+        owner = np.empty(len(labels), np.int64)
+        for client, hand in enumerate(np.array_split(rest, parts)):
+            owner[np.isin(labels, hand)] = client
+        for number, label in enumerate(shared):
+            index = rng.permutation(np.flatnonzero(labels == label))
+            owner[index] = (np.arange(len(index)) + number) % parts
+        owners.append(owner)
+    return [Part(*(np.flatnonzero(owner == k) for owner in owners)) for k in range(parts)]
+
+
 def dirichlet(train: Index, test: Index, parts: int, seed: int, beta: float) -> list[Part]:
     """Label shift: each class is spread with proportions ~ Dir(beta), Hsu et al. 2019.
 
@@ -110,3 +136,30 @@ def by_domain(train: Index, test: Index, parts: int) -> list[Part]:
         own = [np.flatnonzero(x == k % domains)[k // domains :: sharers] for x in (train, test)]
         result.append(Part(*own))
     return result
+
+
+def domain_dirichlet(
+    train: tuple[Index, Index], test: tuple[Index, Index], parts: int, seed: int, beta: float
+) -> list[Part]:
+    """Feature and label shift: clients of one domain share it with Dirichlet label proportions.
+
+    Args:
+        train, test: labels and domains.
+
+    Raises:
+        DataError: fewer clients than domains, or too few images.
+    """
+    domains = int(max(train[1].max(initial=0), test[1].max(initial=0))) + 1
+    if parts < domains:
+        raise DataError(
+            f"partition 'domain-dirichlet': {parts} clients for {domains} domains: use more clients"
+        )
+    result: dict[int, Part] = {}
+    for domain in range(domains):
+        clients = list(range(domain, parts, domains))
+        rows = [np.flatnonzero(side[1] == domain) for side in (train, test)]
+        labels = [side[0][own] for side, own in zip((train, test), rows, strict=True)]
+        shares = dirichlet(labels[0], labels[1], len(clients), seed + domain, beta)
+        for client, share in zip(clients, shares, strict=True):
+            result[client] = Part(rows[0][share.train], rows[1][share.test])
+    return [result[k] for k in range(parts)]

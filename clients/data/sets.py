@@ -58,6 +58,20 @@ class ImageSet:
         keys = [self._keys[i] for i in index]
         return replace(self, labels=self.labels[index], domains=self.domains[index], _keys=keys)
 
+    def half(self, which: str) -> ImageSet:
+        """The images of the "base" or "novel" classes, the halves of the sorted names."""
+        names = sorted(self.class_names)
+        cut = -(-len(names) // 2)
+        kept = tuple(names[:cut] if which == "base" else names[cut:])
+        number = {name: i for i, name in enumerate(kept)}
+        rows = np.array(
+            [i for i, label in enumerate(self.labels) if self.class_names[label] in number],
+            np.int64,
+        )
+        part = self.subset(rows)
+        labels = np.array([number[self.class_names[label]] for label in part.labels], np.int64)
+        return replace(part, class_names=kept, labels=labels)
+
 
 def _generated(
     names: tuple[str, ...], styles: tuple[str, ...], per_class: int, seed: int
@@ -130,13 +144,26 @@ def _by_class(source: _Source, inside: str, names: tuple[str, ...] | None) -> Im
     number = {name: i for i, name in enumerate(names)}
     labels = np.array([number[name] for name, _ in rows], np.int64)
     keys = [p for _, p in rows]
-    return ImageSet(names, labels, np.zeros_like(labels), ("all",), keys, source.open)
+    domains, domain_names = _domains(keys)
+    return ImageSet(names, labels, domains, domain_names, keys, source.open)
+
+
+def _domains(keys: list[PurePosixPath]) -> tuple[Index, tuple[str, ...]]:
+    """DOMAIN/CLASS/IMAGE, as DomainNet and Office-Caltech10 are laid out: the folder above the
+    classes, if all images lie equally deep and there are several such folders."""
+    above = [[part for part in p.parts[:-2] if part not in ("train", "test")] for p in keys]
+    names = sorted({parts[-1] for parts in above if parts})
+    if len({len(parts) for parts in above}) != 1 or len(names) < 2:
+        return np.zeros(len(keys), np.int64), ("all",)
+    number = {name: i for i, name in enumerate(names)}
+    return np.array([number[parts[-1]] for parts in above], np.int64), tuple(names)
 
 
 def folder_sets(
     path: Path, names: tuple[str, ...] | None, test_share: float, seed: int
 ) -> tuple[ImageSet, ImageSet]:
-    """Train and test images of a folder or zip file with one folder per class.
+    """Train and test images of a folder or zip file with one folder per class, or one folder per
+    domain with one per class in each.
 
     If there are ``train`` and ``test`` folders above the classes they are used, else
     ``test_share`` of each class is held out by ``seed``.
@@ -154,11 +181,13 @@ def folder_sets(
 
 
 def hold_out(images: ImageSet, share: float, seed: int) -> tuple[ImageSet, ImageSet]:
-    """Split each class: ``round(share * count)`` of its images, at least one of two, are test."""
+    """Split each class of each domain: ``round(share * count)`` of its images, at least one of two,
+    are test."""
     rng = np.random.default_rng([seed, 1])
     test: list[int] = []
-    for label in np.unique(images.labels):
-        index = rng.permutation(np.flatnonzero(images.labels == label))
+    groups = images.domains * len(images.class_names) + images.labels
+    for group in np.unique(groups):
+        index = rng.permutation(np.flatnonzero(groups == group))
         test += index[: max(round(share * len(index)), 1 if len(index) > 1 else 0)].tolist()
     is_test = np.zeros(len(images), bool)
     is_test[test] = True

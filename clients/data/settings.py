@@ -24,9 +24,12 @@ class DataSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         styles: of the generated set, comma-separated.
         generated_classes: how many of its classes.
         per_class, test_per_class: pictures of each class and style of the generated set.
-        partition: how a shared data set is dealt out: iid, pathological, dirichlet or domain.
+        classes: "all", or the "base" or "novel" half of the sorted class names.
+        partition: how a shared data set is dealt out: iid, pathological, overlap, dirichlet, domain
+            or domain-dirichlet.
         part, parts: which of how many shares this client takes; parts = 1 takes everything.
-        beta: concentration of the Dirichlet partition.
+        beta: concentration of the Dirichlet partitions.
+        rho: share of classes that all clients have, partition overlap.
         data_seed: of all these draws.
     """
 
@@ -40,8 +43,10 @@ class DataSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     generated_classes: Positive = 32
     per_class: Positive = 16
     test_per_class: Positive = 8
+    classes: str = "all"
     partition: str = "iid"
     part: Count = 0
     parts: Positive = 1
     beta: Rate = 0.3
+    rho: Annotated[float, Meta(ge=0, le=1)] = 0.2
     data_seed: Count = 0
