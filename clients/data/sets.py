@@ -68,9 +68,13 @@ class ImageSet:
             [i for i, label in enumerate(self.labels) if self.class_names[label] in number],
             np.int64,
         )
-        part = self.subset(rows)
-        labels = np.array([number[self.class_names[label]] for label in part.labels], np.int64)
-        return replace(part, class_names=kept, labels=labels)
+        return self.subset(rows).renamed(kept)
+
+    def renamed(self, names: tuple[str, ...]) -> ImageSet:
+        """The same images under another list of class names, which must hold all of theirs."""
+        number = {name: i for i, name in enumerate(names)}
+        labels = np.array([number[self.class_names[label]] for label in self.labels], np.int64)
+        return replace(self, class_names=names, labels=labels)
 
 
 def _generated(
