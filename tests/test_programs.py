@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -288,8 +289,13 @@ def test_mistakes_are_one_line_and_an_exit_code(federation: Any, tmp_path: Path)
     # The first hello fixes model and classes: bob's comes first.
     f.start(2)
     f.wait_for("server", "bob joined")
-    for extra, code, words in cases:
-        done = python(*alice, *extra)
+
+    def attempt(number: int) -> subprocess.CompletedProcess[str]:
+        return python(*alice, *cases[number][0], "--state-dir", str(tmp_path / f"state{number}"))
+
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(attempt, range(len(cases))))
+    for (extra, code, words), done in zip(cases, results, strict=True):
         last = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else done.stdout
         assert done.returncode == code, (extra, done.stdout, done.stderr)
         assert words in last, (extra, last)
