@@ -51,7 +51,8 @@ QUIET = lambda *_: None  # noqa: E731
 
 def cases(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Settings by the name in the table."""
-    context = {"n_ctx": 16, "lr": args.lr, "epochs": args.epochs, "batch_size": 32}
+    words = {"n_ctx": 4, "init": "a photo of a"} if args.start == "words" else {"n_ctx": 16}
+    context = {**words, "lr": args.lr, "epochs": args.epochs, "batch_size": 32}
     groups = {"method": "fedmgp", "weights": "uniform", "lr": args.group_lr, "epochs": 2,
               "batch_size": 8}  # fmt: skip
     if args.ablation:
@@ -201,6 +202,10 @@ def main() -> int:
     parser.add_argument("--shots", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=5, help="of the context methods")
+    parser.add_argument(
+        "--start", choices=("random", "words"), default="random",
+        help="of the context methods: 16 random tokens, or four: a photo of a",
+    )  # fmt: skip
     parser.add_argument("--lr", type=float, default=0.002, help="of the context methods")
     parser.add_argument("--group-lr", type=float, default=0.002, help="of FedMGP")
     parser.add_argument("--eps", type=float, default=0.01)
@@ -212,7 +217,7 @@ def main() -> int:
         "clients": CLIENTS, "dataset": Path(args.dataset).name, "model": Path(args.model).name,
         "classes": 0 if args.full else args.classes, "shots": 16 if args.full else args.shots,
         "rounds": 10 if args.full else args.rounds, "epochs": args.epochs, "lr": args.lr,
-        "group_lr": args.group_lr, "eps": args.eps, "seeds": args.seeds,
+        "start": args.start, "group_lr": args.group_lr, "eps": args.eps, "seeds": args.seeds,
     }  # fmt: skip
     print(json.dumps(protocol))
     rows = list(rows_of(Bench(args), args))

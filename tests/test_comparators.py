@@ -104,6 +104,22 @@ def test_it_joins_a_masked_round_and_what_it_keeps_survives(name: str, bundled: 
     assert not set(kept) & {t.name for t in trainers[0].tensors()}
 
 
+@pytest.mark.parametrize("name", sorted(STILL))
+def test_who_shares_nothing_can_do_so_in_every_round(name: str, bundled: Backbone) -> None:
+    train, test = sets.generated_sets(6, ["sketch"], 4, 2, 0)
+    trainers = [LocalTrainer(bundled, train, test, seed) for seed in range(3)]
+    for trainer in trainers:
+        trainer.prepare(settings_of(name))
+    parties = make_parties(3)
+    for number in (1, 2):
+        plan = make_plan(3, tensors=trainers[0].tensors(), round=number)
+        work = Work(plan, trainers[0].initial())
+        updates = {n: t.run(work) for n, t in zip(plan.cohort, trainers, strict=True)}
+        outcome = run_round(plan, parties, updates)
+        assert not outcome.errors
+        assert outcome.round.result is not None
+
+
 def test_zero_shot_is_the_models_own(bundled: Backbone) -> None:
     method = build(settings_of("zeroshot"), bundled, NAMES)
     image = torch.nn.functional.normalize(torch.randn(4, 128), dim=-1)

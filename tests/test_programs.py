@@ -404,3 +404,31 @@ def test_encrypted_equals_masked_training_and_only_clients_read_it(
     assert shown.returncode == 2
     assert "sealed" in shown.stderr
     assert "a client's prompt file" in shown.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["fedotp", "fedmgp"])
+def test_the_other_methods_run_as_processes(tmp_path: Path, method: str) -> None:
+    done = python("secure_fedprompt", "demo", "--run-dir", "d", "--rounds", "2", "--method", method,
+                  "--json", "r.json", cwd=tmp_path)  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert result["accuracy_after"] > result["accuracy_before"] + 0.05
+    (kept,) = (tmp_path / "d/bob/state").glob("private-*.safetensors")
+    own = load_file(kept)
+    (path,) = (tmp_path / "d/bob/state").glob("prompt-*.safetensors")
+    prompt = load_file(path)
+    sent = load_file(tmp_path / "d/server/run/prompts/global-0002.safetensors")
+    assert not set(own) & set(sent)
+    for name, values in own.items():  # nothing private reached the server's folder
+        data = values.tobytes()
+        if values.size > 10:
+            assert data not in b"".join(
+                p.read_bytes() for p in (tmp_path / "d/server").rglob("*") if p.is_file()
+            )
+        assert f"private.{name}" in prompt or "choice" in name  # used up by the final slots
+    for where in (path, tmp_path / "d/server/run"):
+        shown = python("secure_fedprompt", "evaluate", str(where), "--styles", "poster,sketch",
+                       "--json", "e.json", cwd=tmp_path)  # fmt: skip
+        assert shown.returncode == 0, shown.stderr
+        assert json.loads((tmp_path / "e.json").read_text())["accuracy"] > 0.2
