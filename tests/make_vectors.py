@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from rounds import make_parties, make_plan, make_updates
 
 from secure_fedprompt.protocol import messages as m
+from secure_fedprompt.protocol.codec import VERSION
 from secure_fedprompt.protocol.messages import CATALOGUE
 from secure_fedprompt.protocol.plan import RoundPlan
 from secure_fedprompt.server.coordinator import Stage
@@ -60,8 +61,8 @@ BAD: dict[str, tuple[type, Callable[[Any], Any], str]] = {
         "SealError"),
     "truncated": (m.Adverts, lambda a: CATALOGUE.encode(a)[:-1], "TruncatedError"),
     "trailing_bytes": (m.Adverts, lambda a: CATALOGUE.encode(a) + b"\0", "TrailingBytesError"),
-    "unknown_version": (m.Adverts, lambda a: b"\x02" + CATALOGUE.encode(a)[1:], "UnknownVersionError"),
-    "unknown_type": (m.Adverts, lambda a: b"\x01\xff" + CATALOGUE.encode(a)[2:], "UnknownTypeError"),
+    "unknown_version": (m.Adverts, lambda a: b"\xfe" + CATALOGUE.encode(a)[1:], "UnknownVersionError"),
+    "unknown_type": (m.Adverts, lambda a: bytes((VERSION, 0xFF)) + CATALOGUE.encode(a)[2:], "UnknownTypeError"),
 }  # fmt: skip
 
 

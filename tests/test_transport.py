@@ -29,6 +29,7 @@ from secure_fedprompt.clients.link import CurveLink
 from secure_fedprompt.clients.state import Ready, State
 from secure_fedprompt.protocol import errors
 from secure_fedprompt.protocol import messages as m
+from secure_fedprompt.protocol.codec import VERSION
 from secure_fedprompt.protocol.keys import Identity
 from secure_fedprompt.server.coordinator import Deadlines, Stage
 from secure_fedprompt.server.encrypted import make_round
@@ -127,7 +128,7 @@ def test_malformed_frames_are_reported_with_their_sender(
 ) -> None:
     link = connect(identity("c003"))
     link.connect()
-    link._socket.send(b"\x01\xffgarbage")
+    link._socket.send(bytes((VERSION, 0xFF)) + b"garbage")
     ((sender, message),) = collect(hub, 1)
     assert sender == "c003"
     assert isinstance(message, m.Leave)
