@@ -20,8 +20,6 @@ from secure_fedprompt.protocol.errors import (
     DecryptionError,
     KeyMismatchError,
     ReplayError,
-    SurvivorError,
-    ThresholdError,
 )
 from secure_fedprompt.protocol.expand import Purpose, derive, digest
 from secure_fedprompt.protocol.keys import agree, seal, unseal, verify
@@ -151,12 +149,7 @@ class Sent(State):
 
     def _on_CipherSum(self, message: m.CipherSum) -> Step:
         plan, party, survivors = self.plan, self.party, message.survivors
-        if list(survivors) != sorted(set(survivors)) or not set(survivors) <= set(plan.cohort):
-            raise SurvivorError("survivor list is doubled, unsorted or from outside the cohort")
-        if party.name not in survivors:
-            raise SurvivorError(f"survivor list leaves out {party.name!r}, who uploaded")
-        if len(survivors) < plan.quorum:
-            raise ThresholdError(f"{len(survivors)} survivors, quorum is {plan.quorum}")
+        self.check_survivors(survivors)
         party.policy.check_survivors(survivors, party.journal.survivor_lists(plan.run))
         party.journal.record_survivors(plan.run, plan.round, survivors)
         packing = _packing(plan, self.key)

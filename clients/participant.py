@@ -190,12 +190,7 @@ class Uploaded(State):
 
     def _on_SurvivorList(self, message: m.SurvivorList) -> Step:
         plan, party, survivors = self.plan, self.party, message.survivors
-        if list(survivors) != sorted(set(survivors)) or not set(survivors) <= set(plan.cohort):
-            raise SurvivorError("survivor list is doubled, unsorted or from outside the cohort")
-        if party.name not in survivors:
-            raise SurvivorError(f"survivor list leaves out {party.name!r}, who uploaded")
-        if len(survivors) < plan.quorum:
-            raise ThresholdError(f"{len(survivors)} survivors, quorum is {plan.quorum}")
+        self.check_survivors(survivors)
         near = set(masking.neighbourhoods(plan)[party.name])
         if strangers := (set(survivors) & near) - set(self.shares):
             raise SurvivorError(

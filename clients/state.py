@@ -12,7 +12,12 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from secure_fedprompt.protocol import fixedpoint
 from secure_fedprompt.protocol import messages as m
-from secure_fedprompt.protocol.errors import ReplayError, UnexpectedMessageError
+from secure_fedprompt.protocol.errors import (
+    ReplayError,
+    SurvivorError,
+    ThresholdError,
+    UnexpectedMessageError,
+)
 from secure_fedprompt.protocol.expand import Purpose
 from secure_fedprompt.protocol.keys import Identity
 from secure_fedprompt.protocol.layout import CONTRIBUTORS, WEIGHT, Values, Vector
@@ -101,6 +106,20 @@ class State:
             raise UnexpectedMessageError(f"{kind} is out of place in state {here} of {self}")
         step: Step = handler(message)
         return step
+
+    def check_survivors(self, survivors: tuple[str, ...]) -> None:
+        """Refuse a list that is not one of this cohort with us in it, or too short.
+
+        Raises:
+            SurvivorError, ThresholdError
+        """
+        plan, own = self.plan, self.party.name
+        if list(survivors) != sorted(set(survivors)) or not set(survivors) <= set(plan.cohort):
+            raise SurvivorError("survivor list is doubled, unsorted or from outside the cohort")
+        if own not in survivors:
+            raise SurvivorError(f"survivor list leaves out {own!r}, who uploaded")
+        if len(survivors) < plan.quorum:
+            raise ThresholdError(f"{len(survivors)} survivors, quorum is {plan.quorum}")
 
     def __repr__(self) -> str:
         return f"round {self.plan.round} of run {self.plan.run.hex()[:8]}"
