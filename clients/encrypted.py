@@ -45,9 +45,8 @@ def begin(party: Party, plan: RoundPlan) -> State:
     if held is None or held.digest != plan.key:
         ours = held.digest.hex()[:16] if held else "none"
         raise KeyMismatchError(f"plan is under cohort key {plan.key.hex()[:16]}, we hold {ours}")
-    return Granting(party, plan, held) if plan.grants and party.name == plan.maker else (
-        EncryptedReady(party, plan, held)
-    )  # fmt: skip
+    grants = plan.grants and party.name == plan.maker
+    return Granting(party, plan, held) if grants else EncryptedReady(party, plan, held)
 
 
 def _check_run_key(party: Party, plan: RoundPlan, ready: m.Ready, name: str) -> None:

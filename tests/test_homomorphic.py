@@ -245,6 +245,10 @@ def test_ciphertexts_without_a_random_part_are_refused() -> None:
     with pytest.raises(errors.CiphertextError):  # cancels the first one
         added.add((held.scheme.save(minus),))
     assert added.result() == before
+    empty = seal.Ciphertext()
+    empty.resize(held.scheme.context, 2)
+    with pytest.raises(errors.CiphertextError, match="without a random part"):
+        CipherSum(held.scheme, 1).add((held.scheme.save(empty),))
 
 
 def test_an_upload_is_added_whole_or_not_at_all() -> None:
