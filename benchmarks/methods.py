@@ -52,7 +52,7 @@ QUIET = lambda *_: None  # noqa: E731
 def cases(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Settings by the name in the table."""
     words = {"n_ctx": 4, "init": "a photo of a"} if args.start == "words" else {"n_ctx": 16}
-    context = {**words, "lr": args.lr, "epochs": args.epochs, "batch_size": 32}
+    context = {**words, "lr": args.lr, "epochs": args.epochs, "batch_size": 8}
     groups = {"method": "fedmgp", "weights": "uniform", "lr": args.group_lr, "epochs": 2,
               "batch_size": 8}  # fmt: skip
     if args.ablation:
@@ -72,7 +72,7 @@ def cases(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     }
     for transport in ("unbalanced", "classical", "average"):
         table[f"FedOTP {transport}"] = {
-            **context, "method": "fedotp",
+            **context, "method": "fedotp", "lr": args.transport_lr,
             "fedotp": FedOTPSettings(transport=transport, eps=args.eps),
         }  # fmt: skip
     table["FedMGP"] = groups
@@ -129,7 +129,7 @@ class Bench:
         trainers = {
             f"client{k:03d}": LocalTrainer(
                 self.backbone, train.subset(s.train), test.subset(s.test), seed,
-                features=(own.subset(s.train), tests.subset(s.test)),
+                features=(own.subset(s.train), tests.subset(s.test)), seat=(k, CLIENTS),
             )
             for k, s in enumerate(shares)
         }  # fmt: skip
@@ -168,12 +168,13 @@ class Bench:
 
 def rows_of(bench: Bench, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     splits = ("base/novel",) if args.ablation else ("pathological", "base/novel")
+    splits = tuple(s for s in splits if args.split in (None, s))
     for split in splits:
         for name, settings in cases(args).items():
             if args.only and args.only not in name:
                 continue
             begin, runs = time.monotonic(), []
-            for seed in range(args.seeds):
+            for seed in range(args.first_seed, args.first_seed + args.seeds):
                 runs.append(bench.run(settings, split, seed))
             figures = {
                 k: {"mean": float(np.mean([r[k] for r in runs])),
@@ -207,23 +208,30 @@ def main() -> int:
         help="of the context methods: 16 random tokens, or four: a photo of a",
     )  # fmt: skip
     parser.add_argument("--lr", type=float, default=0.002, help="of the context methods")
+    parser.add_argument("--transport-lr", type=float, default=0.002, help="of FedOTP")
     parser.add_argument("--group-lr", type=float, default=0.002, help="of FedMGP")
     parser.add_argument("--eps", type=float, default=0.01)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first-seed", type=int, default=0, help="another one to choose lr by")
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--split", choices=("pathological", "base/novel"), help="only this one")
     args = parser.parse_args()
-    torch.set_num_threads(2)
+    torch.set_num_threads(args.threads)
     protocol = {
         "clients": CLIENTS, "dataset": Path(args.dataset).name, "model": Path(args.model).name,
         "classes": 0 if args.full else args.classes, "shots": 16 if args.full else args.shots,
         "rounds": 10 if args.full else args.rounds, "epochs": args.epochs, "lr": args.lr,
-        "start": args.start, "group_lr": args.group_lr, "eps": args.eps, "seeds": args.seeds,
+        "start": args.start, "group_lr": args.group_lr, "transport_lr": args.transport_lr,
+        "batch_size": 8, "first_seed": args.first_seed, "eps": args.eps, "seeds": args.seeds,
     }  # fmt: skip
     print(json.dumps(protocol))
-    rows = list(rows_of(Bench(args), args))
-    if args.json:
-        content = {"machine": machine.describe(), "protocol": protocol, "rows": rows}
-        args.json.write_text(json.dumps(content, indent=1) + "\n")
+    rows = []
+    for row in rows_of(Bench(args), args):
+        rows.append(row)
+        if args.json:  # after every row: a long run that is cut keeps what it has
+            content = {"machine": machine.describe(), "protocol": protocol, "rows": rows}
+            args.json.write_text(json.dumps(content, indent=1) + "\n")
     return 0
 
 

@@ -190,6 +190,7 @@ class LocalTrainer:
         augment: train on random crops and flips, encoded anew in every epoch.
         progress: called with what is being done, how far, out of how much.
         features: pooled features of ``train`` and ``test``, if they are known already.
+        seat: this client's place on the roster, and how many clients are on it.
     """
 
     def __init__(
@@ -201,9 +202,10 @@ class LocalTrainer:
         augment: bool = False,
         progress: Progress = lambda what, done, total: None,
         features: tuple[Features, Features] | None = None,
+        seat: tuple[int, int] = (0, 1),
     ) -> None:
         self.backbone, self.progress, self.seed = backbone, progress, seed
-        self.augment = augment
+        self.augment, self.seat = augment, seat
         self.cancelled = threading.Event()
         self.class_names = train.class_names
         self.model_fingerprint = backbone.fingerprint
@@ -221,6 +223,7 @@ class LocalTrainer:
     def prepare(self, settings: MethodSettings) -> None:
         self.settings = settings
         self.method = build(settings, self.backbone, self.class_names)
+        self.method.sit(*self.seat)
         self._initial = self._flattened(self.method.state())
         train, _ = self._load_features(self.method.needs)
         self.method.observe(train.images, train.labels)

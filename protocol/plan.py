@@ -35,6 +35,7 @@ from secure_fedprompt.protocol.layout import Field, total_size
 MAX_COHORT = 4096
 MAX_VALUES = 1 << 25
 PROTECTIONS = ("masks", *SCHEMES, "none")
+UNPROTECTED = ("fedamp",)  # methods whose aggregate holds every update
 NO_SEED = NO_KEY = bytes(32)
 
 
@@ -129,6 +130,11 @@ class RoundPlan:
         if self.protection not in PROTECTIONS:
             raise PlanError(
                 f"protection {self.protection!r} is not one of {', '.join(PROTECTIONS)}"
+            )
+        if self.method in UNPROTECTED and self.protection != "none":
+            raise PlanError(
+                f"method {self.method} shows every client's prompt to the others: protection "
+                f"{self.protection!r} would promise too much, only 'none' is allowed"
             )
         if not 1 <= self.quorum <= n:
             raise PlanError(f"quorum {self.quorum} does not fit a cohort of {n}")

@@ -70,6 +70,9 @@ class ComparatorSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True
         contrast: FedPGP, weight of the contrastive term.
         cache_weight, cache_sharpness: pFedPrompt, of the local cache's logits.
         queries: FedTPG, context vectors that are generated.
+        amp_alpha, amp_sigma: FedAMP, largest share of others in a client's anchor, and the squared
+            distance over which it falls to 1/e; amp_lambda: weight of half the squared distance
+            from the anchor.
     """
 
     prox_mu: NonNegative = 0.5
@@ -79,6 +82,9 @@ class ComparatorSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True
     cache_weight: NonNegative = 1.0
     cache_sharpness: Rate = 5.5
     queries: Annotated[int, Meta(ge=1, le=64)] = 4
+    amp_alpha: Annotated[float, Meta(ge=0, le=1)] = 0.5
+    amp_sigma: Rate = 1.0
+    amp_lambda: NonNegative = 0.5
 
 
 class MethodSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -128,7 +128,9 @@ def take_part(settings: ClientSettings, json_path: str | None) -> int:
         link.connect()
         console.print(f"[bold]{me.name}[/] connected to {settings.server}")
         with Progress(*columns, console=console, transient=True) as progress:
+            names = sorted(member.name for member in roster.with_role("client"))
             trainer = load_trainer(settings, console, progress)
+            trainer.seat = names.index(me.name), len(names)
             trainer.keep = state_dir
             party = Party(me.name, identity, roster, settings.policy, journal, os.urandom)
             session = Session(party, trainer, settings.method)

@@ -109,6 +109,7 @@ def make_trainers(
             max(0, settings.seed),
             settings.augment,
             features=(features[0].subset(share.train), features[1].subset(share.test)),
+            seat=(k, len(shares)),
         )
         for k, share in enumerate(shares)
     }

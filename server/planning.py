@@ -19,6 +19,7 @@ from secure_fedprompt.protocol.plan import (
     MAX_VALUES,
     NO_KEY,
     NO_SEED,
+    UNPROTECTED,
     RoundPlan,
     default_threshold,
 )
@@ -121,6 +122,11 @@ def check_settings(settings: ServerSettings) -> None:
         raise ConfigError(
             f"weights = {settings.weights!r}: {settings.method} averages without weights; "
             "set weights = 'uniform'"
+        )
+    if settings.method in UNPROTECTED and settings.protection != "none":
+        raise ConfigError(
+            f"protection = {settings.protection!r}: {settings.method} shows every client's prompt "
+            "to the others; only 'none' is honest, for comparisons"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,10 +13,18 @@ from rounds import make_parties, make_plan
 
 from secure_fedprompt.clients.backbone import Backbone
 from secure_fedprompt.clients.data import sets
-from secure_fedprompt.clients.methods.base import METHODS, Batch, Method, build
+from secure_fedprompt.clients.methods.base import METHODS, Batch, Method, array, build
+from secure_fedprompt.clients.methods.fedamp import FedAMP
 from secure_fedprompt.clients.session import Work
 from secure_fedprompt.clients.training import LocalTrainer, encode
-from secure_fedprompt.protocol.settings import ComparatorSettings, FedMGPSettings, MethodSettings
+from secure_fedprompt.protocol.errors import ConfigError, PlanError
+from secure_fedprompt.protocol.settings import (
+    ComparatorSettings,
+    FedMGPSettings,
+    MethodSettings,
+    ServerSettings,
+)
+from secure_fedprompt.server.planning import check_settings
 from secure_fedprompt.simulate import run_round
 
 NAMES = ("cat", "dog", "red ring")
@@ -73,6 +82,47 @@ def test_state_loads_back_and_gradients_are_right(name: str) -> None:
 @pytest.fixture(scope="module")
 def bundled() -> Backbone:
     return Backbone.load("bundled", device="cpu")
+
+
+def test_fedamp_draws_clients_to_those_who_are_alike(bundled: Backbone) -> None:
+    """Rows survive weights and an absentee; u_i is the formula."""
+    train, test = sets.generated_sets(6, ["sketch"], 4, 2, 0)
+    trainers = [LocalTrainer(bundled, train, test, k, seat=(k, 4)) for k in range(4)]
+    for k, trainer in enumerate(trainers):
+        trainer.prepare(settings_of("fedamp"))
+        method = trainer.method
+        assert isinstance(method, FedAMP)
+        method.ctx.data += 0.1 * k
+    taking, weights = trainers[:3], (1.0, 2.0, 5.0)
+    uploads = [t.method.contribution(np.random.default_rng(0)) for t in taking if t.method]
+    mean = {
+        key: np.average([u[key] for u in uploads], axis=0, weights=weights).astype(np.float32)
+        for key in ("rows", "present")
+    }
+    prompts = [array(t.method.ctx)[0] for t in trainers if isinstance(t.method, FedAMP)]
+    first, absent = trainers[0].method, trainers[3].method
+    assert isinstance(first, FedAMP)
+    assert isinstance(absent, FedAMP)
+    for method, own in ((first, 0), (absent, 3)):
+        method.begin(mean, 2)
+        others = [j for j in range(3) if j != own]
+        xi = [
+            0.5 / len(others) * np.exp(-np.square(prompts[own] - prompts[j]).sum()) for j in others
+        ]
+        expected = (1 - sum(xi)) * prompts[own] + sum(
+            x * prompts[j] for x, j in zip(xi, others, strict=True)
+        )
+        assert np.allclose(method.anchor[0].numpy(), expected, atol=1e-5)
+    assert not np.allclose(first.anchor[0].numpy(), prompts[0])
+
+
+def test_fedamp_is_refused_under_any_protection() -> None:
+    with pytest.raises(ConfigError, match="protection = 'masks'.*every client's prompt"):
+        check_settings(ServerSettings(method="fedamp"))
+    check_settings(ServerSettings(method="fedamp", protection="none"))
+    plan = replace(make_plan(3), method="fedamp")
+    with pytest.raises(PlanError, match="shows every client's prompt"):
+        plan.check()
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -34,6 +34,7 @@ METHODS = {
     "promptfl-ft": "promptfl_ft:PromptFLFineTuned",
     "fedprox": "fedprox:FedProx",
     "fedper": "fedper:FedPer",
+    "fedamp": "fedamp:FedAMP",
     "promptfolio": "promptfolio:PromptFolio",
     "fedpgp": "fedpgp:FedPGP",
     "pfedprompt": "pfedprompt:PFedPrompt",
@@ -98,6 +99,9 @@ class Method(ABC):
     @abstractmethod
     def logits(self, batch: Batch) -> Tensor:
         """(B, C) for prediction."""
+
+    def sit(self, seat: int, seats: int) -> None:  # noqa: B027
+        """Be told the client's place on the roster, counted from 0, once, before anything else."""
 
     def begin(self, tensors: Mapping[str, Array], learning_round: int) -> None:
         """Start a round from the aggregate. The same round may begin again after an abort."""
