@@ -8,7 +8,8 @@ Every run is a federation of ten clients under masks in one process (the same st
 frames as over sockets). "pathological": disjoint classes; each client is tested on its own test
 images among all classes, and the mean over clients is reported. "base/novel": the first half of the
 sorted class names is dealt out pathologically; Local is as above among base classes, Base the whole
-base test set and Novel the other half of the classes, both with each client's prompts.
+base test set and Novel the other half of the classes, both with each client's prompts. With fewer
+than ten classes to deal out, labels are spread by Dirichlet(0.3) instead.
 
 The default protocol is reduced (30 classes, 8 shots, 5 rounds) to fit two CPU cores; ``--full``
 takes all classes, 16 shots and 10 rounds. Mean and standard deviation over seeds.
@@ -99,6 +100,8 @@ class Bench:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.backbone = args, Backbone.load(args.model, device=args.device)
         train, test = load_sets(DataSettings(dataset=args.dataset))
+        if args.tests and not args.full:
+            test = test.subset(partitions.few_shot(test.labels, args.tests, 0))
         count = 0 if args.full else args.classes
         self.whole = choose_classes(train, count), choose_classes(test, count)
         self._cache: dict[tuple[str, str, int], Features] = {}
@@ -118,7 +121,9 @@ class Bench:
         shots = 16 if args.full else args.shots
         index = partitions.few_shot(train.labels, shots, seed)
         train = train.subset(index)
-        shares = partitions.pathological(train.labels, test.labels, CLIENTS, seed)
+        labels = train.labels, test.labels, CLIENTS, seed
+        few = len(train.class_names) < CLIENTS
+        shares = partitions.dirichlet(*labels, 0.3) if few else partitions.pathological(*labels)
         server = ServerSettings(
             rounds=10 if args.full else args.rounds, seed=seed, metrics=False, **settings
         )
@@ -201,6 +206,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="methods whose name holds this")
     parser.add_argument("--classes", type=int, default=30)
     parser.add_argument("--shots", type=int, default=8)
+    parser.add_argument("--tests", type=int, default=10, help="test images per class; 0 is all")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=5, help="of the context methods")
     parser.add_argument(
@@ -221,6 +227,7 @@ def main() -> int:
     protocol = {
         "clients": CLIENTS, "dataset": Path(args.dataset).name, "model": Path(args.model).name,
         "classes": 0 if args.full else args.classes, "shots": 16 if args.full else args.shots,
+        "tests": 0 if args.full else args.tests,
         "rounds": 10 if args.full else args.rounds, "epochs": args.epochs, "lr": args.lr,
         "start": args.start, "group_lr": args.group_lr, "transport_lr": args.transport_lr,
         "batch_size": 8, "first_seed": args.first_seed, "eps": args.eps, "seeds": args.seeds,

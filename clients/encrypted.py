@@ -19,7 +19,6 @@ from secure_fedprompt.protocol.errors import (
     AdvertMismatchError,
     DecryptionError,
     KeyMismatchError,
-    ReplayError,
 )
 from secure_fedprompt.protocol.expand import Purpose, derive, digest
 from secure_fedprompt.protocol.keys import agree, seal, unseal, verify
@@ -49,15 +48,6 @@ def begin(party: Party, plan: RoundPlan) -> State:
     return Granting(party, plan, held) if grants else EncryptedReady(party, plan, held)
 
 
-def _check_run_key(party: Party, plan: RoundPlan, ready: m.Ready, name: str) -> None:
-    if ready.name != name:
-        raise AdvertMismatchError(f"run key of {ready.name!r} in place of {name!r}")
-    if ready.run != plan.run:
-        raise ReplayError(f"run key of {name} belongs to another run")
-    identity = party.roster.identity_of(name)
-    verify(identity, Purpose.RUN_KEY, ready.body(plan.roster_digest), ready.signature, name)
-
-
 def _seal_key(plan: RoundPlan, recipient: str, shared: bytes) -> bytes:
     names = plan.maker.encode(), recipient.encode()
     return derive(shared, Purpose.KEY_GRANT, plan.digest, *names)
@@ -76,7 +66,7 @@ class Granting(State):
         if len({r.seal_key for r in message.recipients}) != len(message.recipients):
             raise AdvertMismatchError("two run keys are the same")
         for ready in message.recipients:
-            _check_run_key(party, plan, ready, ready.name)
+            party.check_run_key(plan, ready, ready.name)
         grants = []
         for ready in message.recipients:
             shared = agree(party.keyring.secret, ready.seal_key, ready.name)
@@ -104,7 +94,7 @@ class Receiving(State):
             raise AdvertMismatchError(f"key is sealed for {grant.recipient!r}")
         if plan.key not in (NO_KEY, message.key):
             raise KeyMismatchError("granted key is not the one that the plan names")
-        _check_run_key(party, plan, message.maker, plan.maker)
+        party.check_run_key(plan, message.maker, plan.maker)
         identity = party.roster.identity_of(plan.maker)
         body = grant.body(plan, message.key)
         verify(identity, Purpose.KEY_GRANT, body, grant.signature, plan.maker)

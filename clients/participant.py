@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from secure_fedprompt.clients import encrypted
+from secure_fedprompt.clients.selecting import check_helper
 from secure_fedprompt.clients.state import Party, Ready, State, Step
 from secure_fedprompt.protocol import fixedpoint, masking, shamir
 from secure_fedprompt.protocol import messages as m
@@ -50,6 +51,8 @@ def start(party: Party, plan: RoundPlan) -> Step:
     if party.name not in plan.cohort:
         raise UnexpectedMessageError(f"plan's cohort does not contain {party.name!r}")
     party.policy.check_plan(plan)
+    if plan.selecting:
+        check_helper(party, plan)
     party.journal.begin_round(plan.run, plan.round)
     if plan.protection == "none":
         return PlainReady(party, plan), []

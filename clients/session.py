@@ -13,6 +13,8 @@ import numpy as np
 
 from secure_fedprompt.clients import participant
 from secure_fedprompt.clients.encrypted import Opening
+from secure_fedprompt.clients.helper import Helper
+from secure_fedprompt.clients.selecting import share_keys
 from secure_fedprompt.clients.state import Party, Ready, Replies, State
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.averaging import Prompt, averaged, metrics_of, prompt_bytes
@@ -27,6 +29,7 @@ from secure_fedprompt.protocol.errors import (
     RunFailedError,
     SealError,
     SecureFedPromptError,
+    SelectionError,
     SignatureError,
     SurvivorError,
     UnexpectedMessageError,
@@ -34,11 +37,13 @@ from secure_fedprompt.protocol.errors import (
 from secure_fedprompt.protocol.expand import Purpose, digest
 from secure_fedprompt.protocol.layout import TensorSpec, Values
 from secure_fedprompt.protocol.plan import RoundPlan
+from secure_fedprompt.protocol.selection.shares import Keys
+from secure_fedprompt.protocol.selection.task import Choice
 from secure_fedprompt.protocol.settings import MethodSettings
 
 MAX_WITHDRAWN = 3  # rounds in a row
 ROUND_ERRORS = (  # a peer's doing
-    SealError, AdvertMismatchError, SurvivorError, SignatureError, HomomorphicError,
+    SealError, AdvertMismatchError, SurvivorError, SignatureError, HomomorphicError, SelectionError,
 )  # fmt: skip
 SEAL_BYTES = 16  # that sealing a prompt adds
 _SAME_START = 1e-5  # initial prompts of two machines may differ by this much
@@ -63,10 +68,15 @@ class Workload(Protocol):
 
 @dataclass(frozen=True)
 class Work:
-    """A round that waits for an update."""
+    """A round that waits for an update, or for selection keys.
+
+    Attributes:
+        choice: of server and helper, where they select, once they have.
+    """
 
     plan: RoundPlan
     base: Prompt
+    choice: Choice | None = None
 
 
 class Session:
@@ -94,6 +104,7 @@ class Session:
         self._agreed: tuple[int, bytes] | None = None  # the same, once the round is over
         self._withdrawn = 0
         self._progress = (1, 0)  # learning round, rounds of the run
+        self._helper = Helper(party)
         self.final: Prompt | None = None
         self.over = False
 
@@ -127,7 +138,10 @@ class Session:
                 return self._plan(message)
             case m.Rejoin():
                 return [self.hello()]
+            case m.HelperPlan() | m.HelperAnswer() | m.HelperInputs() | m.HelperTables():
+                return self._help(message)
             case m.RoundEnd():
+                self._helper.end(message.run, message.round)
                 if self.round and (message.run, message.round) == (self.run, self.round.plan.round):
                     self.round = self.work = self._entered = None
                     self._agreed = self._agreed if message.reason else self._made or self._agreed
@@ -138,14 +152,24 @@ class Session:
         self.round, replies = self.round.on(message)
         return self._ready(replies)
 
-    def trained(self, work: Work, values: Values, weight: float) -> Replies:
-        """Upload the result of ``work``, unless the round has ended meanwhile."""
+    def trained(self, work: Work, result: tuple[Values, float] | Keys) -> Replies:
+        """Send the result of ``work``, an update or selection keys, unless the round has ended."""
         state = self.round
         if not isinstance(state, Ready) or state.plan is not work.plan:
             return []
         self.work, self._withdrawn = None, 0
-        self.round, replies = state.upload(values, weight)
+        if isinstance(result, tuple):
+            self.round, replies = state.upload(*result)
+        else:
+            self.round, replies = share_keys(state, result)
         return replies
+
+    def _help(self, message: m.Message) -> Replies:
+        """A frame for the helper that this client was elected to be."""
+        ours = self.round.plan.digest if self.round else b""
+        if isinstance(message, m.HelperPlan) and message.plan.digest != ours:
+            raise UnexpectedMessageError("a selection of another round than this client's")
+        return self._helper.on(message)
 
     def withdraw(self, error: SecureFedPromptError) -> Replies:
         """Leave the current round, not the run.
@@ -214,6 +238,14 @@ class Session:
         own = [(t.name, tuple(t.shape)) for t in self.workload.tensors()]
         if plan.training and updates != own:
             raise MismatchError(f"plan wants the tensors {updates}, our method uploads {own}")
+        chosen, o = plan.selection, settings.fedmgp
+        if plan.selecting and (chosen.groups, chosen.slots, chosen.modalities) != (
+            o.groups, o.slots, len(own)
+        ):  # fmt: skip
+            raise MismatchError(
+                f"plan selects {chosen.slots} of {chosen.groups} groups, settings say {o.slots} "
+                f"of {o.groups}"
+            )
         if plan.learning_round < self._progress[0] or plan.rounds != (
             self._progress[1] or plan.rounds
         ):
@@ -264,8 +296,9 @@ class Session:
         """Take up what the new state asks the caller or us to do."""
         state = self.round
         if isinstance(state, Ready) and self.work is None:
-            self.work = Work(state.plan, self._prompt(state.plan, self._open(state.plan)))
-            self._base = self.work.base
+            if state.choice is None:
+                self._base = self._prompt(state.plan, self._open(state.plan))
+            self.work = Work(state.plan, self._base, state.choice)
         if isinstance(state, Opening):
             plan = state.plan
             self._opened = plan.learning_round, metrics_of(state.total)

@@ -13,17 +13,19 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from secure_fedprompt.protocol import fixedpoint
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.errors import (
+    AdvertMismatchError,
     ReplayError,
     SurvivorError,
     ThresholdError,
     UnexpectedMessageError,
 )
 from secure_fedprompt.protocol.expand import Purpose
-from secure_fedprompt.protocol.keys import Identity
+from secure_fedprompt.protocol.keys import Identity, verify
 from secure_fedprompt.protocol.layout import CONTRIBUTORS, WEIGHT, Values, Vector
 from secure_fedprompt.protocol.plan import NO_KEY, RoundPlan
 from secure_fedprompt.protocol.policy import Policy
 from secure_fedprompt.protocol.roster import Roster
+from secure_fedprompt.protocol.selection.task import Choice
 from secure_fedprompt.protocol.shamir import Entropy
 
 if TYPE_CHECKING:
@@ -83,6 +85,20 @@ class Party:
         signature = self.identity.sign(Purpose.RUN_KEY, unsigned.body(self.roster.digest))
         return m.Ready(run, self.name, public, held, signature)
 
+    def check_run_key(self, plan: RoundPlan, ready: m.Ready, name: str) -> None:
+        """Refuse another member's run key unless its identity signed it for this run.
+
+        Raises:
+            AdvertMismatchError, ReplayError, RosterError, SignatureError
+        """
+        if ready.name != name:
+            raise AdvertMismatchError(f"run key of {ready.name!r} in place of {name!r}")
+        if ready.run != plan.run:
+            raise ReplayError(f"run key of {name} belongs to another run")
+        identity = self.roster.identity_of(name, "client", "helper")
+        body = ready.body(plan.roster_digest)
+        verify(identity, Purpose.RUN_KEY, body, ready.signature, name)
+
 
 @dataclass(frozen=True, repr=False)
 class State:
@@ -127,7 +143,12 @@ class State:
 
 @dataclass(frozen=True, repr=False)
 class Ready(State):
-    """The round waits for the local training to end."""
+    """The round waits for the local training to end, or for what a selection chose."""
+
+    @property
+    def choice(self) -> Choice | None:
+        """Of server and helper, where they select, once they have."""
+        return None
 
     def upload(self, values: Values, weight: float) -> Step:
         """Encode, protect and send a contribution, once.
@@ -139,8 +160,11 @@ class Ready(State):
 
         Raises:
             UpdateError: NaN, out of bounds, wrong shape; UpdateReusedError: sent before.
+            UnexpectedMessageError: server and helper have not chosen yet.
         """
         plan, journal = self.plan, self.party.journal
+        if plan.selecting and self.choice is None:
+            raise UnexpectedMessageError("an upload before the selection")
         values = {**values, WEIGHT: np.float64(weight), CONTRIBUTORS: np.float64(1)}
         vector = fixedpoint.weighted(plan.layout, values, weight=weight, clip=plan.clip)
         journal.claim_upload(plan.run, plan.round, _fingerprint(plan, values))

@@ -28,10 +28,13 @@ from secure_fedprompt.protocol.errors import DataError, UpdateError
 from secure_fedprompt.protocol.expand import Purpose, digest
 from secure_fedprompt.protocol.fixedpoint import LOSS_CLIP
 from secure_fedprompt.protocol.layout import TensorSpec
+from secure_fedprompt.protocol.plan import RoundPlan
+from secure_fedprompt.protocol.selection.shares import Keys
 from secure_fedprompt.protocol.settings import MethodSettings
 
 _CHUNK = 256  # images at a time through the image tower
 _PREDICT = {"features": 256, "patches": 64, "tokens": 64}  # images at a time
+Result = tuple["Values", float] | Keys
 _AFTER = 1 << 32  # later than every learning round
 Progress = Callable[[str, int, int], None]
 Values = dict[str, NDArray[np.floating[Any]] | np.float64]
@@ -217,6 +220,7 @@ class LocalTrainer:
         self._restored = b""
         self.method: Method | None = None
         self.settings: MethodSettings | None = None
+        self._counted: Values = {}  # metrics of the round under way
         self.clipped = 0  # update values beyond the plan's clip in the last round
         backbone.check_class_names(train.class_names)
 
@@ -290,12 +294,17 @@ class LocalTrainer:
         partial.replace(path)
         self._restored = run
 
-    def run(self, work: Work) -> tuple[Values, float]:
+    def run(self, work: Work) -> Result:
         """Evaluate the global prompt, train on it if the round trains, and return the contribution.
 
+        Where server and helper select, the first call returns the keys of the groups; the second
+        has their choice in ``work``, and trains no more.
+
         Returns:
-            update tensors and metric counters by field name, and the weight n_k.
+            update tensors and metric counters by field name, and the weight n_k; or the keys.
         """
+        if work.choice is not None:
+            return self._contribution(work)
         assert self.method is not None
         assert self.settings is not None
         plan, method = work.plan, self.method
@@ -317,15 +326,32 @@ class LocalTrainer:
         if plan.training:
             seed = [0 if self.seed is None else self.seed, plan.round]
             self._train(train, seed)
-            draws = np.random.default_rng(None if self.seed is None else [*seed, 1])
-            delta = self._flattened(method.contribution(draws)) - work.base
+        self._counted = values
+        if plan.selecting:
+            return method.selection_keys(self._draws(plan))
+        return self._contribution(work)
+
+    def _draws(self, plan: RoundPlan) -> np.random.Generator:
+        return np.random.default_rng(None if self.seed is None else [self.seed, plan.round, 1])
+
+    def _contribution(self, work: Work) -> tuple[Values, float]:
+        """The trained method's update, with the counters of this round."""
+        assert self.method is not None
+        plan, method, values = work.plan, self.method, self._counted
+        if plan.training:
+            sent = method.contribution(self._draws(plan), work.choice)
+            delta = self._flattened(sent) - work.base
             self._save(plan.run)
             self.clipped = int(np.count_nonzero(np.abs(delta) > plan.clip))
             at = 0
-            for spec in method.uploaded():
+            for i, spec in enumerate(method.uploaded()):
                 values[spec.name] = delta[at : at + spec.size].reshape(spec.shape)
                 at += spec.size
-        return values, 1.0 if plan.uniform else float(len(train))
+                if plan.selection.federation:
+                    assert work.choice is not None
+                    filled = np.arange(spec.shape[0]) < len(work.choice[i])
+                    values[lay.FILLED + spec.name] = filled.astype(np.float64)
+        return values, 1.0 if plan.uniform else float(len(self._sets[0]))
 
     def _train(self, images: Features, seed: list[int]) -> None:
         """Local SGD; optimiser and momentum are new in each round."""

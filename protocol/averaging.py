@@ -23,10 +23,18 @@ def prompt_bytes(prompt: Prompt) -> bytes:
 def averaged(prompt: Prompt, layout: lay.Layout, total: Mapping[str, lay.Vector]) -> Prompt:
     """FedAvg: global + sum(n_k * delta_k) / sum(n_k). McMahan et al. 2017, Algorithm 1.
 
+    Where clients fill only some slots of a tensor, each slot is divided by the number of clients
+    that filled it, and keeps its value if nobody did.
+
     Saturated to finite float32: a malicious ring vector must not leave a file that none can use.
     """
-    updates = [total[f.name].reshape(-1) for f in layout if f.update]
-    mean = np.concatenate(updates) / float(total[lay.WEIGHT])
+    means = []
+    for field in layout:
+        if field.update:
+            divisor = np.asarray(total.get(lay.FILLED + field.name, total[lay.WEIGHT]))
+            rows = total[field.name].reshape(divisor.size, -1)
+            means.append((rows / np.maximum(divisor.reshape(-1, 1), 1)).reshape(-1))
+    mean = np.concatenate(means)
     limit = float(np.finfo(np.float32).max)
     moved = np.clip(prompt.astype(np.float64) + mean, -limit, limit)
     return np.nan_to_num(moved).astype(np.float32)

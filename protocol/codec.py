@@ -33,7 +33,7 @@ from secure_fedprompt.protocol.errors import (
     UnknownVersionError,
 )
 
-VERSION = 2
+VERSION = 3
 MAX_FRAME = 1 << 28
 T = TypeVar("T")
 
@@ -78,6 +78,21 @@ Line = Annotated[str, Text(512)]
 
 Writer = Callable[[Any, list[bytes]], None]
 Reader = Callable[["Cursor"], Any]
+
+
+class Printable:
+    """Base of what is sent: blobs print as their size."""
+
+    def __repr__(self) -> str:
+        shown = []
+        for field in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            if isinstance(value, bytes | memoryview):
+                value = f"<{len(value)} bytes>"
+            elif isinstance(value, tuple) and len(value) > 4:
+                value = f"<{len(value)} items>"
+            shown.append(f"{field.name}={value}")
+        return f"{type(self).__name__}({', '.join(shown)})"
 
 
 class Cursor:

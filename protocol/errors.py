@@ -35,6 +35,11 @@
         │   ├── KeyMismatchError                     another key or context than registered
         │   ├── CiphertextError                      wrong count, size or parameter set
         │   └── DecryptionError                      what decrypts is not a sum: wrong key, swapped
+        ├── SelectionError                       of the secure selection
+        │   ├── PointError                           no usable curve point
+        │   ├── SessionError                         a frame of another session
+        │   ├── TweakError                           a frame replayed or out of order
+        │   └── GarblingError                        tables altered, swapped or cut
         ├── PolicyError                          the plan is outside this client's policy
         ├── ReplayError                          (run, round) did not grow
         ├── SignatureError
@@ -191,6 +196,26 @@ class CiphertextError(HomomorphicError):
 
 
 class DecryptionError(HomomorphicError):
+    pass
+
+
+class SelectionError(ProtocolError):
+    pass
+
+
+class PointError(SelectionError):
+    pass
+
+
+class SessionError(SelectionError):
+    pass
+
+
+class TweakError(SelectionError):
+    pass
+
+
+class GarblingError(SelectionError):
     pass
 
 

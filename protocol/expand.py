@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext
 from cryptography.hazmat.primitives.ciphers.algorithms import AES256
 from cryptography.hazmat.primitives.ciphers.modes import CTR
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from numpy.typing import NDArray
 
 from secure_fedprompt.protocol.ring import Words
 
@@ -51,6 +52,12 @@ class Purpose(IntEnum):
     UPLOAD = 19
     PROMPT_SEAL = 20
     FLOOD = 21
+    BASE_TRANSFER = 22
+    GARBLING = 23
+    SELECTION = 24
+    SHARE_BOX = 25
+    SHARE = 26
+    OUTCOME_BOX = 27
 
 
 _TAGS = {purpose: TAG + purpose.name.lower().encode() + b"\0" for purpose in Purpose}
@@ -83,6 +90,16 @@ def _stream(key: bytes) -> CipherContext:
 def keystream(key: bytes, size: int) -> bytes:
     """``size`` bytes of AES-256-CTR keystream from counter zero."""
     return _stream(key).update(bytes(size))
+
+
+class Stream:
+    """The same keystream, read on from where the last call ended."""
+
+    def __init__(self, key: bytes) -> None:
+        self._context = _stream(key)
+
+    def read(self, size: int) -> NDArray[np.uint8]:
+        return np.frombuffer(self._context.update(bytes(size)), np.uint8)
 
 
 def expand(key: bytes, count: int) -> Words:

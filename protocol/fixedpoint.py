@@ -83,6 +83,7 @@ def size_layout(
     max_seen: int,
     ring_bits: int,
     metrics: bool,
+    filled: int = 0,
 ) -> Layout:
     """Choose widths and the finest safe scale of every field.
 
@@ -94,6 +95,7 @@ def size_layout(
         max_seen: largest number of images that a client counts in its metrics.
         ring_bits: width b of the update fields. Counters always use 32 bits.
         metrics: whether metric counters travel at all.
+        filled: slots of every tensor, if clients say which of them they fill; else 0.
 
     Raises:
         OverflowPlanError: no scale fits, or it would be coarser than clip / 128.
@@ -116,6 +118,8 @@ def size_layout(
         field = _sized(name, (), bound, 32, clients, False)
         whole = name != lay.LOSS
         fields.append(Field(name, (), bound, 32, 0 if whole else min(field.frac, 16), 0))
+    if filled:
+        fields += [Field(lay.FILLED + t.name, (filled,), 1.0, 32, 0, 0) for t in tensors]
     return tuple(fields)
 
 

@@ -25,6 +25,7 @@ FieldName = Annotated[str, Text(48)]
 WEIGHT, CONTRIBUTORS, CLIPPED = "weight", "contributors", "clipped"
 CORRECT, SEEN, LOSS = "correct", "seen", "loss"
 METRICS = (CORRECT, SEEN, LOSS, CLIPPED)
+FILLED = "filled."  # before a tensor's name: how many clients filled each of its slots
 
 
 @dataclass(frozen=True)

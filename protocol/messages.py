@@ -29,6 +29,18 @@ Under ``bfv`` and ``ckks`` a round goes like this, the first three only if someb
       SealedPrompt     ->
                        <-           RoundEnd
 
+Where server and helper select what is uploaded, between the keys and the uploads:
+
+                       <-           HelperPlan       to the helper, when the round begins
+      HelperOffer      ->
+                       <-           HelperAnswer
+      KeyShares        ->                            every client, after training
+                       <-           HelperInputs     to the helper: its shares, sealed
+      HelperChoices    ->
+                       <-           HelperTables
+      HelperOutcome    ->                            sealed to each owner
+                       <-           Outcome          to each client
+
 ``Alive``, ``Withdraw`` (from one round) and ``Leave`` (client), and ``Rejoin`` and ``Refused``
 (server) may come at any time. The sender is the
 authenticated CurveZMQ key, so no message names it. ``repr`` never shows vectors, shares or boxes.
@@ -37,7 +49,7 @@ authenticated CurveZMQ key, so no message names it. ``repr`` never shows vectors
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Annotated
 
 from secure_fedprompt.protocol.codec import (
@@ -50,6 +62,7 @@ from secure_fedprompt.protocol.codec import (
     Line,
     Many,
     Name,
+    Printable,
     PublicKey,
     RunId,
     Signature,
@@ -60,31 +73,19 @@ from secure_fedprompt.protocol.codec import (
 from secure_fedprompt.protocol.expand import Purpose, digest
 from secure_fedprompt.protocol.layout import TensorSpec
 from secure_fedprompt.protocol.plan import MAX_COHORT, RoundPlan
+from secure_fedprompt.protocol.selection import parties
 
 Vector = Annotated[Blob, UpTo(MAX_FRAME)]
 Names = Annotated[tuple[Name, ...], Many(MAX_COHORT)]
 MAX_KEY = 1 << 20
 MAX_CIPHERTEXTS = 1 << 15
+TAG = 16  # that sealing adds
+SEED_BOX = 32 + TAG
 BOX = 80  # two 32-byte shares and a 16-byte tag
 
 
-class Message:
-    """Base of all frames; blobs print as their size."""
-
-    def __repr__(self) -> str:
-        shown = []
-        for field in fields(self):  # type: ignore[arg-type]
-            value = getattr(self, field.name)
-            if isinstance(value, bytes | memoryview):
-                value = f"<{len(value)} bytes>"
-            elif isinstance(value, tuple) and len(value) > 4:
-                value = f"<{len(value)} items>"
-            shown.append(f"{field.name}={value}")
-        return f"{type(self).__name__}({', '.join(shown)})"
-
-
 @dataclass(frozen=True, repr=False)
-class Hello(Message):
+class Hello(Printable):
     """``method`` is empty if the client takes the run's."""
 
     nonce: Digest
@@ -96,13 +97,13 @@ class Hello(Message):
 
 
 @dataclass(frozen=True, repr=False)
-class Nonce(Message):
+class Nonce(Printable):
     name: Name
     nonce: Digest
 
 
 @dataclass(frozen=True, repr=False)
-class Welcome(Message):
+class Welcome(Printable):
     """``run`` is the digest of the nonces; ``settings`` is canonical JSON for the method."""
 
     run: RunId
@@ -113,7 +114,7 @@ class Welcome(Message):
 
 
 @dataclass(frozen=True, repr=False)
-class Initial(Message):
+class Initial(Printable):
     """The starting prompt, float32 little-endian in the order of ``tensors``."""
 
     run: RunId
@@ -122,7 +123,7 @@ class Initial(Message):
 
 
 @dataclass(frozen=True, repr=False)
-class Ready(Message):
+class Ready(Printable):
     """Welcome is understood and the images are encoded: plans may come.
 
     Attributes:
@@ -143,7 +144,7 @@ class Ready(Message):
 
 
 @dataclass(frozen=True, repr=False)
-class Plan(Message):
+class Plan(Printable):
     """``base`` is the global prompt, float32 little-endian, or sealed by the clients."""
 
     plan: RoundPlan
@@ -151,7 +152,7 @@ class Plan(Message):
 
 
 @dataclass(frozen=True, repr=False)
-class Advert(Message):
+class Advert(Printable):
     """Fresh X25519 keys (``seal_key`` seals shares, ``mask_key`` makes pair masks) and H(b)."""
 
     run: RunId
@@ -169,14 +170,14 @@ class Advert(Message):
 
 
 @dataclass(frozen=True, repr=False)
-class Adverts(Message):
+class Adverts(Printable):
     run: RunId
     round: U32
     adverts: Annotated[tuple[Advert, ...], Many(MAX_COHORT)]
 
 
 @dataclass(frozen=True, repr=False)
-class Shares(Message):
+class Shares(Printable):
     """One box per advertised neighbour, in name order."""
 
     run: RunId
@@ -185,7 +186,7 @@ class Shares(Message):
 
 
 @dataclass(frozen=True, repr=False)
-class Inbox(Message):
+class Inbox(Printable):
     """The boxes that ``senders`` sealed for the recipient."""
 
     run: RunId
@@ -195,14 +196,14 @@ class Inbox(Message):
 
 
 @dataclass(frozen=True, repr=False)
-class MaskedUpload(Message):
+class MaskedUpload(Printable):
     run: RunId
     round: U32
     vector: Vector
 
 
 @dataclass(frozen=True, repr=False)
-class PlainUpload(Message):
+class PlainUpload(Printable):
     """Float64 little-endian, weighted; only under protection "none"."""
 
     run: RunId
@@ -211,27 +212,27 @@ class PlainUpload(Message):
 
 
 @dataclass(frozen=True, repr=False)
-class SurvivorList(Message):
+class SurvivorList(Printable):
     run: RunId
     round: U32
     survivors: Names
 
 
 @dataclass(frozen=True, repr=False)
-class Consistent(Message):
+class Consistent(Printable):
     run: RunId
     round: U32
     signature: Signature
 
 
 @dataclass(frozen=True, repr=False)
-class Signed(Message):
+class Signed(Printable):
     name: Name
     signature: Signature
 
 
 @dataclass(frozen=True, repr=False)
-class UnmaskRequest(Message):
+class UnmaskRequest(Printable):
     """Who signed the survivor list, and whose mask keys are asked for."""
 
     run: RunId
@@ -241,7 +242,7 @@ class UnmaskRequest(Message):
 
 
 @dataclass(frozen=True, repr=False)
-class Reveal(Message):
+class Reveal(Printable):
     """One 32-byte share per neighbour that shared keys, self included, in name order:
     of its self mask if it survived, of its mask key if it dropped."""
 
@@ -251,7 +252,7 @@ class Reveal(Message):
 
 
 @dataclass(frozen=True, repr=False)
-class KeyRequest(Message):
+class KeyRequest(Printable):
     """Those of ``plan.grants``, in name order, with the keys to seal to."""
 
     run: RunId
@@ -260,7 +261,7 @@ class KeyRequest(Message):
 
 
 @dataclass(frozen=True, repr=False)
-class Grant(Message):
+class Grant(Printable):
     """The cohort key, sealed to ``recipient``."""
 
     recipient: Name
@@ -275,7 +276,7 @@ class Grant(Message):
 
 
 @dataclass(frozen=True, repr=False)
-class KeyGrant(Message):
+class KeyGrant(Printable):
     """``context`` is the public SEAL parameters and nothing else."""
 
     run: RunId
@@ -292,7 +293,7 @@ class KeyGrant(Message):
 
 
 @dataclass(frozen=True, repr=False)
-class KeyBox(Message):
+class KeyBox(Printable):
     run: RunId
     round: U32
     maker: Ready
@@ -301,7 +302,7 @@ class KeyBox(Message):
 
 
 @dataclass(frozen=True, repr=False)
-class CipherUpload(Message):
+class CipherUpload(Printable):
     """The packed vector, encrypted under the cohort key with this digest."""
 
     run: RunId
@@ -316,7 +317,7 @@ class CipherUpload(Message):
 
 
 @dataclass(frozen=True, repr=False)
-class CipherSum(Message):
+class CipherSum(Printable):
     run: RunId
     round: U32
     survivors: Names
@@ -324,7 +325,7 @@ class CipherSum(Message):
 
 
 @dataclass(frozen=True, repr=False)
-class Opened(Message):
+class Opened(Printable):
     """The sum decrypts; digest of the sealed next prompt, zeros after the final evaluation."""
 
     run: RunId
@@ -333,20 +334,101 @@ class Opened(Message):
 
 
 @dataclass(frozen=True, repr=False)
-class SealedRequest(Message):
+class SealedRequest(Printable):
     run: RunId
     round: U32
 
 
 @dataclass(frozen=True, repr=False)
-class SealedPrompt(Message):
+class SealedPrompt(Printable):
     run: RunId
     round: U32
     box: Vector
 
 
 @dataclass(frozen=True, repr=False)
-class RoundEnd(Message):
+class HelperPlan(Printable):
+    """The round that the recipient helps with."""
+
+    run: RunId
+    round: U32
+    plan: RoundPlan
+
+
+@dataclass(frozen=True, repr=False)
+class HelperOffer(Printable):
+    run: RunId
+    round: U32
+    offer: parties.Offer
+
+
+@dataclass(frozen=True, repr=False)
+class HelperAnswer(Printable):
+    run: RunId
+    round: U32
+    answer: parties.Answer
+
+
+@dataclass(frozen=True, repr=False)
+class KeyShares(Printable):
+    """Of the selection keys, by modality and group.
+
+    Attributes:
+        share: the server's, little-endian words, uniform on its own.
+        box: seed of the helper's, sealed to it.
+    """
+
+    run: RunId
+    round: U32
+    share: Annotated[Blob, UpTo(1 << 12)]
+    box: Annotated[Blob, UpTo(SEED_BOX)]
+
+
+@dataclass(frozen=True, repr=False)
+class HelperInputs(Printable):
+    """The owners' run keys, by name, and the boxes that they sealed to the helper."""
+
+    run: RunId
+    round: U32
+    owners: Annotated[tuple[Ready, ...], Many(MAX_COHORT)]
+    boxes: Annotated[Blob, UpTo(SEED_BOX * MAX_COHORT)]
+
+
+@dataclass(frozen=True, repr=False)
+class HelperChoices(Printable):
+    run: RunId
+    round: U32
+    choices: parties.Choices
+
+
+@dataclass(frozen=True, repr=False)
+class HelperTables(Printable):
+    run: RunId
+    round: U32
+    tables: parties.Garbled
+
+
+@dataclass(frozen=True, repr=False)
+class HelperOutcome(Printable):
+    """The helper's shares of the outcomes, sealed to each owner, in the order of the inputs."""
+
+    run: RunId
+    round: U32
+    boxes: Annotated[Blob, UpTo(MAX_FRAME)]
+
+
+@dataclass(frozen=True, repr=False)
+class Outcome(Printable):
+    """Both shares of one owner's outcome: the server's, and the helper's sealed one."""
+
+    run: RunId
+    round: U32
+    share: Annotated[Blob, UpTo(1 << 12)]
+    box: Annotated[Blob, UpTo(1 << 13)]
+
+
+@dataclass(frozen=True, repr=False)
+class RoundEnd(Printable):
     """``reason`` is empty for a finished round."""
 
     run: RunId
@@ -355,7 +437,7 @@ class RoundEnd(Message):
 
 
 @dataclass(frozen=True, repr=False)
-class Finish(Message):
+class Finish(Printable):
     """``vector`` as in ``Plan``: sealed if a training round under encryption was done."""
 
     run: RunId
@@ -364,12 +446,12 @@ class Finish(Message):
 
 
 @dataclass(frozen=True, repr=False)
-class Alive(Message):
+class Alive(Printable):
     pass
 
 
 @dataclass(frozen=True, repr=False)
-class Withdraw(Message):
+class Withdraw(Printable):
     """The client refuses to go on with this round, but stays in the run."""
 
     run: RunId
@@ -379,12 +461,12 @@ class Withdraw(Message):
 
 
 @dataclass(frozen=True, repr=False)
-class Rejoin(Message):
+class Rejoin(Printable):
     """The server does not know this client any more: say Hello again."""
 
 
 @dataclass(frozen=True, repr=False)
-class Leave(Message):
+class Leave(Printable):
     """The client stops. ``reason`` is empty if it could say anything about private data."""
 
     error: Annotated[str, Text(48)]
@@ -392,19 +474,25 @@ class Leave(Message):
 
 
 @dataclass(frozen=True, repr=False)
-class Refused(Message):
+class Refused(Printable):
     """The server does not admit this client to the run."""
 
     error: Annotated[str, Text(48)]
     reason: Line
 
 
+Message = Printable
 CATALOGUE = Catalogue(
     Hello, Welcome, Ready, Initial, Plan, Advert, Adverts, Shares, Inbox, MaskedUpload, PlainUpload,
     SurvivorList, Consistent, UnmaskRequest, Reveal, RoundEnd, Finish, Alive,
     Withdraw, Rejoin, Leave, Refused,
     KeyRequest, KeyGrant, KeyBox, CipherUpload, CipherSum, Opened, SealedRequest, SealedPrompt,
+    HelperPlan, HelperOffer, HelperAnswer, KeyShares, HelperInputs, HelperChoices, HelperTables,
+    HelperOutcome, Outcome,
 )  # fmt: skip
+
+TO_HELPER = (HelperPlan, HelperAnswer, HelperInputs, HelperTables)
+FROM_HELPER = (HelperOffer, HelperChoices, HelperOutcome)
 
 
 def line(text: object) -> str:

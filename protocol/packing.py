@@ -91,7 +91,8 @@ class Packing:
 @functools.lru_cache(maxsize=8)
 def _packing(layout: Layout, limit: int, clients: int) -> Packing:
     updates = [field for field in layout if field.update]
-    values, counters = sum(f.size for f in updates), len(layout) - len(updates)
+    values = sum(field.size for field in updates)
+    counters = sum(field.size for field in layout) - values
     bits = max((field.bits for field in updates), default=MAX_BITS)
     stack = max(1, (limit.bit_length()) // bits)
     while stack > 1 and 1 << (bits * stack - 1) > limit:

@@ -31,6 +31,7 @@ from secure_fedprompt.protocol.expand import Purpose, digest
 from secure_fedprompt.protocol.fixedpoint import check_fits
 from secure_fedprompt.protocol.homomorphic import SCHEMES, Parameters
 from secure_fedprompt.protocol.layout import Field, total_size
+from secure_fedprompt.protocol.selection.task import Selection
 
 MAX_COHORT = 4096
 MAX_VALUES = 1 << 25
@@ -72,6 +73,7 @@ class RoundPlan:
         maker, election: who makes the cohort key, and how many keys the run had with it.
         key: digest of the cohort key; zeros if the maker makes a new one in this round.
         grants: sorted names of the clients that are given the key in this round.
+        selection: of the groups to upload, by server and helper; ``task.NONE`` without it.
     """
 
     run: RunId
@@ -99,6 +101,7 @@ class RoundPlan:
     election: U32
     key: Digest
     grants: Annotated[tuple[Name, ...], Many(MAX_COHORT)]
+    selection: Selection
 
     @functools.cached_property
     def digest(self) -> bytes:
@@ -113,6 +116,11 @@ class RoundPlan:
     def encrypted(self) -> bool:
         """Whether the server adds ciphertexts, and the global prompt is sealed to it."""
         return self.protection in SCHEMES
+
+    @property
+    def selecting(self) -> bool:
+        """Whether server and helper choose what is uploaded."""
+        return self.selection.scope != 0
 
     @property
     def training(self) -> bool:
@@ -161,6 +169,27 @@ class RoundPlan:
             if field.update and field.bound < self.clip * self.max_weight:
                 raise PlanError(f"field {field.name!r} bound is below clip x max_weight")
         self._check_keying()
+        self._check_selection()
+
+    def _check_selection(self) -> None:
+        chosen = self.selection
+        chosen.check(len(self.cohort))
+        updates = [field for field in self.layout if field.update]
+        filled = {field.name for field in self.layout if field.name.startswith(lay.FILLED)}
+        wanted = {lay.FILLED + field.name for field in updates} if chosen.federation else set()
+        if filled != wanted:
+            raise PlanError("counters of filled slots do not belong to this selection")
+        if not self.selecting:
+            return
+        if not self.training or self.learning_round == 1:
+            raise PlanError(f"a selection in learning round {self.learning_round}")
+        if len(updates) != chosen.modalities or any(
+            not field.shape or field.shape[0] != chosen.slots for field in updates
+        ):
+            raise PlanError("the layout's tensors are not the slots of the selection")
+        for field in self.layout:
+            if field.name in filled and tuple(field.shape) != (chosen.slots,):
+                raise PlanError(f"counter {field.name!r} is not one for each slot")
 
     def _check_keying(self) -> None:
         chosen = self.parameters

@@ -22,6 +22,10 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         protections, methods, graphs: allowed values; an empty ``methods`` allows every method.
         key_makers: who may make the cohort key of bfv and ckks; empty allows every client. If none
             of them is left when a new key is needed, this client leaves the run.
+        selections: whether others may choose what this client uploads: "secure" is server and
+            helper, who must not collude, by the published rule; "secure-federation" is them over
+            all clients' groups. Empty: this client chooses for itself.
+        helpers: who may be the helper; empty allows every client and helper on the roster.
         max_rounds: most learning rounds of one run, and half the attempts at them.
         allow_late_join: take part in a run that began without this client's nonce.
         min_survivor_change: refuse a survivor list that differs from an earlier one of the run
@@ -37,6 +41,8 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     methods: tuple[str, ...] = ()
     graphs: tuple[str, ...] = ("complete",)
     key_makers: tuple[str, ...] = ()
+    selections: tuple[str, ...] = ()
+    helpers: tuple[str, ...] = ()
     max_rounds: int = 1000
     allow_late_join: bool = True
     min_survivor_change: int = 0
@@ -57,6 +63,10 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             raise PolicyError(_below("max_rounds", self.max_rounds, f"{plan.rounds} rounds"))
         if plan.round > 2 * self.max_rounds + 8:
             raise PolicyError(_below("max_rounds", self.max_rounds, f"attempt {plan.round}"))
+        if plan.selecting and plan.selection.kind not in self.selections:
+            raise PolicyError(_outside("selections", self.selections, plan.selection.kind))
+        if plan.selecting and self.helpers and plan.selection.helper not in self.helpers:
+            raise PolicyError(_outside("helpers", self.helpers, plan.selection.helper))
         if n < self.min_cohort:
             raise PolicyError(_below("min_cohort", self.min_cohort, f"a cohort of {n}"))
         if plan.protection == "none":
@@ -96,7 +106,7 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
 
 def _outside(limit: str, allowed: Sequence[str], value: str) -> str:
-    return f"plan wants {value!r}, but policy.{limit} allows only {', '.join(allowed)}"
+    return f"plan wants {value!r}, but policy.{limit} allows only {', '.join(allowed) or 'none'}"
 
 
 def _below(limit: str, allowed: int, value: str) -> str:

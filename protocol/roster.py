@@ -36,15 +36,15 @@ class Roster:
     def by_name(self) -> dict[str, Member]:
         return {member.name: member for member in self.members}
 
-    def identity_of(self, name: str, role: str = "client") -> bytes:
-        """The Ed25519 public key of a member.
+    def identity_of(self, name: str, *roles: str) -> bytes:
+        """The Ed25519 public key of a member, by default a client.
 
         Raises:
-            RosterError: no such member in this role.
+            RosterError: no such member in one of these roles.
         """
-        member = self.by_name.get(name)
-        if member is None or member.role != role:
-            raise RosterError(f"{name!r} is not a {role} on the roster")
+        roles, member = roles or ("client",), self.by_name.get(name)
+        if member is None or member.role not in roles:
+            raise RosterError(f"{name!r} is not a {' or '.join(roles)} on the roster")
         return member.identity
 
     def with_role(self, role: str) -> tuple[Member, ...]:

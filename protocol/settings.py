@@ -162,6 +162,12 @@ class ServerSettings(MethodSettings, frozen=True, forbid_unknown_fields=True, kw
             be honest-but-curious, and no client may collude with it); "none" for benchmarks.
         key_maker: client that makes the cohort key of bfv and ckks; empty is the lowest name.
         flood_bits: k of the statistical distance 2^-k of ckks' flooding.
+        selection: of FedMGP's groups to upload: "client" (published: each client draws its own), or
+            "secure" (server and a helper, on scores that neither can read).
+        selection_scope: of "secure": "client" for the published rule, or "federation" for the
+            largest keys of all clients' groups, whoever owns them.
+        selection_keep: groups that scope "federation" takes of each kind; 0 is slots x clients.
+        helper: name of the helper, a client or a process of role helper; empty elects a client.
         graph: "complete", or "regular" (k neighbours, honest-but-curious server) for large cohorts.
         threshold: t; 0 means floor(2n/3) + 1.
         max_dropout, max_corruption: shares of clients that a regular graph must tolerate.
@@ -188,6 +194,10 @@ class ServerSettings(MethodSettings, frozen=True, forbid_unknown_fields=True, kw
     protection: str = "masks"
     key_maker: str = ""
     flood_bits: Annotated[int, Meta(ge=1, le=24)] = 8
+    selection: str = "client"
+    selection_scope: str = "client"
+    selection_keep: Count = 0
+    helper: str = ""
     graph: str = "complete"
     threshold: Count = 0
     max_dropout: NonNegative = 0.1
@@ -212,6 +222,8 @@ class ServerSettings(MethodSettings, frozen=True, forbid_unknown_fields=True, kw
 
 CHOICES = {
     "protection": ("masks", "bfv", "ckks", "none"),
+    "selection": ("client", "secure"),
+    "selection_scope": ("client", "federation"),
     "graph": ("complete", "regular"),
     "weights": ("samples", "uniform"),
     "position": ("end", "middle", "front"),

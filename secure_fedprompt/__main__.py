@@ -15,6 +15,7 @@ COMMANDS = {
         "aggregate (same as -m secure_fedprompt.server)",
     ),
     "client": ("secure_fedprompt.client", "take part (same as -m secure_fedprompt.client)"),
+    "helper": ("secure_fedprompt.helper", "help a server select (same as -m ....helper)"),
     "explain": ("secure_fedprompt.explain", "parameters, bytes and error of a protection"),
     "simulate": ("secure_fedprompt.simulation", "many clients in one process"),
     "evaluate": ("secure_fedprompt.evaluate", "accuracy of a trained prompt on a data set"),

@@ -7,6 +7,7 @@ import hashlib
 import os
 from pathlib import Path
 
+from secure_fedprompt.identity import whoami
 from secure_fedprompt.protocol import command
 from secure_fedprompt.protocol.errors import ConfigError, KeyFileError, SecureFedPromptError
 from secure_fedprompt.protocol.keys import ROLES, Identity, Member
@@ -155,7 +156,7 @@ def _check(settings: object, json_path: str | None) -> int:
         console.print(f"[red]failed[/]  {what:7} {error}", soft_wrap=True, markup=True)
 
     try:
-        identity, known, me, server = client.whoami(settings)
+        identity, known, me, server = whoami(settings.key, settings.roster, "client")
     except SecureFedPromptError as error:
         failed("keys", error)
     else:

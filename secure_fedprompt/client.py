@@ -24,15 +24,14 @@ from secure_fedprompt.clients.journal import FileJournal
 from secure_fedprompt.clients.link import CurveLink
 from secure_fedprompt.clients.session import Session, Work
 from secure_fedprompt.clients.state import Party
+from secure_fedprompt.identity import whoami
 from secure_fedprompt.protocol import command
 from secure_fedprompt.protocol import messages as m
-from secure_fedprompt.protocol.errors import RosterError, SecureFedPromptError, UpdateError
-from secure_fedprompt.protocol.keys import Identity, Member
-from secure_fedprompt.protocol.roster import Roster
+from secure_fedprompt.protocol.errors import SecureFedPromptError, UpdateError
 
 if TYPE_CHECKING:
     from secure_fedprompt.client_settings import ClientSettings
-    from secure_fedprompt.clients.training import LocalTrainer, Values
+    from secure_fedprompt.clients.training import LocalTrainer, Result
 
 EXAMPLES = """\
   python -m secure_fedprompt.client --config client.toml
@@ -58,21 +57,6 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     body = lambda: take_part(command.load(ClientSettings, args), args.json)  # noqa: E731
     return command.guard(body, args.debug)
-
-
-def whoami(settings: ClientSettings) -> tuple[Identity, Roster, Member, Member]:
-    """Own key, roster, own entry and the server's.
-
-    Raises:
-        KeyFileError, RosterError
-    """
-    identity = command.read_identity(settings.key)
-    roster = command.read_roster(settings.roster)
-    me = command.member_of(identity, roster, ("client",))
-    servers = roster.with_role("server")
-    if len(servers) != 1:
-        raise RosterError(f"roster {settings.roster} names {len(servers)} servers, must be one")
-    return identity, roster, me, servers[0]
 
 
 def load_trainer(settings: ClientSettings, console: Console, progress: Progress) -> LocalTrainer:
@@ -114,7 +98,7 @@ def take_part(settings: ClientSettings, json_path: str | None) -> int:
         SecureFedPromptError: refused, disconnected, or the run failed.
     """
     console = Console(highlight=False)
-    identity, roster, me, server = whoami(settings)
+    identity, roster, me, server = whoami(settings.key, settings.roster, "client")
     state_dir = Path(settings.state_dir or f"state/{me.name}")
     journal = FileJournal(state_dir / "journal.jsonl")
     link = CurveLink(settings.server, server.curve, identity, settings.patience)
@@ -148,7 +132,7 @@ def take_part(settings: ClientSettings, json_path: str | None) -> int:
 def loop(link: CurveLink, session: Session, trainer: LocalTrainer, console: Console) -> int:
     """Move frames between socket and session; train in one worker thread. Returns rounds done."""
     connections, alive_at, greeted, rounds, told = 0, 0.0, 0.0, 0, 0
-    job: tuple[Work, Future[tuple[Values, float]]] | None = None
+    job: tuple[Work, Future[Result]] | None = None
     welcome: Future[list[m.Message]] | None = None
     with ThreadPoolExecutor(1) as pool:
         try:
@@ -179,12 +163,12 @@ def loop(link: CurveLink, session: Session, trainer: LocalTrainer, console: Cons
                     job = session.work, pool.submit(trainer.run, session.work)
                 if job is not None and job[1].done():
                     (work, future), job = job, None
-                    values, weight = outcome(future)
-                    uploads = session.trained(work, values, weight)
-                    replies += uploads
-                    if uploads:
+                    result = outcome(future)
+                    sent = session.trained(work, result)
+                    replies += sent
+                    if sent and isinstance(result, tuple):
                         rounds += 1
-                        tell(console, work, trainer, weight)
+                        tell(console, work, trainer, result[1])
                 for reply in replies:
                     link.send(reply)
             link.send(m.Leave("Finished", ""))

@@ -25,6 +25,8 @@ from secure_fedprompt.protocol import command
 from secure_fedprompt.protocol.errors import ConfigError, RunFailedError
 from secure_fedprompt.protocol.plan import PROTECTIONS
 from secure_fedprompt.protocol.roster import Roster
+from secure_fedprompt.protocol.settings import CHOICES, ServerSettings
+from secure_fedprompt.server.planning import check_settings
 
 NAMES = ("alice", "bob", "carol", "dave", "erin", "frank", "grace", "heidi")
 METHODS: dict[str, dict[str, Any]] = {
@@ -61,12 +63,15 @@ def main(argv: list[str] | None = None) -> int:
         "  secure-fedprompt demo\n"
         "  secure-fedprompt demo --clients 6 --rounds 3 --run-dir my-demo --json result.json\n"
         "  secure-fedprompt demo --protection bfv     # homomorphic encryption instead of masks\n"
-        "  secure-fedprompt demo --protection none    # the same without protection",
+        "  secure-fedprompt demo --protection none    # the same without protection\n"
+        "  secure-fedprompt demo --method fedmgp --selection secure --selection-scope federation",
     )
     parser.add_argument("--method", choices=sorted(METHODS), default="promptfl")
     parser.add_argument("--clients", type=int, default=4, metavar="N")
     parser.add_argument("--rounds", type=int, default=5, metavar="N")
     parser.add_argument("--protection", choices=PROTECTIONS, default="masks")
+    parser.add_argument("--selection", choices=CHOICES["selection"], default="client")
+    parser.add_argument("--selection-scope", choices=CHOICES["selection_scope"], default="client")
     parser.add_argument("--seed", type=int, default=0, help="of data and batch order")
     parser.add_argument("--run-dir", type=Path, metavar="DIR", help="default: a new folder")
     args = parser.parse_args(argv)
@@ -79,6 +84,7 @@ def main(argv: list[str] | None = None) -> int:
             args.seed,
             args.run_dir,
             args.json,
+            {"selection": args.selection, "selection_scope": args.selection_scope},
         ),
         args.debug,
     )
@@ -92,6 +98,7 @@ def run(
     seed: int,
     folder: Path | None,
     json_path: str | None,
+    selection: dict[str, Any],
 ) -> int:
     """Set up, start, watch, report.
 
@@ -105,12 +112,14 @@ def run(
         )
     if rounds < 1:
         raise ConfigError(f"rounds = {rounds}: at least 1")
+    planned = {**METHODS[method]["defaults"], "method": method, **selection}
+    check_settings(ServerSettings(**planned))
     console, begin = Console(highlight=False), time.monotonic()
     if folder is None:
         folder = Path(tempfile.mkdtemp(prefix="demo-", dir=Path.cwd()))
     elif folder.exists() and any(folder.iterdir()):
         raise ConfigError(f"run-dir {folder} is not empty: choose another, or remove it")
-    commands = write_files(folder, method, clients, rounds, protection, seed)
+    commands = write_files(folder, method, clients, rounds, protection, seed, for_server=selection)
     published = METHODS[method]["published"]
     ours = ", ".join(f"{k} {v!r}" for k, v in METHODS[method]["defaults"].items())
     console.print(f"[bold]{method}[/] with {ours}, {rounds} rounds; published: {published}")
@@ -182,6 +191,9 @@ def write_files(
         }  # fmt: skip
         path = folder / name / "client.toml"
         allowed = {"protections": [protection]} if protection != "masks" else {}
+        if server.get("selection") == "secure":
+            federation = server["selection_scope"] == "federation"
+            allowed["selections"] = ["secure-federation" if federation else "secure"]
         write_toml(path, client, {"policy": allowed} if allowed else {})
         words = [python, "-m", "secure_fedprompt.client", "--config", str(path)]
         commands.append([*words, "--json", str(folder / name / "result.json")])

@@ -38,9 +38,14 @@ from secure_fedprompt.server.store import Store
 # Not a choice here: there are no keys, addresses or waiting.
 _ABSENT = {
     *("config", "key", "roster", "bind", "server", "state_dir", "part", "clients", "policy"),
+    "helper",
     *("patience", "gather_seconds", "stage_seconds", "training_seconds", "alive_seconds"),
 }
-_POLICY = Policy(protections=PROTECTIONS, graphs=("complete", "regular"))
+_POLICY = Policy(
+    protections=PROTECTIONS,
+    graphs=("complete", "regular"),
+    selections=("secure", "secure-federation"),
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -172,7 +177,7 @@ def simulate_run(
         replies = session.on(m.CATALOGUE.decode(frame))
         if session.work is not None:
             work = session.work
-            replies += session.trained(work, *trainers[recipient].run(work))
+            replies += session.trained(work, trainers[recipient].run(work))
         queue.extend((recipient, "", reply) for reply in replies)
     if run.error:
         raise run.error

@@ -105,7 +105,7 @@ def loop(hub: Hub, run: Run) -> None:
             if not hub.send(name, message):
                 out += run.gone(name, time.monotonic())
     # Closing a socket under a peer that is busy could cost it the last frame: wait for goodbyes.
-    present, until = set(run.clients), time.monotonic() + GOODBYE_SECONDS
+    present, until = set(run.everybody()), time.monotonic() + GOODBYE_SECONDS
     while present and time.monotonic() < until:
         for name, message in hub.poll(0.05):
             if isinstance(message, m.Leave):
@@ -120,6 +120,12 @@ def warn(console: Console, settings: ServerSettings, clients: int) -> None:
     if settings.protection == "none":
         console.print("[bold red]NO PROTECTION: the server sees every client's update.[/]")
         return
+    if settings.selection == "secure":
+        who = settings.helper or "an elected client"
+        console.print(
+            f"secure selection, scope {settings.selection_scope}: this server and the helper "
+            f"({who}) must not collude"
+        )
     t = settings.threshold or default_threshold(clients)
     if settings.protection in SCHEMES:
         console.print(

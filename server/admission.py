@@ -21,13 +21,16 @@ def admit(
     Raises:
         NotOnRosterError, RosterMismatchError, MismatchError: with both values.
     """
-    if sender not in {member.name for member in roster.with_role("client")}:
-        raise NotOnRosterError(f"{sender!r} is on the roster, but not as a client")
+    role = roster.by_name[sender].role if sender in roster.by_name else ""
+    if role not in ("client", "helper"):
+        raise NotOnRosterError(f"{sender!r} is on the roster, but not as a client or helper")
     if hello.roster_digest != roster.digest:
         raise RosterMismatchError(
             f"roster of {sender} is {hello.roster_digest.hex()[:16]}, the server's is "
             f"{roster.digest.hex()[:16]}: copy the same roster file to every machine"
         )
+    if role == "helper":  # it holds neither model nor data
+        return
     if hello.method and hello.method != settings.method:
         raise MismatchError(
             f"method of {sender} is {hello.method!r}, the run's is {settings.method!r}"

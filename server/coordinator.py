@@ -1,6 +1,7 @@
 """The server in one round, as a state machine without I/O: the clock is an argument.
 
-    advertising -> sharing -> collecting -> consistency -> unmasking -> done | aborted
+    advertising -> sharing -> [selecting -> evaluating ->] collecting -> consistency -> unmasking
+    -> done | aborted
 
 Every call returns the frames to send. A stage ends when everybody it waits for has answered or
 its deadline has passed; it goes on with whoever answered if they are a quorum, else the round
@@ -10,7 +11,8 @@ aborts with a reason. A client that breaks a rule is dropped from the round and 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -31,15 +33,17 @@ from secure_fedprompt.protocol.expand import Purpose
 from secure_fedprompt.protocol.keys import agree, verify
 from secure_fedprompt.protocol.plan import RoundPlan
 from secure_fedprompt.protocol.roster import Roster
+from secure_fedprompt.protocol.shamir import Entropy
 from secure_fedprompt.server.aggregate import MaskedSum, PlainSum, masks_to_remove
-
-Outbox = list[tuple[str, m.Message]]
+from secure_fedprompt.server.selection import Outbox, Selector
 
 
 class Stage(StrEnum):
     KEYING = "keying"
     ADVERTISING = "advertising"
     SHARING = "sharing"
+    SELECTING = "selecting"
+    EVALUATING = "evaluating"
     COLLECTING = "collecting"
     CONSISTENCY = "consistency"
     UNMASKING = "unmasking"
@@ -52,15 +56,21 @@ class Stage(StrEnum):
 EXPECTED: dict[Stage, type[m.Message]] = {
     Stage.ADVERTISING: m.Advert,
     Stage.SHARING: m.Shares,
+    Stage.SELECTING: m.KeyShares,
+    Stage.EVALUATING: m.HelperOutcome,
     Stage.CONSISTENCY: m.Consistent,
     Stage.UNMASKING: m.Reveal,
 }
-UPLOADING = {Stage.ADVERTISING, Stage.SHARING, Stage.COLLECTING}  # who leaves is not in the sum
+UPLOADING = {  # who leaves is not in the sum
+    Stage.ADVERTISING, Stage.SHARING, Stage.SELECTING, Stage.EVALUATING, Stage.COLLECTING,
+}  # fmt: skip
+BEFORE_OUTCOME = UPLOADING - {Stage.COLLECTING} | {Stage.KEYING}
 
 
 @dataclass(frozen=True)
 class Deadlines:
-    """Seconds that a stage may take: ``training`` for collecting, ``stage`` for the others."""
+    """Seconds that a stage may take: ``training`` for the one in which clients train, ``stage`` for
+    the others."""
 
     stage: float = 30.0
     training: float = 600.0
@@ -71,6 +81,9 @@ class Round:
     """One round. ``start`` first; then ``on``, ``lost`` and ``tick`` until ``over``.
 
     Attributes:
+        run_keys: the clients' signed keys of this run, where something is sealed to or by them.
+        entropy: source of random bytes.
+        helper_failed: whether the round aborted for want of its helper.
         result: decoded sum by field, once done. ``integers`` is the same as ring integers.
         reason: why the round aborted, else empty.
         dropped: clients of the cohort whose update is not in the sum, with the stage they left in.
@@ -83,6 +96,9 @@ class Round:
     base: bytes
     roster: Roster
     deadlines: Deadlines
+    run_keys: Mapping[str, m.Ready] = field(default_factory=dict)
+    entropy: Entropy = os.urandom
+    helper_failed: bool = False
     stage: Stage = Stage.ADVERTISING
     result: dict[str, layout.Vector] | None = None
     integers: NDArray[np.int64] | None = None
@@ -103,7 +119,11 @@ class Round:
         self._gone: set[str] = set()
         self._keys: set[bytes] = set()
         self._probe = X25519PrivateKey.generate()
+        self._selector = self._make_selector()
         self._sum = PlainSum(self.plan) if self.plan.protection == "none" else MaskedSum(self.plan)
+
+    def _make_selector(self) -> Selector | None:
+        return Selector(self.plan, self.run_keys, self.entropy) if self.plan.selecting else None
 
     @property
     def over(self) -> bool:
@@ -111,15 +131,29 @@ class Round:
 
     def start(self, now: float) -> Outbox:
         masked = self.plan.protection == "masks"
-        self._begin(Stage.ADVERTISING if masked else Stage.COLLECTING, self.plan.cohort, now)
+        if masked:
+            self._begin(Stage.ADVERTISING, self.plan.cohort, now)
+        else:
+            self._collect(self.plan.cohort, now)
+        return self._plans()
+
+    def _plans(self) -> Outbox:
+        """The plan, to everybody who takes part."""
         message = m.Plan(self.plan, self.base)
-        return [(name, message) for name in self.plan.cohort]
+        out: Outbox = [(name, message) for name in self.plan.cohort]
+        return out + (self._selector.start() if self._selector else [])
+
+    def _collect(self, names: tuple[str, ...], now: float) -> None:
+        """Clients train now: wait for their uploads, or first for their selection keys."""
+        self._begin(Stage.SELECTING if self._selector else Stage.COLLECTING, names, now)
 
     def on(self, sender: str, message: m.Message, now: float) -> Outbox:
         """Take a frame of an authenticated sender; a bad one drops the sender from the round."""
         of = getattr(message, "run", None), getattr(message, "round", None)
         if not self.involves(sender) or of != (self.plan.run, self.plan.round):
             return []  # late: a frame may cross the end of its round
+        if isinstance(message, m.FROM_HELPER):
+            return self._help(sender, message, now)
         if isinstance(message, m.Withdraw):
             self.faults[sender] = f"withdrew: {message.error}: {message.reason}"
             return self.lost(sender, now)
@@ -134,8 +168,27 @@ class Round:
         return self._settle(now)
 
     def involves(self, name: str) -> bool:
-        """Whether the round still counts on a client, in this stage or a later one."""
-        return not self.over and name in self.plan.cohort and name not in self._gone
+        """Whether the round still counts on a client or helper, in this stage or a later one."""
+        if self.over or name in self._gone:
+            return False
+        return name in self.plan.cohort or (self._selector is not None and self._awaits(name))
+
+    def _awaits(self, name: str) -> bool:
+        """Whether the helper of this name still has to help."""
+        return name == self.plan.selection.helper and self.stage in BEFORE_OUTCOME
+
+    def _help(self, sender: str, message: m.Message, now: float) -> Outbox:
+        """A frame of the helper; the round cannot do without a correct one."""
+        if self._selector is None or not self._awaits(sender):
+            return []
+        try:
+            out = self._selector.on(message)
+        except ProtocolError as error:
+            self.faults[sender] = f"{type(error).__name__}: {error}"
+            return self.lost(sender, now)
+        if self._selector.outcomes is not None:
+            self.waiting = set()
+        return out + self._settle(now)
 
     def _unawaited(self, sender: str, message: m.Message) -> Outbox:
         """A frame of this round from a client that has answered this stage."""
@@ -145,7 +198,13 @@ class Round:
         """A client is gone for the rest of this round."""
         self._gone.add(sender)
         self.waiting.discard(sender)
+        if self._selector is not None and self._awaits(sender) and not self.over:
+            return self._without_helper()
         return self._settle(now)
+
+    def _without_helper(self) -> Outbox:
+        self.helper_failed = True
+        return self._abort(f"helper {self.plan.selection.helper} failed while {self.stage}")
 
     def tick(self, now: float) -> Outbox:
         """Let the deadline act. ``deadline`` says when the next call is due."""
@@ -160,7 +219,8 @@ class Round:
         return out
 
     def _begin(self, stage: Stage, names: tuple[str, ...], now: float) -> None:
-        limit = self.deadlines.training if stage is Stage.COLLECTING else self.deadlines.stage
+        trains = stage is (Stage.SELECTING if self._selector else Stage.COLLECTING)
+        limit = self.deadlines.training if trains else self.deadlines.stage
         self.stage, self.waiting, self.answers = stage, set(names) - self._gone, {}
         self.began, self.deadline = now, now + limit
 
@@ -198,6 +258,9 @@ class Round:
                 boxes = sum(n in self._adverts for n in near) - 1
                 if len(message.boxes) != m.BOX * boxes:
                     raise FieldError(f"{len(message.boxes)} bytes of boxes, {boxes} boxes expected")
+            case m.KeyShares():
+                assert self._selector is not None
+                self._selector.share(sender, message)
             case m.MaskedUpload() | m.PlainUpload():
                 self._sum.add(message.vector)
             case m.Consistent():
@@ -211,6 +274,8 @@ class Round:
         """Close the stage with who answered, and open the next."""
         self.seconds[self.stage] = now - self.began
         names = tuple(sorted(self.answers))
+        if self.stage is Stage.EVALUATING:
+            return self._hand_out(now)
         if self.stage in UPLOADING:
             for name in set(self.plan.cohort) - set(names) - set(self.dropped):
                 self.dropped[name] = str(self.stage)
@@ -219,6 +284,10 @@ class Round:
                 f"{len(names)} of {len(self.plan.cohort)} clients answered while {self.stage}, "
                 f"{self.plan.quorum} are needed"
             )
+        if self.stage is Stage.SELECTING:
+            assert self._selector is not None
+            self._begin(Stage.EVALUATING, (self._selector.helper,), now)
+            return self._selector.evaluate(names)
         try:
             return self._close_stage(names, now)
         except BadShareError as error:
@@ -238,6 +307,15 @@ class Round:
             Stage.UNMASKING: self._unmask,
         }
         return step[self.stage](names, now)
+
+    def _hand_out(self, now: float) -> Outbox:
+        """The outcomes to their owners, who may upload now."""
+        assert self._selector is not None
+        outcomes = self._selector.outcomes
+        if outcomes is None:
+            return self._without_helper()
+        self._begin(Stage.COLLECTING, tuple(name for name, _ in outcomes), now)
+        return outcomes
 
     def _send_adverts(self, names: tuple[str, ...], now: float) -> Outbox:
         adverts = [a for name in names if isinstance(a := self.answers[name], m.Advert)]
@@ -266,7 +344,7 @@ class Round:
                 [boxes[s][at : at + m.BOX] for s, at in zip(senders, offsets, strict=True)]
             )
             out.append((name, m.Inbox(self.plan.run, self.plan.round, senders, data)))
-        self._begin(Stage.COLLECTING, names, now)
+        self._collect(names, now)
         return out
 
     def _send_survivors(self, names: tuple[str, ...], now: float) -> Outbox:
@@ -325,4 +403,5 @@ class Round:
 
     def _tell_all(self, reason: str) -> Outbox:
         message = m.RoundEnd(self.plan.run, self.plan.round, m.line(reason))
-        return [(name, message) for name in self.plan.cohort]
+        names = {*self.plan.cohort, self.plan.selection.helper} - {""}
+        return [(name, message) for name in sorted(names)]

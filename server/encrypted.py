@@ -8,6 +8,7 @@ prompt in the sealed form on which the clients agree. It imports nothing that co
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,7 +22,9 @@ from secure_fedprompt.protocol.keys import verify
 from secure_fedprompt.protocol.packing import Packing
 from secure_fedprompt.protocol.plan import NO_KEY, RoundPlan
 from secure_fedprompt.protocol.roster import Roster
-from secure_fedprompt.server.coordinator import Deadlines, Outbox, Round, Stage
+from secure_fedprompt.protocol.shamir import Entropy
+from secure_fedprompt.server.coordinator import Deadlines, Round, Stage
+from secure_fedprompt.server.selection import Outbox
 
 
 def make_round(
@@ -30,11 +33,11 @@ def make_round(
     roster: Roster,
     deadlines: Deadlines,
     run_keys: Mapping[str, m.Ready],
+    entropy: Entropy = os.urandom,
 ) -> Round:
     """The state machine for a plan's protection; ``run_keys`` from the clients' ``Ready``."""
-    if plan.encrypted:
-        return EncryptedRound(plan, base, roster, deadlines, run_keys=run_keys)
-    return Round(plan, base, roster, deadlines)
+    kind = EncryptedRound if plan.encrypted else Round
+    return kind(plan, base, roster, deadlines, run_keys, entropy)
 
 
 @dataclass
@@ -42,14 +45,12 @@ class EncryptedRound(Round):
     """One round.
 
     Attributes:
-        run_keys: signed keys of the clients.
         key: digest of the cohort key in use.
         holders: clients that are known to hold it.
         keyed: whether everybody could have the key; burnt: whether the server was shown it.
         sealed: the next global prompt, once done.
     """
 
-    run_keys: Mapping[str, m.Ready] = field(default_factory=dict)
     key: bytes = NO_KEY
     holders: set[str] = field(default_factory=set)
     keyed: bool = True
@@ -59,20 +60,20 @@ class EncryptedRound(Round):
     def __post_init__(self) -> None:
         self.plan.check()
         self.key, self._gone = self.plan.key, set()
+        self._selector = self._make_selector()
         scheme = homomorphic.scheme(self.plan.protection, self.plan.parameters)
         packing = Packing.of(self.plan.layout, scheme.limit, self.plan.parameters.clients)
         self._ciphers = CipherSum(scheme, -(-packing.slots // scheme.slots))
         self._survivors: tuple[str, ...] = ()
         self._agreed = NO_KEY
         self._reporters: list[str] = []
-        self._early: dict[str, m.CipherUpload] = {}  # of key holders, while others get the key
+        self._early: dict[str, m.Message] = {}  # of key holders, while others get the key
 
     def start(self, now: float) -> Outbox:
         plan = self.plan
-        message = m.Plan(plan, self.base)
-        out: Outbox = [(name, message) for name in plan.cohort]
+        out = self._plans()
         if not plan.grants:
-            self._begin(Stage.COLLECTING, plan.cohort, now)
+            self._collect(plan.cohort, now)
             return out
         self.keyed = False
         self._begin(Stage.KEYING, (plan.maker,), now)
@@ -80,9 +81,9 @@ class EncryptedRound(Round):
         return [*out, (plan.maker, m.KeyRequest(plan.run, plan.round, recipients))]
 
     def _unawaited(self, sender: str, message: m.Message) -> Outbox:
-        """Holders of the key upload while others are given it."""
+        """Holders of the key go on while others are given it."""
         early = self.stage is Stage.KEYING and sender not in self.plan.grants
-        if early and isinstance(message, m.CipherUpload):
+        if early and isinstance(message, m.KeyShares if self._selector else m.CipherUpload):
             self._early[sender] = message
         return []
 
@@ -93,6 +94,8 @@ class EncryptedRound(Round):
     def _expected(self) -> type[m.Message]:
         kinds: dict[Stage, type[m.Message]] = {
             Stage.KEYING: m.KeyGrant,
+            Stage.SELECTING: m.KeyShares,
+            Stage.EVALUATING: m.HelperOutcome,
             Stage.COLLECTING: m.CipherUpload,
             Stage.OPENING: m.Opened,
             Stage.REPORTING: m.SealedPrompt,
@@ -102,6 +105,8 @@ class EncryptedRound(Round):
     def _take(self, sender: str, message: m.Message) -> None:
         plan, identity = self.plan, self.roster.identity_of(sender)
         match message:
+            case m.KeyShares():
+                super()._take(sender, message)
             case m.KeyGrant():
                 body = message.body(plan)
                 verify(identity, Purpose.KEY_GRANT, body, message.signature, sender)
@@ -139,7 +144,7 @@ class EncryptedRound(Round):
         return m.Alive() if isinstance(message, m.CipherUpload) else message
 
     def _advance(self, now: float) -> Outbox:
-        if self.stage in (Stage.COLLECTING, Stage.OPENING):
+        if self.stage not in (Stage.KEYING, Stage.REPORTING):
             return super()._advance(now)
         self.seconds[self.stage] = self.seconds.get(self.stage, 0.0) + now - self.began
         answers = list(self.answers.values())
@@ -156,7 +161,7 @@ class EncryptedRound(Round):
         plan = self.plan
         assert isinstance(granted, m.KeyGrant)
         maker = self.run_keys[plan.maker]
-        self._begin(Stage.COLLECTING, plan.cohort, now)
+        self._collect(plan.cohort, now)
         out: Outbox = [
             (grant.recipient, m.KeyBox(plan.run, plan.round, maker, granted.key, grant))
             for grant in granted.grants

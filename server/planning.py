@@ -24,6 +24,7 @@ from secure_fedprompt.protocol.plan import (
     default_threshold,
 )
 from secure_fedprompt.protocol.roster import Roster
+from secure_fedprompt.protocol.selection.task import NONE, SCOPES, Selection
 from secure_fedprompt.protocol.settings import ServerSettings
 
 UNWEIGHTED = ("fedmgp",)
@@ -111,6 +112,50 @@ def elect(
     return Keying(NO_KEY, tuple(sorted(set(cohort) - {state.maker})))
 
 
+def elect_helper(
+    settings: ServerSettings, state: RunState, ready: Mapping[str, m.Ready], unfit: Set[str]
+) -> m.Ready | None:
+    """Who evaluates the selection of the next round, or None if it has none.
+
+    The configured helper; else the lowest name of those who did not fail as helpers.
+
+    Args:
+        ready: run keys of all clients and helpers that are there.
+
+    Raises:
+        RunFailedError: the configured helper is not there.
+    """
+    training = 1 < state.learning_round <= settings.rounds
+    if settings.selection != "secure" or not training:
+        return None
+    wanted = settings.helper
+    if wanted:
+        if wanted not in ready:
+            raise RunFailedError(f"helper {wanted!r} is not there: start it, or set helper = ''")
+        return ready[wanted]
+    return ready[min(set(ready) - unfit or set(ready))]
+
+
+def selection_of(settings: ServerSettings, clients: int, helper: m.Ready | None) -> Selection:
+    """The plan's selection under these settings."""
+    if helper is None:
+        return NONE
+    o = settings.fedmgp
+    modalities = 2 if o.modality == "both" else 1
+    federation = settings.selection_scope == "federation"
+    keep = min(settings.selection_keep or o.slots * clients, o.groups * clients)
+    return Selection(
+        scope=1 + SCOPES.index(settings.selection_scope),
+        modalities=modalities,
+        groups=o.groups,
+        slots=o.slots,
+        keep=keep if federation else 0,
+        helper=helper.name,
+        helper_key=helper.seal_key,
+        helper_signature=helper.signature,
+    )
+
+
 def check_settings(settings: ServerSettings) -> None:
     """Refuse settings that no run can have.
 
@@ -123,6 +168,21 @@ def check_settings(settings: ServerSettings) -> None:
             f"weights = {settings.weights!r}: {settings.method} averages without weights; "
             "set weights = 'uniform'"
         )
+    if settings.selection == "secure":
+        if settings.method != "fedmgp" or settings.fedmgp.rule != "similarity":
+            raise ConfigError(
+                f"selection = 'secure': {settings.method} with rule {settings.fedmgp.rule!r} "
+                "compares no keys; use method = 'fedmgp' and fedmgp.rule = 'similarity'"
+            )
+    elif settings.selection_scope != "client" or settings.selection_keep or settings.helper:
+        raise ConfigError(
+            f"selection = {settings.selection!r}: selection_scope, selection_keep and helper need "
+            "selection = 'secure'"
+        )
+    if settings.selection_keep and settings.selection_scope != "federation":
+        raise ConfigError(
+            f"selection_keep = {settings.selection_keep}: needs selection_scope = 'federation'"
+        )
     if settings.method in UNPROTECTED and settings.protection != "none":
         raise ConfigError(
             f"protection = {settings.protection!r}: {settings.method} shows every client's prompt "
@@ -131,7 +191,10 @@ def check_settings(settings: ServerSettings) -> None:
 
 
 def upload_layout(
-    settings: ServerSettings, tensors: tuple[TensorSpec, ...], clients: int
+    settings: ServerSettings,
+    tensors: tuple[TensorSpec, ...],
+    clients: int,
+    selection: Selection = NONE,
 ) -> lay.Layout:
     """The upload layout for a number of clients.
 
@@ -156,6 +219,7 @@ def upload_layout(
         max_seen=settings.max_seen,
         ring_bits=settings.ring_bits,
         metrics=settings.metrics,
+        filled=selection.slots if selection.federation else 0,
     )
 
 
@@ -166,14 +230,17 @@ def round_plan(
     cohort: tuple[str, ...],
     entropy: shamir.Entropy,
     keying: Keying = Keying(),
+    helper: m.Ready | None = None,
 ) -> RoundPlan:
-    """The plan of ``state.round`` for a cohort; ``keying`` from ``elect``.
+    """The plan of ``state.round`` for a cohort; ``keying`` from ``elect``, ``helper`` from
+    ``elect_helper``.
 
     Raises:
         PlanError: the settings do not allow one.
     """
     assert state.prompt is not None
     n, training = len(cohort), state.learning_round <= settings.rounds
+    selection = selection_of(settings, n, helper)
     uniform = settings.weights == "uniform"
     encrypted = settings.protection in SCHEMES
     shares = settings.protection == "masks"
@@ -204,7 +271,7 @@ def round_plan(
         clip=settings.clip,
         max_weight=1 if uniform else settings.max_weight,
         uniform=int(uniform),
-        layout=upload_layout(settings, state.tensors if training else (), n),
+        layout=upload_layout(settings, state.tensors if training else (), n, selection),
         parameters=homomorphic.choose(
             settings.protection, len(roster.with_role("client")), settings.flood_bits
         ),
@@ -212,4 +279,5 @@ def round_plan(
         election=state.election,
         key=keying.key,
         grants=keying.grants,
+        selection=selection,
     )

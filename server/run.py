@@ -35,16 +35,18 @@ from secure_fedprompt.protocol.plan import NO_KEY
 from secure_fedprompt.protocol.roster import Roster
 from secure_fedprompt.protocol.settings import ServerSettings
 from secure_fedprompt.server.admission import admit
-from secure_fedprompt.server.coordinator import Deadlines, Outbox, Round, Stage
+from secure_fedprompt.server.coordinator import Deadlines, Round, Stage
 from secure_fedprompt.server.encrypted import EncryptedRound, make_round
 from secure_fedprompt.server.planning import (
     Keying,
     RunState,
     check_settings,
     elect,
+    elect_helper,
     round_plan,
     upload_layout,
 )
+from secure_fedprompt.server.selection import Outbox
 
 SAME_HELLO = 5.0  # seconds within which two greetings of one process count as one
 
@@ -76,6 +78,7 @@ class Run:
     """One run. Feed it ``on`` and ``tick``; it returns frames, and sets ``over`` at the end.
 
     Attributes:
+        helpers: processes of role helper; they take part in no round, and in no count.
         error: why the run failed, or None.
     """
 
@@ -86,6 +89,7 @@ class Run:
     state: RunState
     began: float
     clients: dict[str, Client] = field(default_factory=dict)
+    helpers: dict[str, Client] = field(default_factory=dict)
     current: Round | None = None
     error: SecureFedPromptError | None = None
     over: bool = False
@@ -102,6 +106,7 @@ class Run:
         self.asked: set[str] = set()  # for the starting prompt
         self.benched: set[str] = set()  # sit out the next attempt
         self.unfit: set[str] = set()  # whose cohort keys failed
+        self.unhelpful: set[str] = set()  # who failed as helpers
         self.stranded_until = 0.0  # wait for somebody who can open the prompt
         self._probe = X25519PrivateKey.generate()
 
@@ -120,7 +125,7 @@ class Run:
     def _take(self, sender: str, message: m.Message, now: float) -> Outbox:
         if isinstance(message, m.Hello):
             return self._hello(sender, message, now)
-        client = self.clients.get(sender)
+        client = self.clients.get(sender) or self.helpers.get(sender)
         if client is None:
             if not isinstance(message, m.Alive) or now < self.rejoin.get(sender, 0.0):
                 return []
@@ -156,7 +161,7 @@ class Run:
         if self.over:
             return []
         out: Outbox = []
-        for name, client in list(self.clients.items()):
+        for name, client in [*self.clients.items(), *self.helpers.items()]:
             if now - client.seen > self.settings.alive_seconds:
                 self.ledger.event("lost", f"{name} has been silent for {now - client.seen:.0f} s")
                 out += self.gone(name, now)
@@ -172,11 +177,16 @@ class Run:
     def gone(self, name: str, now: float) -> Outbox:
         """A client is no longer there; its current round goes on without it."""
         self.clients.pop(name, None)
+        self.helpers.pop(name, None)
         if name == self.initial_from:
             self.initial_from = ""
         if not self.clients and not self.state.run:  # nobody is left who announced these
             self.state.model_fingerprint = self.state.classes_digest = b""
         return self._after(self.current.lost(name, now), now) if self.current else []
+
+    def everybody(self) -> dict[str, Client]:
+        """Clients and helpers that are there."""
+        return {**self.clients, **self.helpers}
 
     def farewell(self, name: str) -> Outbox:
         """The last frame of a run that is over, for a client that missed it."""
@@ -190,31 +200,35 @@ class Run:
         except SecureFedPromptError as error:
             self.ledger.event("refused", f"{sender} refused: {error}")
             return [(sender, _refused(error))]
-        before = self.clients.get(sender)
+        role = self.roster.by_name[sender].role
+        present = self.clients if role == "client" else self.helpers
+        before = present.get(sender)
         again = before and before.nonce == hello.nonce and now - before.joined < SAME_HELLO
         if again and not (self.current and self.current.involves(sender)):
             return [(sender, self._welcome(sender))] if self.state.run else []
         out = self.gone(sender, now) if before else []
         if self.over:
             return [*out, *self._finish_frames((sender,))]
-        self.clients[sender] = Client(hello.nonce, now, now)
-        self.ledger.event("joined", f"{sender} joined ({len(self.clients)} of {self.expected})")
+        present[sender] = Client(hello.nonce, now, now)
+        count = f"{len(self.clients)} of {self.expected}" if role == "client" else "as helper"
+        self.ledger.event("joined", f"{sender} joined ({count})")
         if self.state.run:
             out.append((sender, self._welcome(sender)))
         return out + (self._maybe_start(now) if not self.current else [])
 
     def _welcome(self, name: str, *, need_initial: bool = False) -> m.Welcome:
-        self.clients[name].welcomed = True
+        (self.clients.get(name) or self.helpers[name]).welcomed = True
         state, settings = self.state, self.settings.method_settings().to_bytes()
         return m.Welcome(state.run, state.server_nonce, state.nonces, settings, int(need_initial))
 
     def _ready(self, sender: str, client: Client, message: m.Ready, now: float) -> Outbox:
         if message.run != self.state.run or message.name != sender:
             raise FieldError("Ready for another run, or under another name")
-        identity, body = self.roster.identity_of(sender), message.body(self.roster.digest)
+        identity = self.roster.identity_of(sender, "client", "helper")
+        body = message.body(self.roster.digest)
         verify(identity, Purpose.RUN_KEY, body, message.signature, sender)
         agree(self._probe, message.seal_key, sender)  # refuses points of small order
-        others = (c.ready for name, c in self.clients.items() if name != sender)
+        others = (c.ready for name, c in self.everybody().items() if name != sender)
         if message.seal_key in {ready.seal_key for ready in others if ready}:
             raise AdvertMismatchError(f"run key of {sender} is another client's")
         client.ready, client.key = message, message.key
@@ -279,7 +293,7 @@ class Run:
             self.asked.add(self.initial_from)
             self.initial_until = now + self.settings.training_seconds
             out.append((self.initial_from, self._welcome(self.initial_from, need_initial=True)))
-        for name, client in self.clients.items():
+        for name, client in self.everybody().items():
             if not client.welcomed:
                 out.append((name, self._welcome(name)))
         if state.prompt is None or present < self.settings.min_clients:
@@ -303,6 +317,11 @@ class Run:
         rested = set(ready) - self.benched
         cohort = tuple(sorted(rested if len(rested) >= settings.min_clients else ready))
         self.opening = False
+        able = {name: ready[name] for name in cohort}
+        outside = {name: c.ready for name, c in self.helpers.items() if c.ready}
+        helper = elect_helper(
+            settings, state, {**outside, **able} if settings.helper else able, self.unhelpful
+        )
         keying = Keying()
         if settings.protection in SCHEMES:
             held = {name: client.key for name, client in self.clients.items()}
@@ -310,9 +329,9 @@ class Run:
         self.stranded_until = 0.0
         state.round += 1
         self.ledger.save(state)
-        plan = round_plan(settings, self.roster, state, cohort, self.entropy, keying)
+        plan = round_plan(settings, self.roster, state, cohort, self.entropy, keying, helper)
         deadlines = Deadlines(settings.stage_seconds, settings.training_seconds)
-        self.current = make_round(plan, state.base, self.roster, deadlines, ready)
+        self.current = make_round(plan, state.base, self.roster, deadlines, able, self.entropy)
         return self.current.start(now)
 
     def _after(self, out: Outbox, now: float) -> Outbox:
@@ -324,6 +343,8 @@ class Run:
         for name, fault in current.faults.items():
             self.ledger.event("fault", f"round {current.plan.round}: {name}: {fault}")
         self.benched = {current.suspect} & set(self.clients)
+        if current.helper_failed:
+            self.unhelpful.add(current.plan.selection.helper)
         if isinstance(current, EncryptedRound):
             self._note_holders(current)
         if current.stage is Stage.DONE:
@@ -377,7 +398,7 @@ class Run:
 
     def _finish_frames(self, names: Iterable[str] = ()) -> Outbox:
         """The last frame to these clients, or to all."""
-        names = names or tuple(self.clients)
+        names = names or tuple(self.everybody())
         if not self.state.run:
             refusal = _refused(self.error or RunFailedError("the run is over"))
             return [(name, refusal) for name in names]

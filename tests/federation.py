@@ -120,7 +120,7 @@ class World:
                 replies = session.on(message)
                 if session.work is not None:
                     work = session.work
-                    replies += session.trained(work, *self.toys[recipient].run(work))
+                    replies += session.trained(work, self.toys[recipient].run(work))
             except errors.SecureFedPromptError as error:
                 self.errors[recipient] = error
                 replies = [m.Leave(type(error).__name__, str(error)[:500])]

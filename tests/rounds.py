@@ -20,6 +20,7 @@ from secure_fedprompt.protocol.layout import TensorSpec
 from secure_fedprompt.protocol.plan import NO_KEY, NO_SEED, RoundPlan, default_threshold
 from secure_fedprompt.protocol.policy import Policy
 from secure_fedprompt.protocol.roster import Roster
+from secure_fedprompt.protocol.selection.task import NONE
 from secure_fedprompt.protocol.shamir import Entropy
 
 OPEN = Policy(
@@ -29,6 +30,7 @@ OPEN = Policy(
     min_threshold_share=0.5,
     protections=("masks", "bfv", "ckks", "none"),
     graphs=("complete", "regular"),
+    selections=("secure", "secure-federation"),
 )
 CTX = (TensorSpec("ctx", (3, 5)),)
 
@@ -85,7 +87,7 @@ def make_plan(
         roster_digest=roster(count).digest, base_digest=bytes(32), cohort=names(count),
         quorum=t, threshold=t, degree=0, graph_seed=NO_SEED, clip=clip, max_weight=max_weight,
         uniform=int(max_weight == 1), layout=layout, parameters=homomorphic.NONE, maker="",
-        election=0, key=NO_KEY, grants=(),
+        election=0, key=NO_KEY, grants=(), selection=NONE,
     )  # fmt: skip
     return replace(plan, **changes)  # type: ignore[arg-type]
 

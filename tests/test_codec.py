@@ -15,6 +15,7 @@ from secure_fedprompt.protocol import codec, errors
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.homomorphic import Parameters
 from secure_fedprompt.protocol.messages import CATALOGUE
+from secure_fedprompt.protocol.selection.task import Selection
 
 
 def values(annotation: Any) -> st.SearchStrategy[Any]:
@@ -136,5 +137,7 @@ def test_plan_digest_covers_every_field() -> None:
                 other = value[:-1] or ("c002",)
             case Parameters():
                 other = dataclasses.replace(value, degree=1)
+            case Selection():
+                other = dataclasses.replace(value, keep=1)
         seen.add(dataclasses.replace(plan, **{field.name: other}).digest)
     assert len(seen) == 1 + len(dataclasses.fields(plan))

@@ -20,10 +20,11 @@ from secure_fedprompt.clients import vision
 from secure_fedprompt.clients.backbone import Backbone
 from secure_fedprompt.clients.data import sets
 from secure_fedprompt.clients.methods.base import Batch
-from secure_fedprompt.clients.methods.fedmgp import FedMGP, likeness, selection_keys
+from secure_fedprompt.clients.methods.fedmgp import FedMGP, likeness, slot_similarity
 from secure_fedprompt.clients.session import Work
 from secure_fedprompt.clients.training import LocalTrainer
 from secure_fedprompt.protocol.errors import ConfigError, ModelError
+from secure_fedprompt.protocol.selection.shares import integer_keys, order
 from secure_fedprompt.protocol.settings import FedMGPSettings, MethodSettings, ServerSettings
 from secure_fedprompt.server.planning import check_settings
 
@@ -118,7 +119,8 @@ def test_draws_follow_softmax_without_replacement_in_order() -> None:
     weights = np.exp(cosine.max(1) / tau)
     draws = 20_000
     counts = Counter(
-        tuple(np.argsort(-selection_keys(groups, slots, tau, rng))[:2]) for _ in range(draws)
+        tuple(order(integer_keys(slot_similarity(groups, slots), tau, rng))[:2])
+        for _ in range(draws)
     )
     for first, second in itertools.permutations(range(4), 2):
         p = weights[first] / weights.sum() * weights[second] / (weights.sum() - weights[first])

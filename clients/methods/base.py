@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from secure_fedprompt.clients.backbone import Backbone
 from secure_fedprompt.protocol.errors import ConfigError
 from secure_fedprompt.protocol.layout import TensorSpec
+from secure_fedprompt.protocol.selection.shares import Keys
+from secure_fedprompt.protocol.selection.task import Choice
 from secure_fedprompt.protocol.settings import MethodSettings
 
 Array = NDArray[np.float32]
@@ -107,9 +109,17 @@ class Method(ABC):
         """Start a round from the aggregate. The same round may begin again after an abort."""
         self.load(tensors)
 
-    def contribution(self, rng: np.random.Generator) -> Arrays:
-        """What is uploaded after training: the uploaded tensors, or what the client chooses."""
+    def contribution(self, rng: np.random.Generator, choice: Choice | None = None) -> Arrays:
+        """What is uploaded after training: the uploaded tensors, or what was chosen of them.
+
+        Args:
+            choice: of server and helper; None if the client chooses.
+        """
         return self.state()
+
+    def selection_keys(self, rng: np.random.Generator) -> Keys:
+        """(modalities, groups) integer keys by which server and helper choose."""
+        raise ConfigError(f"method {self.name!r} has no groups to select")
 
     def observe(self, images: Tensor, labels: Tensor) -> None:  # noqa: B027
         """See the client's own training features, once, before the first round."""

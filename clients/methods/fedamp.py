@@ -23,6 +23,7 @@ from secure_fedprompt.clients.backbone import Backbone
 from secure_fedprompt.clients.methods.base import Array, Arrays, Batch, array, put
 from secure_fedprompt.clients.methods.promptfl import PromptFL
 from secure_fedprompt.protocol.layout import TensorSpec
+from secure_fedprompt.protocol.selection.task import Choice
 from secure_fedprompt.protocol.settings import MethodSettings
 
 
@@ -70,8 +71,7 @@ class FedAMP(PromptFL):
     def prompts(self) -> Array:
         """(n', n_ctx, W): of the clients in the aggregate."""
         sat = self.present > 0
-        prompts: Array = self.rows[sat] / self.present[sat, None, None]
-        return prompts
+        return (self.rows[sat] / self.present[sat, None, None]).astype(np.float32)
 
     def drawn_to(self) -> Array:
         """u_i from the aggregate and the own prompt; that alone if there is nobody else."""
@@ -84,10 +84,11 @@ class FedAMP(PromptFL):
         prompts = self.rows[sat] / self.present[sat, None, None]
         distances = np.square(prompts - own).sum((1, 2))
         weights = o.amp_alpha / sat.sum() * np.exp(-distances / o.amp_sigma)
-        drawn: Array = (1 - weights.sum()) * own + np.tensordot(weights, prompts, 1)
-        return drawn.astype(np.float32)
+        drawn = (1 - weights.sum()) * own + np.tensordot(weights, prompts, 1)
+        anchor: Array = np.asarray(drawn, np.float32)
+        return anchor
 
-    def contribution(self, rng: np.random.Generator) -> Arrays:
+    def contribution(self, rng: np.random.Generator, choice: Choice | None = None) -> Arrays:
         rows, present = np.zeros_like(self.rows), np.zeros_like(self.present)
         rows[self.seat], present[self.seat] = array(self.ctx)[0], 1
         return {"rows": rows, "present": present}

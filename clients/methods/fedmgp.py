@@ -30,6 +30,8 @@ from secure_fedprompt.clients.methods.base import (
     put,
 )
 from secure_fedprompt.protocol.layout import TensorSpec
+from secure_fedprompt.protocol.selection.shares import Keys, integer_keys, order
+from secure_fedprompt.protocol.selection.task import Choice
 from secure_fedprompt.protocol.settings import MethodSettings
 
 TEMPLATE = "a photo of a"
@@ -42,7 +44,8 @@ class FedMGP(Method):
     Attributes:
         prompts: by modality, (m, l, W) with the text tower's or the image tower's width.
         slots: by modality, the global (s, l, W).
-        choice: by modality, which group was sent for each slot in ``sent``, a learning round.
+        choice: by modality, which group was sent for each slot in ``sent``, a learning round; fewer
+            than there are slots if a selection chose fewer.
     """
 
     name = "fedmgp"
@@ -101,28 +104,35 @@ class FedMGP(Method):
         if self.choice and learning_round > self.sent:
             for modality, chosen in self.choice.items():
                 rows = torch.from_numpy(chosen).to(self.prompts[modality].device)
-                filled = torch.from_numpy(self.slots[modality]).to(rows.device)
+                filled = torch.from_numpy(self.slots[modality][: len(chosen)]).to(rows.device)
                 with torch.no_grad():
                     self.prompts[modality][rows] = filled
         self.choice, self.learning_round = {}, learning_round
 
-    def contribution(self, rng: np.random.Generator) -> Arrays:
-        """Choose, remember the choice, and return the chosen prompts in slot order."""
-        o, first = self.options, None
-        for modality, prompts in self.prompts.items():
-            groups = array(prompts)
-            if o.rule in ("fixed", "all"):
-                chosen = np.arange(self.slot_count)
-            elif o.rule == "random" or self.learning_round == 1:
-                chosen = rng.permutation(o.groups)[: self.slot_count]
-                chosen = chosen if first is None else first  # the same for text and visual
-            else:
-                keys = selection_keys(groups, self.slots[modality], o.tau, rng)
-                chosen = np.argsort(-keys, kind="stable")[: self.slot_count]
-            first = chosen if first is None else first
-            self.choice[modality] = chosen
+    def selection_keys(self, rng: np.random.Generator) -> Keys:
+        similarity = [
+            slot_similarity(array(prompts), self.slots[m]) for m, prompts in self.prompts.items()
+        ]
+        return integer_keys(np.stack(similarity), self.options.tau, rng)
+
+    def contribution(self, rng: np.random.Generator, choice: Choice | None = None) -> Arrays:
+        """The chosen prompts in slot order, and remember which. Slots that a ``choice`` leaves open
+        keep their global value."""
+        o, chosen = self.options, choice
+        if chosen is not None:
+            pass
+        elif o.rule in ("fixed", "all"):
+            chosen = (np.arange(self.slot_count),) * len(self.prompts)
+        elif o.rule == "random" or self.learning_round == 1:  # the same for text and visual
+            chosen = (rng.permutation(o.groups)[: self.slot_count],) * len(self.prompts)
+        else:
+            chosen = tuple(best[: self.slot_count] for best in order(self.selection_keys(rng)))
+        self.choice = dict(zip(self.prompts, chosen, strict=True))
         self.sent = self.learning_round
-        return {m: array(self.prompts[m])[chosen] for m, chosen in self.choice.items()}
+        sent = self.state()
+        for modality, groups in self.choice.items():
+            sent[modality][: len(groups)] = array(self.prompts[modality])[groups]
+        return sent
 
     def private(self) -> Arrays:
         kept = {f"groups.{m}": array(p) for m, p in self.prompts.items()}
@@ -209,13 +219,9 @@ def likeness(features: Tensor, kind: str, compat: str = "") -> Tensor:
     return mean if compat else -mean
 
 
-def selection_keys(
-    groups: Array, slots: Array, tau: float, rng: np.random.Generator
-) -> NDArray[np.float64]:
-    """(m,) keys whose s largest, in order, are s draws without replacement from
-    softmax(max_r cos(group, slot_r) / tau) (the Gumbel trick; Vieira 2014, Kool et al. 2019)."""
+def slot_similarity(groups: Array, slots: Array) -> NDArray[np.float64]:
+    """(m,) largest cosine of each flattened group with any slot."""
     a, b = (x.reshape(len(x), -1).astype(np.float64) for x in (groups, slots))
     norms = np.linalg.norm(a, axis=1)[:, None] * np.linalg.norm(b, axis=1)[None]
-    cosine = (a @ b.T) / np.maximum(norms, 1e-12)
-    keys: NDArray[np.float64] = cosine.max(1) + tau * rng.gumbel(size=len(a))
-    return keys
+    best: NDArray[np.float64] = ((a @ b.T) / np.maximum(norms, 1e-12)).max(1)
+    return best

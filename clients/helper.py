@@ -1,0 +1,132 @@
+"""The helper of a secure selection: it evaluates on labels and shares that mean nothing to it.
+
+Sans-I/O, and the same whether an elected client or a process of its own plays it. It opens seeds
+that clients sealed to it, and seals its shares of the outcomes to their owners; it never holds the
+server's shares, the offset of the labels or what decodes an output. See docs/secure-selection.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from secure_fedprompt.clients.selecting import box_key
+from secure_fedprompt.clients.state import Party, Replies
+from secure_fedprompt.protocol import masking
+from secure_fedprompt.protocol import messages as m
+from secure_fedprompt.protocol.errors import (
+    AdvertMismatchError,
+    FieldError,
+    PolicyError,
+    ReplayError,
+    RosterMismatchError,
+    UnexpectedMessageError,
+)
+from secure_fedprompt.protocol.expand import Purpose
+from secure_fedprompt.protocol.keys import seal, unseal
+from secure_fedprompt.protocol.plan import RoundPlan
+from secure_fedprompt.protocol.selection.parties import Evaluator
+from secure_fedprompt.protocol.selection.shares import share_of
+from secure_fedprompt.protocol.selection.task import Task, session_of
+
+
+@dataclass
+class _Work:
+    plan: RoundPlan
+    evaluator: Evaluator
+    owners: tuple[m.Ready, ...] = ()
+
+
+class Helper:
+    """Helps with one selection after another. ``on`` takes frames of the server."""
+
+    def __init__(self, party: Party) -> None:
+        self.party = party
+        self._work: _Work | None = None
+        self._last = (b"", 0)  # run and round of the last plan
+
+    def on(self, message: m.Message) -> Replies:
+        """Take one of ``messages.TO_HELPER``, or the end of a round.
+
+        Raises:
+            ProtocolError: the frame is refused, and the selection given up.
+        """
+        if isinstance(message, m.HelperPlan):
+            return self._begin(message.plan)
+        work, self._work = self._work, None  # kept only if all goes well
+        if work is None or (message.run, message.round) != (work.plan.run, work.plan.round):  # type: ignore[attr-defined]
+            raise UnexpectedMessageError(f"{type(message).__name__} without its selection")
+        match message:
+            case m.HelperAnswer():
+                work.evaluator.accept(message.answer)
+                replies: Replies = []
+            case m.HelperInputs():
+                replies = [self._choose(work, message)]
+            case m.HelperTables():
+                return [self._outcome(work, message)]
+            case _:
+                raise UnexpectedMessageError(f"{type(message).__name__} is not for a helper")
+        self._work = work
+        return replies
+
+    def end(self, run: bytes, round_: int) -> None:
+        """A round is over: nothing of it is kept."""
+        if self._work and (run, round_) == (self._work.plan.run, self._work.plan.round):
+            self._work = None
+
+    def _begin(self, plan: RoundPlan) -> Replies:
+        party, chosen = self.party, plan.selection
+        plan.check()
+        if plan.roster_digest != party.roster.digest:
+            raise RosterMismatchError(
+                f"server's roster {plan.roster_digest.hex()[:16]} is not ours "
+                f"{party.roster.digest.hex()[:16]}: copy the same roster file to every machine"
+            )
+        own = party.keyring.secret.public_key().public_bytes_raw()
+        if not plan.selecting or (chosen.helper, chosen.helper_key) != (party.name, own):
+            raise UnexpectedMessageError("a plan that does not name us as its helper")
+        if len(plan.cohort) < party.policy.min_cohort:
+            raise PolicyError(
+                f"plan has a cohort of {len(plan.cohort)}, but policy.min_cohort is "
+                f"{party.policy.min_cohort}"
+            )
+        if plan.run == self._last[0] and plan.round <= self._last[1]:
+            raise ReplayError(f"a second selection in round {plan.round} or an earlier one")
+        self._last = plan.run, plan.round
+        self._work = _Work(plan, Evaluator(session_of(plan.digest), party.entropy))
+        return [m.HelperOffer(plan.run, plan.round, self._work.evaluator.offer())]
+
+    def _choose(self, work: _Work, message: m.HelperInputs) -> m.Message:
+        plan, party = work.plan, self.party
+        names = tuple(owner.name for owner in message.owners)
+        if list(names) != sorted(set(names)) or not set(names) <= set(plan.cohort):
+            raise AdvertMismatchError("owners are doubled, unsorted or from outside the cohort")
+        if work.owners:
+            raise UnexpectedMessageError("inputs of a selection, twice")
+        if len(names) < plan.quorum:
+            raise AdvertMismatchError(f"{len(names)} owners, quorum is {plan.quorum}")
+        if len(message.boxes) != m.SEED_BOX * len(names):
+            raise FieldError(f"{len(message.boxes)} bytes of boxes for {len(names)} owners")
+        chosen, words = plan.selection, {}
+        for i, owner in enumerate(message.owners):
+            party.check_run_key(plan, owner, owner.name)
+            box = bytes(message.boxes[m.SEED_BOX * i : m.SEED_BOX * (i + 1)])
+            key = box_key(party, plan, owner, Purpose.SHARE_BOX)
+            context = masking.seal_context(plan, owner.name, party.name)
+            seed = unseal(key, box, context, owner.name)
+            share = share_of(seed, plan.digest, chosen.modalities * chosen.groups)
+            words[owner.name] = share.reshape(chosen.modalities, chosen.groups)
+        task = Task(chosen, names)
+        work.owners = message.owners
+        choices = work.evaluator.choose(task.circuit, task.inputs(words))
+        return m.HelperChoices(plan.run, plan.round, choices)
+
+    def _outcome(self, work: _Work, message: m.HelperTables) -> m.Message:
+        plan, party = work.plan, self.party
+        found = work.evaluator.evaluate(message.tables)
+        outcomes = Task(plan.selection, tuple(o.name for o in work.owners)).outcomes(found)
+        boxes = []
+        for owner in work.owners:
+            key = box_key(party, plan, owner, Purpose.OUTCOME_BOX)
+            context = masking.seal_context(plan, party.name, owner.name)
+            boxes.append(seal(key, outcomes[owner.name], context))
+        return m.HelperOutcome(plan.run, plan.round, b"".join(boxes))

@@ -1,0 +1,95 @@
+"""A client in the selection of a round: it shares its keys and opens its own outcome.
+
+Ready --share_keys--> Choosing --Outcome--> Chosen (which is Ready again, with a choice)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from secure_fedprompt.clients.state import Party, Ready, State, Step
+from secure_fedprompt.protocol import masking
+from secure_fedprompt.protocol import messages as m
+from secure_fedprompt.protocol.errors import UpdateError
+from secure_fedprompt.protocol.expand import Purpose, derive
+from secure_fedprompt.protocol.keys import agree, seal, unseal
+from secure_fedprompt.protocol.layout import Vector
+from secure_fedprompt.protocol.plan import RoundPlan
+from secure_fedprompt.protocol.selection import shares, task
+from secure_fedprompt.protocol.selection.task import Choice
+
+
+def check_helper(party: Party, plan: RoundPlan) -> None:
+    """Refuse a helper that is not on the roster or did not sign its key for this run.
+
+    Raises:
+        RosterError, SignatureError
+    """
+    chosen = plan.selection
+    ready = m.Ready(plan.run, chosen.helper, chosen.helper_key, bytes(32), chosen.helper_signature)
+    party.check_run_key(plan, ready, chosen.helper)
+
+
+def box_key(party: Party, plan: RoundPlan, peer: m.Ready | None, purpose: Purpose) -> bytes:
+    """Key of a box between an owner and the helper, in this round and direction.
+
+    Args:
+        peer: the owner, if we are the helper; None for the helper, if we are the owner.
+    """
+    chosen = plan.selection
+    owner = party.name if peer is None else peer.name
+    public = chosen.helper_key if peer is None else peer.seal_key
+    shared = agree(party.keyring.secret, public, chosen.helper if peer is None else peer.name)
+    return derive(shared, purpose, plan.digest, owner.encode(), chosen.helper.encode())
+
+
+def share_keys(ready: Ready, keys: shares.Keys) -> Step:
+    """Send the shares of this client's selection keys, (modalities, groups).
+
+    Raises:
+        UpdateError: the keys are not those of the plan's groups.
+    """
+    party, plan = ready.party, ready.plan
+    chosen = plan.selection
+    if keys.shape != (chosen.modalities, chosen.groups):
+        raise UpdateError(
+            f"selection keys of shape {keys.shape}, the plan has {chosen.modalities} modalities "
+            f"of {chosen.groups} groups"
+        )
+    ours, seed = shares.split(keys, plan.digest, party.entropy)
+    key = box_key(party, plan, None, Purpose.SHARE_BOX)
+    box = seal(key, seed, masking.seal_context(plan, party.name, chosen.helper))
+    reply = m.KeyShares(plan.run, plan.round, ours.astype("<u4").tobytes(), box)
+    return Choosing(party, plan, ready, keys), [reply]
+
+
+@dataclass(frozen=True, repr=False)
+class Choosing(State):
+    """The shares are on their way; the outcome is awaited."""
+
+    ready: Ready
+    keys: shares.Keys
+
+    def _on_Outcome(self, message: m.Outcome) -> Step:
+        plan, party = self.plan, self.party
+        helper = plan.selection.helper
+        key = box_key(party, plan, None, Purpose.OUTCOME_BOX)
+        context = masking.seal_context(plan, helper, party.name)
+        theirs = unseal(key, bytes(message.box), context, helper)
+        choice = task.open_outcome(plan.selection, bytes(message.share), theirs, self.keys)
+        return Chosen(party, plan, self.ready, choice), []
+
+
+@dataclass(frozen=True, repr=False)
+class Chosen(Ready):
+    """The outcome is known: what it chose can be uploaded."""
+
+    ready: Ready
+    opened: Choice
+
+    @property
+    def choice(self) -> Choice:
+        return self.opened
+
+    def _send(self, vector: Vector) -> Step:
+        return self.ready._send(vector)
