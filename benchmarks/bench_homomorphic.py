@@ -35,6 +35,7 @@ from secure_fedprompt.protocol.fixedpoint import size_layout
 from secure_fedprompt.protocol.layout import TensorSpec
 from secure_fedprompt.protocol.plan import NO_KEY, NO_SEED, RoundPlan
 from secure_fedprompt.protocol.roster import Roster
+from secure_fedprompt.protocol.selection.task import NONE
 from secure_fedprompt.server.coordinator import Deadlines
 from secure_fedprompt.server.encrypted import EncryptedRound, make_round
 
@@ -57,7 +58,7 @@ def make_plan(n: int, dim: int, tensors: int, protection: str, roster: Roster) -
         cohort=names, quorum=3, threshold=3, degree=0, graph_seed=NO_SEED, clip=1.0,
         max_weight=4096, uniform=0, layout=layout,
         parameters=homomorphic.choose(protection, n), maker=names[0], election=1, key=NO_KEY,
-        grants=names[1:],
+        grants=names[1:], selection=NONE,
     )  # fmt: skip
 
 

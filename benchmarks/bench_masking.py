@@ -29,6 +29,7 @@ from secure_fedprompt.protocol.layout import TensorSpec
 from secure_fedprompt.protocol.masking import choose_degree
 from secure_fedprompt.protocol.plan import NO_KEY, NO_SEED, RoundPlan, default_threshold
 from secure_fedprompt.protocol.roster import Roster
+from secure_fedprompt.protocol.selection.task import NONE
 from secure_fedprompt.server.coordinator import Deadlines, Round
 
 T = TypeVar("T")
@@ -60,7 +61,7 @@ def make_plan(n: int, dim: int, bits: int, graph: str, roster: Roster, number: i
         cohort=tuple(m.name for m in roster.members), quorum=quorum, threshold=threshold,
         degree=degree, graph_seed=seed, clip=1.0, max_weight=max_weight,
         uniform=int(max_weight == 1), layout=layout,
-        parameters=homomorphic.NONE, maker="", election=0, key=NO_KEY, grants=(),
+        parameters=homomorphic.NONE, maker="", election=0, key=NO_KEY, grants=(), selection=NONE,
     )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
     python benchmarks/methods.py --model local-dir:PATH --dataset caltech101.zip
     python benchmarks/methods.py --model local-dir:PATH --dataset caltech101.zip --full
     python benchmarks/methods.py ... --ablation        # FedMGP's switches
+    python benchmarks/methods.py ... --scopes          # FedMGP's secure selection
 
 Every run is a federation of ten clients under masks in one process (the same state machines and
 frames as over sockets). "pathological": disjoint classes; each client is tested on its own test
@@ -56,6 +57,12 @@ def cases(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     context = {**words, "lr": args.lr, "epochs": args.epochs, "batch_size": 8}
     groups = {"method": "fedmgp", "weights": "uniform", "lr": args.group_lr, "epochs": 2,
               "batch_size": 8}  # fmt: skip
+    if args.scopes:
+        secure = {**groups, "selection": "secure"}
+        return {
+            "scope client": {**secure},
+            "scope federation": {**secure, "selection_scope": "federation"},
+        }
     if args.ablation:
         changes: dict[str, dict[str, Any]] = {
             "m=5 s=2 l=2": {}, "l=4": {"length": 4}, "l=8": {"length": 8},
@@ -122,7 +129,7 @@ class Bench:
         index = partitions.few_shot(train.labels, shots, seed)
         train = train.subset(index)
         labels = train.labels, test.labels, CLIENTS, seed
-        few = len(train.class_names) < CLIENTS
+        few = split == "dirichlet" or len(train.class_names) < CLIENTS
         shares = partitions.dirichlet(*labels, 0.3) if few else partitions.pathological(*labels)
         server = ServerSettings(
             rounds=10 if args.full else args.rounds, seed=seed, metrics=False, **settings
@@ -173,6 +180,7 @@ class Bench:
 
 def rows_of(bench: Bench, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     splits = ("base/novel",) if args.ablation else ("pathological", "base/novel")
+    splits = ("dirichlet",) if args.scopes else splits
     splits = tuple(s for s in splits if args.split in (None, s))
     for split in splits:
         for name, settings in cases(args).items():
@@ -203,6 +211,7 @@ def main() -> int:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--full", action="store_true", help="all classes, 16 shots, 10 rounds")
     parser.add_argument("--ablation", action="store_true", help="FedMGP's switches, base/novel")
+    parser.add_argument("--scopes", action="store_true", help="secure selection, Dirichlet(0.3)")
     parser.add_argument("--only", default="", help="methods whose name holds this")
     parser.add_argument("--classes", type=int, default=30)
     parser.add_argument("--shots", type=int, default=8)

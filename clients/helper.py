@@ -50,9 +50,9 @@ class Helper:
         Raises:
             ProtocolError: the frame is refused, and the selection given up.
         """
+        work, self._work = self._work, None  # kept only if all goes well
         if isinstance(message, m.HelperPlan):
             return self._begin(message.plan)
-        work, self._work = self._work, None  # kept only if all goes well
         if work is None or (message.run, message.round) != (work.plan.run, work.plan.round):  # type: ignore[attr-defined]
             raise UnexpectedMessageError(f"{type(message).__name__} without its selection")
         match message:

@@ -18,13 +18,14 @@ from rich.markup import escape
 from secure_fedprompt.clients.helper import Helper
 from secure_fedprompt.clients.journal import MemoryJournal
 from secure_fedprompt.clients.link import CurveLink
-from secure_fedprompt.clients.state import Party
+from secure_fedprompt.clients.state import Party, Replies
 from secure_fedprompt.identity import whoami
 from secure_fedprompt.protocol import command
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.errors import (
     ProtocolError,
     ReplayError,
+    RosterError,
     RunFailedError,
 )
 from secure_fedprompt.protocol.policy import Policy
@@ -81,76 +82,91 @@ def help_out(settings: HelperSettings, json_path: str | None) -> int:
     try:
         link.connect()
         console.print(f"[bold]{me.name}[/] connected to {settings.server}, helps with selections")
-        run, helped = loop(link, party, console)
-        console.print(f"[green]run {run.hex()[:8]} is finished[/]; {helped} selections")
-        command.write_json(json_path, {"name": me.name, "run": run.hex(), "selections": helped})
+        session = HelperSession(party)
+        loop(link, session, console)
+        run, helped = session.run.hex(), session.helped
+        console.print(f"[green]run {run[:8]} is finished[/]; {helped} selections")
+        command.write_json(json_path, {"name": me.name, "run": run, "selections": helped})
     finally:
         link.close()
     return 0
 
 
-def hello(party: Party, nonce: bytes) -> m.Hello:
-    return m.Hello(nonce, "", bytes(32), bytes(32), 0, party.roster.digest)
+class HelperSession:
+    """A helper over a whole run, as a state machine without I/O.
+
+    Attributes:
+        run: its id, once welcomed; over: whether it has ended; helped: selections so far.
+    """
+
+    def __init__(self, party: Party) -> None:
+        self.party, self.run, self.over, self.helped = party, b"", False, 0
+        self._helper, self._nonce = Helper(party), party.entropy(32)
+
+    def hello(self) -> m.Hello:
+        """The first frame of each connection."""
+        return m.Hello(self._nonce, "", bytes(32), bytes(32), 0, self.party.roster.digest)
+
+    def on(self, message: m.Message) -> Replies:
+        """Take one frame. One that breaks a rule only ends our part in its round.
+
+        Raises:
+            SecureFedPromptError: refused, or the run failed.
+        """
+        match message:
+            case m.Rejoin():
+                return [self.hello()]
+            case m.Refused():
+                raise RunFailedError(f"server refuses us: {message.reason}")
+            case m.Welcome():
+                self._welcome(message)
+                return [self.party.ready(self.run)]
+            case m.RoundEnd():
+                self._helper.end(message.run, message.round)
+            case m.Finish() if message.run == self.run:
+                self.over = True
+                if message.reason:
+                    raise RunFailedError(f"server ended the run: {message.reason}")
+                return [m.Leave("Finished", "")]
+            case m.HelperPlan() | m.HelperAnswer() | m.HelperInputs() | m.HelperTables():
+                try:
+                    replies = self._helper.on(message)
+                except (ProtocolError, RosterError) as error:
+                    kind = type(error).__name__
+                    return [m.Withdraw(message.run, message.round, kind, m.line(error))]
+                self.helped += sum(isinstance(reply, m.HelperOutcome) for reply in replies)
+                return replies
+        return []
+
+    def _welcome(self, message: m.Welcome) -> None:
+        if message.run != m.run_id(message.server_nonce, message.nonces):
+            raise ReplayError("run id is not the digest of the run's nonces")
+        if self.run not in (b"", message.run):
+            raise ReplayError("welcome to another run: start this helper again to join it")
+        self.run = message.run
 
 
-def loop(link: CurveLink, party: Party, console: Console) -> tuple[bytes, int]:
-    """Answer frames until the run ends. Returns its id and the selections done.
+def loop(link: CurveLink, session: HelperSession, console: Console) -> None:
+    """Move frames between socket and session until the run ends.
 
     Raises:
         SecureFedPromptError
     """
-    helper, nonce, run = Helper(party), party.entropy(32), b""
-    connections, alive_at, helped = 0, 0.0, 0
-    while True:
+    connections, alive_at = 0, 0.0
+    while not session.over:
         if link.connections != connections:
             connections = link.connections
-            link.send(hello(party, nonce))
+            link.send(session.hello())
         if (now := time.monotonic()) - alive_at > ALIVE_SECONDS:
             link.send(m.Alive())
             alive_at = now
         message = link.receive(0.2)
-        match message:
-            case None:
-                pass
-            case m.Rejoin():
-                link.send(hello(party, nonce))
-            case m.Refused():
-                raise RunFailedError(f"server refuses us: {message.reason}")
-            case m.Welcome():
-                run = welcomed(message, run)
-                link.send(party.ready(run))
-            case m.RoundEnd():
-                helper.end(message.run, message.round)
-            case m.Finish() if message.run == run:
-                link.send(m.Leave("Finished", ""))
-                if message.reason:
-                    raise RunFailedError(f"server ended the run: {message.reason}")
-                return run, helped
-            case _ if isinstance(message, m.TO_HELPER):
-                try:
-                    replies = helper.on(message)
-                except ProtocolError as error:
-                    console.print(f"[yellow]selection given up[/]: {escape(str(error))}")
-                    kind = type(error).__name__
-                    replies = [m.Withdraw(message.run, message.round, kind, m.line(error))]
-                for reply in replies:
-                    link.send(reply)
-                    if isinstance(reply, m.HelperOutcome):
-                        helped += 1
-                        console.print(f"round {message.round}: selection evaluated")
-
-
-def welcomed(message: m.Welcome, run: bytes) -> bytes:
-    """The run's id, checked.
-
-    Raises:
-        ReplayError: it is not made of its nonces, or another run's.
-    """
-    if message.run != m.run_id(message.server_nonce, message.nonces):
-        raise ReplayError("run id is not the digest of the run's nonces")
-    if run not in (b"", message.run):
-        raise ReplayError("welcome to another run: start this helper again to join it")
-    return message.run
+        for reply in session.on(message) if message else ():
+            link.send(reply)
+            if isinstance(reply, m.HelperOutcome):
+                console.print(f"round {reply.round}: selection evaluated")
+            if isinstance(reply, m.Withdraw):
+                console.print(f"[yellow]selection given up[/]: {escape(reply.reason)}")
 
 
 if __name__ == "__main__":

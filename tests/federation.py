@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from rounds import OPEN, entropy_from, identity, names, roster
 from secure_fedprompt.clients.journal import MemoryJournal
 from secure_fedprompt.clients.session import Session, Work
 from secure_fedprompt.clients.state import Party
+from secure_fedprompt.helper import HelperSession
 from secure_fedprompt.protocol import errors
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.averaging import Prompt
@@ -51,15 +53,23 @@ class Toy:
 class World:
     """A server and clients joined by a queue."""
 
-    def __init__(self, folder: Path, n: int = 4, policy: Policy = OPEN, **changes: Any) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        n: int = 4,
+        policy: Policy = OPEN,
+        helpers: Sequence[str] = (),
+        **changes: Any,
+    ) -> None:
         waits = {"gather_seconds": 60.0, "training_seconds": 60.0}
         self.settings = ServerSettings(**{"rounds": 2, **waits, **changes})
-        self.roster, self.folder, self.n, self.policy = roster(n), folder, n, policy
+        self.roster, self.folder, self.n, self.policy = roster(n, *helpers), folder, n, policy
         self.clock, self.lost, self.errors = 0.0, set[str](), dict[str, Exception]()
-        self.toys = {name: Toy(i / 10, 10.0 + i) for i, name in enumerate(names(n))}
-        self.sessions: dict[str, Session] = {}
-        self.journals = {name: MemoryJournal() for name in names(n)}
+        self.toys: dict[str, Any] = {n: Toy(i / 10, 10.0 + i) for i, n in enumerate(names(n))}
+        self.sessions: dict[str, Any] = {}
+        self.journals = {name: MemoryJournal() for name in (*names(n), *helpers)}
         self.queue: deque[tuple[str, str, m.Message]] = deque()
+        self.tamper: Any = lambda sender, recipient, message: message
         self.start_server()
 
     def start_server(self) -> None:
@@ -82,7 +92,8 @@ class World:
         self.lost.discard(name)
         if name in self.sessions:  # frames of the old connection are gone
             self.queue = deque(q for q in self.queue if name not in q[:2])
-        self.sessions[name] = Session(party, self.toys[name])
+        helps = name not in self.toys
+        self.sessions[name] = HelperSession(party) if helps else Session(party, self.toys[name])
         message = dataclasses.replace(self.sessions[name].hello(), **hello)
         self.queue.append((name, "", message))
 
@@ -105,6 +116,7 @@ class World:
                 self.queue.extend(("", *out) for out in self.run.tick(self.clock))
                 continue
             sender, recipient, message = self.queue.popleft()
+            message = self.tamper(sender, recipient, message)
             if not isinstance(message, m.Alive):
                 idle = 0
             if until(self, message):
@@ -118,7 +130,7 @@ class World:
             session = self.sessions[recipient]
             try:
                 replies = session.on(message)
-                if session.work is not None:
+                while getattr(session, "work", None) is not None:
                     work = session.work
                     replies += session.trained(work, self.toys[recipient].run(work))
             except errors.SecureFedPromptError as error:

@@ -60,8 +60,9 @@ def names(count: int) -> tuple[str, ...]:
 
 
 @functools.cache
-def roster(count: int) -> Roster:
+def roster(count: int, *helpers: str) -> Roster:
     members = [Member.of(identity(name), name, "client") for name in names(count)]
+    members += [Member.of(identity(name), name, "helper") for name in helpers]
     return Roster.of((*members, Member.of(identity("server"), "server", "server")))
 
 

@@ -28,14 +28,14 @@ class Layer:
     Attributes:
         xors: groups of (inputs a, inputs b, where the outputs go), indices without inversion.
         gates: ANDs; inputs: (2 * gates,) first all a, then all b; out: where the outputs go.
-        flips: (2 * gates, 1, 1) all ones where an input is inverted, or None if none is.
+        flips: positions in ``inputs`` of those that are inverted, or None if none is.
     """
 
     xors: tuple[tuple[Index, Index, slice], ...]
     gates: int
     inputs: Index
     out: slice
-    flips: NDArray[np.uint64] | None
+    flips: Index | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +90,7 @@ class Circuit:
                 values[out] = values[a] ^ values[b]
             given = values[layer.inputs]
             if layer.flips is not None:
-                given ^= layer.flips[:, :, 0].astype(bool)
+                given[layer.flips] ^= True
             values[layer.out] = given[: layer.gates] & given[layer.gates :]
         found = [values[w >> 1] ^ bool(w & 1) for w in self.outputs]  # FALSE >> 1 is -1: all False
         return np.array(found, bool).reshape(len(found), garbler.shape[1])
@@ -239,10 +239,10 @@ class Builder:
                 groups.append((left, right, put(group)))
             gates = ands[depth]
             wires = [gate[i] for i in range(2) for gate in gates]
-            flips = np.array([-(w & 1) for w in wires]).astype(np.uint64).reshape(-1, 1, 1)
+            flips = np.flatnonzero([w & 1 for w in wires])
             inputs = np.array([place[w >> 1] for w in wires], np.int64)
             layers.append(
-                Layer(tuple(groups), len(gates), inputs, put(gates), flips if flips.any() else None)
+                Layer(tuple(groups), len(gates), inputs, put(gates), flips if len(flips) else None)
             )
         ends = tuple(2 * place[w >> 1] + (w & 1) if w >= 0 else w for w in outputs)
         return Circuit(name, *self._sizes, len(place), tuple(layers), ends)

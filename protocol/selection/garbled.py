@@ -50,9 +50,14 @@ class Hash:
         return permuted
 
 
-def _mask(labels: Labels) -> NDArray[np.uint64]:
-    """All ones where the colour is one, to select labels with; (..., 1)."""
-    masks: Labels = np.negative(labels[..., 0] & _ONE)[..., None]
+def spread(colours: NDArray[np.uint64]) -> Labels:
+    """(...) zeros and ones as (..., 2) words of all zeros or all ones, to select labels with.
+
+    Written out, since numpy is slow where it broadcasts over a last axis of two.
+    """
+    masks = np.empty((*colours.shape, 2), np.uint64)
+    np.negative(colours, out=masks[..., 0])
+    masks[..., 1] = masks[..., 0]
     return masks
 
 
@@ -64,10 +69,10 @@ class Labelling:
         self.labels = np.empty((circuit.wires, self.batch, 2), np.uint64)
         self.labels[: len(inputs)] = inputs
         self.gates = 0  # AND gates so far
-        largest = max([len(circuit.outputs), *(layer.gates for layer in circuit.layers)])
-        self._tweaks = np.empty((2, largest * self.batch, 2), np.uint64)
+        self.largest = max([len(circuit.outputs), *(layer.gates for layer in circuit.layers)])
+        self._tweaks = np.empty((2, self.largest * self.batch, 2), np.uint64)
         self._tweaks[..., 1] = execution
-        self._tweaks[0, :, 0] = 2 * np.arange(largest * self.batch)
+        self._tweaks[0, :, 0] = 2 * np.arange(self.largest * self.batch)
         self._tweaks[1, :, 0] = self._tweaks[0, :, 0] + _ONE
 
     def tweaks(self, gates: int) -> Labels:
@@ -108,6 +113,7 @@ def garble(
     """
     run = Labelling(circuit, execution, zeros)
     tables = np.empty((circuit.ands, 2, run.batch, 2), np.uint64)
+    offsets = np.tile(delta, (run.largest * run.batch, 1))
     for layer in circuit.layers:
         size = layer.gates * run.batch
         x = np.empty((2, 2, size, 2), np.uint64)  # label of 0 and 1, input a and b
@@ -115,20 +121,23 @@ def garble(
         if not layer.gates:
             continue
         if layer.flips is not None:
-            flipped = x[0].reshape(2 * layer.gates, run.batch, 2)
-            flipped ^= layer.flips & delta
-        np.bitwise_xor(x[0], delta, out=x[1])
+            given = x[0].reshape(2 * layer.gates, run.batch, 2)
+            given[layer.flips] ^= offsets[: run.batch]
+        offset = offsets[:size]
+        np.bitwise_xor(x[0], offset, out=x[1])
         at = slice(run.gates, run.gates + layer.gates)
         h = hash_(x, run.tweaks(layer.gates))
-        mask = _mask(x[0])
+        mask = spread(x[0, ..., 0] & _ONE)
         rows = h[1]
         rows ^= h[0]
         out = rows[1] & mask[1]
         out ^= h[0, 0]
         out ^= h[0, 1]
-        rows[0] ^= mask[1] & delta
+        mask[1] &= offset
+        rows[0] ^= mask[1]
         rows[1] ^= x[0, 0]
-        out ^= mask[0] & rows[0]
+        mask[0] &= rows[0]
+        out ^= mask[0]
         run.close(layer, out)
         tables[at] = rows.reshape(2, layer.gates, run.batch, 2).swapaxes(0, 1)
     labels = run.outputs()
@@ -180,10 +189,11 @@ def evaluate(
             continue
         rows = rows_of[run.gates : run.gates + layer.gates].swapaxes(0, 1).reshape(2, size, 2)
         h = hash_(x, run.tweaks(layer.gates))
-        mask = _mask(x)
+        mask = spread(x[..., 0] & _ONE)
+        mask[0] &= rows[0]
         out = rows[1] ^ x[0]
         out &= mask[1]
-        out ^= rows[0] & mask[0]
+        out ^= mask[0]
         out ^= h[0]
         out ^= h[1]
         run.close(layer, out)

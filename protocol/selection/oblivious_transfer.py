@@ -163,20 +163,23 @@ def rows(columns: NDArray[np.uint8]) -> Labels:
         (8 * size, 2).
     """
     size = columns.shape[1]
-    blocks = columns.reshape(KAPPA // 8, 8, size).transpose(2, 0, 1)
-    x = np.ascontiguousarray(blocks).view("<u8")[..., 0].astype(np.uint64)  # (size, 16)
-    for shift, mask in _SWAPS:
-        t = x >> shift
-        t ^= x
-        t &= mask
-        x ^= t
-        t <<= shift
-        x ^= t
-    byte = x.astype("<u8").view(np.uint8).reshape(size, KAPPA // 8, 8)
-    labels = np.ascontiguousarray(byte.transpose(0, 2, 1)).view("<u8")
-    return labels.reshape(8 * size, 2).astype(np.uint64, copy=False)
+    labels = np.empty((size, 8, KAPPA // 8), np.uint8)
+    for start in range(0, size, _BLOCK):  # a block stays in the first-level cache
+        part = columns[:, start : start + _BLOCK].reshape(KAPPA // 8, 8, -1).transpose(2, 0, 1)
+        x = np.ascontiguousarray(part).view("<u8")[..., 0]  # (block, 16)
+        for shift, mask in _SWAPS:
+            t = x >> shift
+            t ^= x
+            t &= mask
+            x ^= t
+            t <<= shift
+            x ^= t
+        byte = x.view(np.uint8).reshape(-1, KAPPA // 8, 8)
+        labels[start : start + _BLOCK] = byte.transpose(0, 2, 1)
+    return labels.view("<u8").reshape(8 * size, 2).astype(np.uint64, copy=False)
 
 
+_BLOCK = 1024
 _SWAPS = tuple(
     (np.uint64(shift), np.uint64(mask))
     for shift, mask in (

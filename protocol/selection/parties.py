@@ -155,7 +155,9 @@ class Garbler(_Party):
         zeros[circuit.garbler_bits :] = theirs.reshape(-1, batch, 2)
         seed = self._entropy(32)
         own = _active(seed, circuit.garbler_bits, batch)
-        zeros[: circuit.garbler_bits] = own ^ (inputs[..., None] * self._delta)
+        mask = garbled.spread(inputs.astype(np.uint64))
+        mask &= np.tile(self._delta, (batch, 1))
+        zeros[: circuit.garbler_bits] = mask ^ own
         tables, checks, shares = garbled.garble(
             circuit, self._hash, self._execution, self._delta, zeros
         )
