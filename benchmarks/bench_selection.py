@@ -1,14 +1,14 @@
 """Secure comparison and selection: two processes over loopback TCP, no dealer.
 
     python benchmarks/bench_selection.py --json benchmarks/results/selection.json
-    python benchmarks/bench_selection.py --no-peer --repeats 20
+    python benchmarks/bench_selection.py --repeats 21 --peer-python venv-spu/bin/python
 
 Ours: the garbler and evaluator of ``protocol/selection``, one process each, frames encoded as on
 the wire. "cold" is the base transfers, once a session; a round's selection has a session of its
-own, and does them while clients train. A comparison is of one private 32-bit word of each party; after
-it both hold XOR shares of the result. A selection is that of a FedMGP round, from the shares of the
-keys to the shares of the outcomes: 5 groups, 2 slots, text and visual. Bytes are those of all
-frames between the two. Times are the evaluator's clock, medians with minimum and maximum.
+own, and does them while clients train. A comparison is of one private 32-bit word of each party;
+after it both hold XOR shares of the result. A selection is that of a FedMGP round, from the shares
+of the keys to the shares of the outcomes: 5 groups, 2 slots, text and visual. Bytes are those of
+all frames between the two. Times are the evaluator's clock, medians with minimum and maximum.
 
 SecretFlow SPU 0.9.5 (CHEETAH, FM32), where it can be installed: comparisons under its own runtime
 of two processes (``--peer-python``: the Python of an environment that has spu and jax).

@@ -17,6 +17,7 @@ from secure_fedprompt.protocol.errors import (
     AdvertMismatchError,
     FieldError,
     PolicyError,
+    ProtocolError,
     ReplayError,
     RosterMismatchError,
     UnexpectedMessageError,
@@ -25,7 +26,7 @@ from secure_fedprompt.protocol.expand import Purpose
 from secure_fedprompt.protocol.keys import seal, unseal
 from secure_fedprompt.protocol.plan import RoundPlan
 from secure_fedprompt.protocol.selection.parties import Evaluator
-from secure_fedprompt.protocol.selection.shares import share_of
+from secure_fedprompt.protocol.selection.shares import Keys, share_of
 from secure_fedprompt.protocol.selection.task import Task, session_of
 
 
@@ -42,7 +43,7 @@ class Helper:
     def __init__(self, party: Party) -> None:
         self.party = party
         self._work: _Work | None = None
-        self._last = (b"", 0)  # run and round of the last plan
+        self._last: dict[bytes, int] = {}  # last round by run
 
     def on(self, message: m.Message) -> Replies:
         """Take one of ``messages.TO_HELPER``, or the end of a round.
@@ -52,9 +53,9 @@ class Helper:
         """
         work, self._work = self._work, None  # kept only if all goes well
         if isinstance(message, m.HelperPlan):
-            return self._begin(message.plan)
+            return self._begin(message)
         if work is None or (message.run, message.round) != (work.plan.run, work.plan.round):  # type: ignore[attr-defined]
-            raise UnexpectedMessageError(f"{type(message).__name__} without its selection")
+            return []  # late: a frame may cross the end of its round
         match message:
             case m.HelperAnswer():
                 work.evaluator.accept(message.answer)
@@ -73,9 +74,18 @@ class Helper:
         if self._work and (run, round_) == (self._work.plan.run, self._work.plan.round):
             self._work = None
 
-    def _begin(self, plan: RoundPlan) -> Replies:
-        party, chosen = self.party, plan.selection
+    def reset(self) -> None:
+        """Give up what is under way; rounds that were helped stay refused."""
+        self._work = None
+
+    def _begin(self, message: m.HelperPlan) -> Replies:
+        party, plan = self.party, message.plan
+        chosen = plan.selection
         plan.check()
+        if (message.run, message.round) != (plan.run, plan.round):
+            raise UnexpectedMessageError("a plan of another round than its frame")
+        for name in plan.cohort:
+            party.roster.identity_of(name)
         if plan.roster_digest != party.roster.digest:
             raise RosterMismatchError(
                 f"server's roster {plan.roster_digest.hex()[:16]} is not ours "
@@ -89,14 +99,14 @@ class Helper:
                 f"plan has a cohort of {len(plan.cohort)}, but policy.min_cohort is "
                 f"{party.policy.min_cohort}"
             )
-        if plan.run == self._last[0] and plan.round <= self._last[1]:
+        if plan.round <= self._last.get(plan.run, 0):
             raise ReplayError(f"a second selection in round {plan.round} or an earlier one")
-        self._last = plan.run, plan.round
+        self._last[plan.run] = plan.round
         self._work = _Work(plan, Evaluator(session_of(plan.digest), party.entropy))
         return [m.HelperOffer(plan.run, plan.round, self._work.evaluator.offer())]
 
     def _choose(self, work: _Work, message: m.HelperInputs) -> m.Message:
-        plan, party = work.plan, self.party
+        plan = work.plan
         names = tuple(owner.name for owner in message.owners)
         if list(names) != sorted(set(names)) or not set(names) <= set(plan.cohort):
             raise AdvertMismatchError("owners are doubled, unsorted or from outside the cohort")
@@ -106,19 +116,30 @@ class Helper:
             raise AdvertMismatchError(f"{len(names)} owners, quorum is {plan.quorum}")
         if len(message.boxes) != m.SEED_BOX * len(names):
             raise FieldError(f"{len(message.boxes)} bytes of boxes for {len(names)} owners")
-        chosen, words = plan.selection, {}
+        words, kept, refused = {}, [], []
         for i, owner in enumerate(message.owners):
-            party.check_run_key(plan, owner, owner.name)
             box = bytes(message.boxes[m.SEED_BOX * i : m.SEED_BOX * (i + 1)])
-            key = box_key(party, plan, owner, Purpose.SHARE_BOX)
-            context = masking.seal_context(plan, owner.name, party.name)
-            seed = unseal(key, box, context, owner.name)
-            share = share_of(seed, plan.digest, chosen.modalities * chosen.groups)
-            words[owner.name] = share.reshape(chosen.modalities, chosen.groups)
-        task = Task(chosen, names)
-        work.owners = message.owners
+            try:
+                words[owner.name] = self._open(plan, owner, box)
+                kept.append(owner)
+            except ProtocolError:
+                refused.append(owner.name)
+        if len(kept) < plan.quorum:
+            raise AdvertMismatchError(f"shares of {', '.join(refused)} do not open")
+        work.owners = tuple(kept)
+        task = Task(plan.selection, tuple(words))
         choices = work.evaluator.choose(task.circuit, task.inputs(words))
-        return m.HelperChoices(plan.run, plan.round, choices)
+        return m.HelperChoices(plan.run, plan.round, tuple(refused), choices)
+
+    def _open(self, plan: RoundPlan, owner: m.Ready, box: bytes) -> Keys:
+        """An owner's share of its keys, (modalities, groups)."""
+        party, chosen = self.party, plan.selection
+        party.check_run_key(plan, owner, owner.name)
+        key = box_key(party, plan, owner, Purpose.SHARE_BOX)
+        context = masking.seal_context(plan, owner.name, party.name)
+        seed = unseal(key, box, context, owner.name)
+        share = share_of(seed, plan.digest, chosen.modalities * chosen.groups)
+        return share.reshape(chosen.modalities, chosen.groups)
 
     def _outcome(self, work: _Work, message: m.HelperTables) -> m.Message:
         plan, party = work.plan, self.party

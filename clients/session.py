@@ -111,6 +111,7 @@ class Session:
     def hello(self) -> m.Hello:
         """The first frame of each connection; anything under way is given up."""
         self.round = self.work = self._entered = None
+        self._helper.reset()
         w = self.workload
         return m.Hello(
             self.nonce,
@@ -157,8 +158,9 @@ class Session:
         state = self.round
         if not isinstance(state, Ready) or state.plan is not work.plan:
             return []
-        self.work, self._withdrawn = None, 0
+        self.work = None
         if isinstance(result, tuple):
+            self._withdrawn = 0
             self.round, replies = state.upload(*result)
         else:
             self.round, replies = share_keys(state, result)
@@ -166,8 +168,9 @@ class Session:
 
     def _help(self, message: m.Message) -> Replies:
         """A frame for the helper that this client was elected to be."""
-        ours = self.round.plan.digest if self.round else b""
-        if isinstance(message, m.HelperPlan) and message.plan.digest != ours:
+        if self.round is None:
+            return []  # of a round that a reconnection or withdrawal ended
+        if isinstance(message, m.HelperPlan) and message.plan.digest != self.round.plan.digest:
             raise UnexpectedMessageError("a selection of another round than this client's")
         return self._helper.on(message)
 
@@ -182,8 +185,8 @@ class Session:
         self._withdrawn += 1
         if not isinstance(error, ROUND_ERRORS) or plan is None or self._withdrawn >= MAX_WITHDRAWN:
             raise error
-        # What a sum decrypts to is not for the server, not even in an error.
-        reason = "" if isinstance(error, HomomorphicError) else m.line(error)
+        # What a sum or an outcome opens to is not for the server, not even in an error.
+        reason = "" if isinstance(error, HomomorphicError | SelectionError) else m.line(error)
         return [m.Withdraw(plan.run, plan.round, type(error).__name__, reason)]
 
     def leave(self, error: SecureFedPromptError) -> m.Leave:

@@ -220,6 +220,7 @@ class LocalTrainer:
         self._restored = b""
         self.method: Method | None = None
         self.settings: MethodSettings | None = None
+        self._before: tuple[tuple[bytes, int], Arrays] | None = None  # private part, round's start
         self._counted: Values = {}  # metrics of the round under way
         self.clipped = 0  # update values beyond the plan's clip in the last round
         backbone.check_class_names(train.class_names)
@@ -310,6 +311,10 @@ class LocalTrainer:
         plan, method = work.plan, self.method
         train, test = self._load_features(method.needs)
         self._restore(plan.run)
+        here = plan.run, plan.learning_round
+        if self._before and self._before[0] == here:  # an attempt at this round was aborted
+            method.restore(self._before[1])
+        self._before = here, method.private()
         method.begin(self._named(work.base), plan.learning_round)
         self.clipped = 0
         values: Values = {}

@@ -396,8 +396,11 @@ class HelperInputs(Printable):
 
 @dataclass(frozen=True, repr=False)
 class HelperChoices(Printable):
+    """``refused`` are owners whose keys or boxes the helper could not use: it leaves them out."""
+
     run: RunId
     round: U32
+    refused: Names
     choices: parties.Choices
 
 

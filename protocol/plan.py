@@ -187,6 +187,8 @@ class RoundPlan:
             not field.shape or field.shape[0] != chosen.slots for field in updates
         ):
             raise PlanError("the layout's tensors are not the slots of the selection")
+        if chosen.federation and not self.uniform:
+            raise PlanError("slots are counted by clients, but weights are not uniform")
         for field in self.layout:
             if field.name in filled and tuple(field.shape) != (chosen.slots,):
                 raise PlanError(f"counter {field.name!r} is not one for each slot")

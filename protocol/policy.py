@@ -26,6 +26,7 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             helper, who must not collude, by the published rule; "secure-federation" is them over
             all clients' groups. Empty: this client chooses for itself.
         helpers: who may be the helper; empty allows every client and helper on the roster.
+        min_fillers: fewest clients whose groups may be summed in one slot of "secure-federation".
         max_rounds: most learning rounds of one run, and half the attempts at them.
         allow_late_join: take part in a run that began without this client's nonce.
         min_survivor_change: refuse a survivor list that differs from an earlier one of the run
@@ -43,6 +44,7 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     key_makers: tuple[str, ...] = ()
     selections: tuple[str, ...] = ()
     helpers: tuple[str, ...] = ()
+    min_fillers: int = 3
     max_rounds: int = 1000
     allow_late_join: bool = True
     min_survivor_change: int = 0
@@ -67,6 +69,9 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             raise PolicyError(_outside("selections", self.selections, plan.selection.kind))
         if plan.selecting and self.helpers and plan.selection.helper not in self.helpers:
             raise PolicyError(_outside("helpers", self.helpers, plan.selection.helper))
+        if plan.selection.federation and plan.selection.fillers < self.min_fillers:
+            fillers = f"{plan.selection.fillers} fillers"
+            raise PolicyError(_below("min_fillers", self.min_fillers, fillers))
         if n < self.min_cohort:
             raise PolicyError(_below("min_cohort", self.min_cohort, f"a cohort of {n}"))
         if plan.protection == "none":

@@ -167,6 +167,8 @@ class ServerSettings(MethodSettings, frozen=True, forbid_unknown_fields=True, kw
         selection_scope: of "secure": "client" for the published rule, or "federation" for the
             largest keys of all clients' groups, whoever owns them.
         selection_keep: groups that scope "federation" takes of each kind; 0 is slots x clients.
+        selection_fillers: fewest clients that must fill a slot in scope "federation", or it keeps
+            its value; below 3 one filler could subtract itself.
         helper: name of the helper, a client or a process of role helper; empty elects a client.
         graph: "complete", or "regular" (k neighbours, honest-but-curious server) for large cohorts.
         threshold: t; 0 means floor(2n/3) + 1.
@@ -197,6 +199,7 @@ class ServerSettings(MethodSettings, frozen=True, forbid_unknown_fields=True, kw
     selection: str = "client"
     selection_scope: str = "client"
     selection_keep: Count = 0
+    selection_fillers: Positive = 3
     helper: str = ""
     graph: str = "complete"
     threshold: Count = 0

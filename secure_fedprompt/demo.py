@@ -52,6 +52,7 @@ DATA = {
     "partition": "dirichlet",
     "beta": 0.3,
 }
+HELPER = "notary"
 GRACE_SECONDS = 10.0
 
 
@@ -72,6 +73,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--protection", choices=PROTECTIONS, default="masks")
     parser.add_argument("--selection", choices=CHOICES["selection"], default="client")
     parser.add_argument("--selection-scope", choices=CHOICES["selection_scope"], default="client")
+    parser.add_argument(
+        "--helper", choices=("client", "process"), default="client",
+        help="of --selection secure: an elected client, or a process of its own",
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="of data and batch order")
     parser.add_argument("--run-dir", type=Path, metavar="DIR", help="default: a new folder")
     args = parser.parse_args(argv)
@@ -84,7 +89,11 @@ def main(argv: list[str] | None = None) -> int:
             args.seed,
             args.run_dir,
             args.json,
-            {"selection": args.selection, "selection_scope": args.selection_scope},
+            {
+                "selection": args.selection,
+                "selection_scope": args.selection_scope,
+                "helper": HELPER if args.helper == "process" else "",
+            },
         ),
         args.debug,
     )
@@ -161,11 +170,15 @@ def write_files(
     Args:
         folder: created; everything goes there.
         method, clients, rounds, protection, seed: as the flags.
-        for_server, for_clients: further settings, on top of the demo's.
+        for_server, for_clients: further settings, on top of the demo's. A helper of the name
+            ``HELPER`` is a process of its own.
     """
     names = [*NAMES, *(f"client{i:03d}" for i in range(len(NAMES), clients))][:clients]
     members = [make_key("server", "server", folder / "server")]
     members += [make_key(name, "client", folder / name) for name in names]
+    helper = str((for_server or {}).get("helper", ""))
+    if helper == HELPER:
+        members.append(make_key(helper, "helper", folder / helper))
     roster = folder / "roster.toml"
     roster.write_text(Roster.of(tuple(members)).to_toml())
     address = f"tcp://127.0.0.1:{free_port()}"
@@ -197,6 +210,11 @@ def write_files(
         write_toml(path, client, {"policy": allowed} if allowed else {})
         words = [python, "-m", "secure_fedprompt.client", "--config", str(path)]
         commands.append([*words, "--json", str(folder / name / "result.json")])
+    if helper == HELPER:
+        path, key = folder / helper / "helper.toml", str(folder / helper / f"{helper}.pem")
+        write_toml(path, {"key": key, "roster": str(roster), "server": address})
+        words = [python, "-m", "secure_fedprompt.helper", "--config", str(path)]
+        commands.append([*words, "--json", str(folder / helper / "result.json")])
     return commands
 
 

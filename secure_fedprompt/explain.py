@@ -8,15 +8,19 @@ import math
 from rich.console import Console
 
 from secure_fedprompt.protocol import command, fixedpoint, homomorphic
+from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.errors import ConfigError, PlanError
 from secure_fedprompt.protocol.homomorphic import SCHEMES, Parameters
 from secure_fedprompt.protocol.layout import Layout, TensorSpec, total_size
 from secure_fedprompt.protocol.packing import Packing
 from secure_fedprompt.protocol.plan import default_threshold, tolerated_colluders
+from secure_fedprompt.protocol.selection.task import Task
 from secure_fedprompt.protocol.settings import ServerSettings
+from secure_fedprompt.server.planning import check_settings, selection_of
 
 _USED = {"protection", "clients", "clip", "weights", "max_weight", "max_seen", "ring_bits",
-         "metrics", "flood_bits", "threshold"}  # fmt: skip
+         "metrics", "flood_bits", "threshold", "method", "selection", "selection_scope",
+         "selection_keep", "helper", "fedmgp"}  # fmt: skip
 _SIGNED = 64 + 32 + 30  # signature, key digest and header of an upload
 _SEED = 100  # bytes of a fresh ciphertext beside its polynomial
 _DENSE = 7.56  # bytes that SEAL's compression leaves of a 54-bit coefficient, measured
@@ -30,6 +34,8 @@ def main(argv: list[str] | None = None) -> int:
         "clients counts those on the roster (10 if it is 0). Nothing is sent and no data is read.",
         "  secure-fedprompt explain --protection ckks --dim 8192 --clients 50\n"
         "  secure-fedprompt explain --protection bfv --dim 8192 --clients 10 --precision 1e-6\n"
+        "  secure-fedprompt explain --method fedmgp --weights uniform --selection secure \\\n"
+        "      --selection-scope federation --clients 10\n"
         "  secure-fedprompt explain --config server.toml --dim 8192",
     )
     parser.add_argument("--dim", type=int, default=8192, metavar="N", help="prompt values uploaded")
@@ -101,6 +107,8 @@ def describe(
         f"{figures['bytes_up'] / dim:.2f} per prompt value (keys and signatures come on top)"
     )
     rows["bytes down"] = f"{figures['bytes_down']:,.0f} for prompt and sum"
+    if settings.selection == "secure":
+        _selection(rows, figures, settings, clients)
     figures["rms_error"] = step / math.sqrt(6 * clients)
     rows["error"] = (
         f"clients round to multiples of {step:.2g}; an average over {clients} clients of weight 1 "
@@ -108,6 +116,28 @@ def describe(
         "weights divide that"
     )
     return rows, figures
+
+
+def _selection(
+    rows: Rows, figures: dict[str, float], settings: ServerSettings, clients: int
+) -> None:
+    check_settings(settings)
+    helper = m.Ready(bytes(16), settings.helper or "elected", bytes(32), bytes(32), bytes(64))
+    selection = selection_of(settings, clients, helper)
+    selection.check(clients)
+    task = Task(selection, tuple(str(i) for i in range(clients)))
+    instances = selection.modalities * (1 if selection.federation else clients)
+    figures["selection_bytes"] = instances * task.circuit.size
+    rows["selection"] = (
+        f"{instances} times {task.circuit}; {figures['selection_bytes']:,.0f} bytes between server "
+        "and helper in a round, and 4,200 to begin"
+    )
+    rows["leaks"] = (
+        "to server and helper: nothing, if they do not collude; a slot's count of fillers is in "
+        "the sum, and a slot that one client filled holds that client's group"
+        if selection.federation
+        else "to server and helper: nothing, if they do not collude"
+    )
 
 
 _NAMES = {

@@ -23,10 +23,9 @@ from secure_fedprompt.identity import whoami
 from secure_fedprompt.protocol import command
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.errors import (
-    ProtocolError,
     ReplayError,
-    RosterError,
     RunFailedError,
+    SecureFedPromptError,
 )
 from secure_fedprompt.protocol.policy import Policy
 from secure_fedprompt.protocol.settings import Seconds
@@ -123,15 +122,19 @@ class HelperSession:
                 return [self.party.ready(self.run)]
             case m.RoundEnd():
                 self._helper.end(message.run, message.round)
+            case m.Finish() if not self.run:
+                raise RunFailedError("the run ended before this helper could take part")
             case m.Finish() if message.run == self.run:
                 self.over = True
                 if message.reason:
                     raise RunFailedError(f"server ended the run: {message.reason}")
                 return [m.Leave("Finished", "")]
             case m.HelperPlan() | m.HelperAnswer() | m.HelperInputs() | m.HelperTables():
+                if message.run != self.run:
+                    return []
                 try:
                     replies = self._helper.on(message)
-                except (ProtocolError, RosterError) as error:
+                except SecureFedPromptError as error:
                     kind = type(error).__name__
                     return [m.Withdraw(message.run, message.round, kind, m.line(error))]
                 self.helped += sum(isinstance(reply, m.HelperOutcome) for reply in replies)

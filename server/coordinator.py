@@ -64,6 +64,7 @@ EXPECTED: dict[Stage, type[m.Message]] = {
 UPLOADING = {  # who leaves is not in the sum
     Stage.ADVERTISING, Stage.SHARING, Stage.SELECTING, Stage.EVALUATING, Stage.COLLECTING,
 }  # fmt: skip
+OUTCOME_ERRORS = ("SealError", "GarblingError", "FieldError")  # what a wrong outcome causes
 BEFORE_OUTCOME = UPLOADING - {Stage.COLLECTING} | {Stage.KEYING}
 
 
@@ -83,7 +84,7 @@ class Round:
     Attributes:
         run_keys: the clients' signed keys of this run, where something is sealed to or by them.
         entropy: source of random bytes.
-        helper_failed: whether the round aborted for want of its helper.
+        helper_failed: whether the round aborted for want of its helper, or of right outcomes.
         result: decoded sum by field, once done. ``integers`` is the same as ring integers.
         reason: why the round aborted, else empty.
         dropped: clients of the cohort whose update is not in the sum, with the stage they left in.
@@ -99,6 +100,7 @@ class Round:
     run_keys: Mapping[str, m.Ready] = field(default_factory=dict)
     entropy: Entropy = os.urandom
     helper_failed: bool = False
+    _outcome_refused: bool = False
     stage: Stage = Stage.ADVERTISING
     result: dict[str, layout.Vector] | None = None
     integers: NDArray[np.int64] | None = None
@@ -156,7 +158,11 @@ class Round:
             return self._help(sender, message, now)
         if isinstance(message, m.Withdraw):
             self.faults[sender] = f"withdrew: {message.error}: {message.reason}"
+            if self.stage is Stage.COLLECTING and self._selector is not None:
+                self._outcome_refused |= message.error in OUTCOME_ERRORS
             return self.lost(sender, now)
+        if self.stage is Stage.EVALUATING:
+            return []  # the helper's frames are above; what others sent is late
         if sender not in self.waiting:
             return self._unawaited(sender, message)
         try:
@@ -186,6 +192,10 @@ class Round:
         except ProtocolError as error:
             self.faults[sender] = f"{type(error).__name__}: {error}"
             return self.lost(sender, now)
+        for name in self._selector.refused:
+            if name not in self._gone:
+                self.faults[name] = "SealError: the helper could not open its shares"
+                out += self.lost(name, now)
         if self._selector.outcomes is not None:
             self.waiting = set()
         return out + self._settle(now)
@@ -388,7 +398,9 @@ class Round:
         result = layout.unflatten(self.plan.layout, total)
         counted, weight = float(result[layout.CONTRIBUTORS]), float(result[layout.WEIGHT])
         expected = len(self.plan.cohort) - len(self.dropped)
-        if not np.isfinite(total).all() or round(counted) != expected or weight <= 0:
+        fills = [v for name, v in result.items() if name.startswith(layout.FILLED)]
+        odd = any((v < 0).any() or (v > expected).any() for v in fills)
+        if not np.isfinite(total).all() or round(counted) != expected or weight <= 0 or odd:
             return self._abort(
                 f"the sum counts {counted:g} contributors of weight {weight:g}, "
                 f"{expected} uploads were added"
@@ -397,6 +409,7 @@ class Round:
         return self._tell_all("")
 
     def _abort(self, reason: str) -> Outbox:
+        self.helper_failed |= self._outcome_refused
         self.stage, self.reason = Stage.ABORTED, reason
         self.waiting = set()
         return self._tell_all(reason)

@@ -136,6 +136,27 @@ def elect_helper(
     return ready[min(set(ready) - unfit or set(ready))]
 
 
+def check_helper(settings: ServerSettings, roster: Roster) -> None:
+    """Refuse a helper that is not on the roster, and selections too large for it.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    if settings.selection != "secure":
+        return
+    names = {member.name for member in roster.members if member.role in ("client", "helper")}
+    if settings.helper and settings.helper not in names:
+        raise ConfigError(
+            f"helper = {settings.helper!r}: no client or helper of this name is on the roster"
+        )
+    clients = settings.clients or len(roster.with_role("client"))
+    helper = m.Ready(bytes(16), settings.helper or "elected", bytes(32), bytes(32), bytes(64))
+    try:
+        selection_of(settings, clients, helper).check(clients)
+    except PlanError as error:
+        raise ConfigError(f"selection = 'secure' with {clients} clients: {error}") from None
+
+
 def selection_of(settings: ServerSettings, clients: int, helper: m.Ready | None) -> Selection:
     """The plan's selection under these settings."""
     if helper is None:
@@ -150,6 +171,7 @@ def selection_of(settings: ServerSettings, clients: int, helper: m.Ready | None)
         groups=o.groups,
         slots=o.slots,
         keep=keep if federation else 0,
+        fillers=settings.selection_fillers if federation else 0,
         helper=helper.name,
         helper_key=helper.seal_key,
         helper_signature=helper.signature,

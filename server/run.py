@@ -40,6 +40,7 @@ from secure_fedprompt.server.encrypted import EncryptedRound, make_round
 from secure_fedprompt.server.planning import (
     Keying,
     RunState,
+    check_helper,
     check_settings,
     elect,
     elect_helper,
@@ -98,6 +99,7 @@ class Run:
 
     def __post_init__(self) -> None:
         check_settings(self.settings)
+        check_helper(self.settings, self.roster)
         self.expected = self.settings.clients or len(self.roster.with_role("client"))
         self.gather_until = self.began + self.settings.gather_seconds
         self.initial_from, self.initial_until = "", 0.0
@@ -314,7 +316,7 @@ class Run:
         state, settings = self.state, self.settings
         assert state.prompt is not None
         ready = {name: client.ready for name, client in self.clients.items() if client.ready}
-        rested = set(ready) - self.benched
+        rested = set(ready) - self.benched | {settings.helper} & set(ready)
         cohort = tuple(sorted(rested if len(rested) >= settings.min_clients else ready))
         self.opening = False
         able = {name: ready[name] for name in cohort}

@@ -25,6 +25,7 @@ class Selector:
     """One selection. ``start``, then ``share`` for every client, ``evaluate``, and ``on``.
 
     Attributes:
+        refused: owners whose shares the helper could not use; they are left out.
         outcomes: frames for the owners, once it is done.
     """
 
@@ -37,6 +38,7 @@ class Selector:
         self._task: Task | None = None
         self._answered = False
         self._ours: dict[str, bytes] | None = None
+        self.refused: tuple[str, ...] = ()
         self.outcomes: Outbox | None = None
 
     def start(self) -> Outbox:
@@ -84,6 +86,10 @@ class Selector:
                 self._answered = True
                 return [(self.helper, answer), *(self._inputs() if self._task else [])]
             case m.HelperChoices() if self._task is not None and self._ours is None:
+                left = tuple(n for n in self._task.owners if n not in message.refused)
+                if len(left) < plan.quorum:
+                    raise FieldError(f"the helper leaves out {len(message.refused)} owners")
+                self.refused, self._task = tuple(message.refused), Task(plan.selection, left)
                 inputs = self._task.inputs(self._shares)
                 tables, ours = self._garbler.garble(self._task.circuit, inputs, message.choices)
                 self._ours = self._task.outcomes(ours)

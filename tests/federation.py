@@ -69,6 +69,7 @@ class World:
         self.sessions: dict[str, Any] = {}
         self.journals = {name: MemoryJournal() for name in (*names(n), *helpers)}
         self.queue: deque[tuple[str, str, m.Message]] = deque()
+        self.withdraws = False  # whether clients withdraw from rounds, as the program does
         self.tamper: Any = lambda sender, recipient, message: message
         self.start_server()
 
@@ -134,6 +135,16 @@ class World:
                     work = session.work
                     replies += session.trained(work, self.toys[recipient].run(work))
             except errors.SecureFedPromptError as error:
-                self.errors[recipient] = error
-                replies = [m.Leave(type(error).__name__, str(error)[:500])]
+                replies = self._refusal(recipient, error)
             self.queue.extend((recipient, "", reply) for reply in replies)
+
+    def _refusal(self, name: str, error: errors.SecureFedPromptError) -> list[m.Message]:
+        if self.withdraws:
+            try:
+                replies: list[m.Message] = self.sessions[name].withdraw(error)
+                return replies
+            except errors.SecureFedPromptError as final:
+                error = final
+        self.errors[name] = error
+        self.lost.add(name) if self.withdraws else None
+        return [m.Leave(type(error).__name__, str(error)[:500])]

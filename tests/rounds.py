@@ -31,6 +31,7 @@ OPEN = Policy(
     protections=("masks", "bfv", "ckks", "none"),
     graphs=("complete", "regular"),
     selections=("secure", "secure-federation"),
+    min_fillers=1,
 )
 CTX = (TensorSpec("ctx", (3, 5)),)
 

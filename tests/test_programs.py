@@ -406,6 +406,41 @@ def test_encrypted_equals_masked_training_and_only_clients_read_it(
     assert "a client's prompt file" in shown.stderr
 
 
+def test_a_helper_process_selects_over_sockets(tmp_path: Path) -> None:
+    selection = {"selection": "secure", "selection_scope": "federation", "helper": demo.HELPER}
+    few = {"generated_classes": 6, "per_class": 4, "test_per_class": 1, "shots": 4, "threads": 1,
+           "partition": "iid", "styles": "sketch"}  # fmt: skip
+    commands = demo.write_files(
+        tmp_path / "f", "fedmgp", 3, 2, "masks", 0, for_server=selection, for_clients=few
+    )
+    with demo.processes(commands, tmp_path / "f", 3) as started:
+        shown, _ = started[0].communicate(timeout=LONG)
+        assert [process.wait(LONG) for process in started] == [0] * 5, shown
+    assert "this server and the helper (notary) must not collude" in shown
+    result = json.loads((tmp_path / "f/notary/result.json").read_text())
+    assert result["selections"] == 1  # the first round has no slots to compare with
+    rounds = json.loads((tmp_path / "f/server/result.json").read_text())["rounds"]
+    assert [r["outcome"] for r in rounds] == ["done"] * 3
+    assert "evaluating" in rounds[1]["seconds"]
+    assert "evaluating" not in rounds[0]["seconds"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("protection", "words"),
+    [("bfv", ["--selection-scope", "federation"]), ("ckks", ["--helper", "process"])],
+)
+def test_secure_selection_under_encryption(
+    tmp_path: Path, protection: str, words: list[str]
+) -> None:
+    done = python("secure_fedprompt", "demo", "--run-dir", "d", "--rounds", "2", "--method",
+                  "fedmgp", "--selection", "secure", "--protection", protection, *words,
+                  "--json", "r.json", cwd=tmp_path)  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert result["accuracy_after"] > result["accuracy_before"] + 0.05
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["fedotp", "fedmgp"])
 def test_the_other_methods_run_as_processes(tmp_path: Path, method: str) -> None:

@@ -14,6 +14,7 @@ from nacl import bindings
 from rounds import entropy_from
 
 from secure_fedprompt.protocol import errors
+from secure_fedprompt.protocol.codec import MAX_FRAME
 from secure_fedprompt.protocol.selection import circuits, garbled, oblivious_transfer, shares, task
 from secure_fedprompt.protocol.selection.builder import FALSE, TRUE, Builder, Circuit
 from secure_fedprompt.protocol.selection.oblivious_transfer import KAPPA, BaseReceiver, BaseSender
@@ -107,7 +108,7 @@ def test_costs_are_those_of_the_design() -> None:
     assert circuits.compare().ands == 32
     assert circuits.compare().size <= 1600
     assert str(circuits.top_s(5, 2)) == "top 2 of 5: 510 AND gates in 35 layers, 19040 bytes"
-    assert 2 * circuits.largest_k(50, 20).size < 1_000_000  # ten clients, text and visual
+    assert 2 * circuits.fill_slots(10, 5, 20, 2, 3).size < 1_000_000  # text and visual
 
 
 # -- garbled evaluation --------------------------------------------------------------------------
@@ -483,7 +484,30 @@ def test_shares_add_up_and_one_alone_is_uniform() -> None:
     assert not np.array_equal(*ours - keys)  # text and visual have shares of their own
 
 
-SELECT = task.Selection(1, 2, 4, 2, 0, "h", bytes(32), bytes(64))
+SELECT = task.Selection(1, 2, 4, 2, 0, 0, "h", bytes(32), bytes(64))
+
+
+def filled(keys: np.ndarray, keep: int, slots: int, fillers: int) -> list[int]:
+    """By counting: how many slots each owner fills, from (owners, groups) keys of one modality."""
+    m = keys.shape[1]
+    winners = shares.order(keys.reshape(-1))[:keep]
+    own = [min(slots, sum(w // m == i for w in winners)) for i in range(len(keys))]
+    opened = sum(sum(c > k for c in own) >= fillers for k in range(slots))
+    return [min(c, opened) for c in own]
+
+
+@pytest.mark.parametrize(("owners", "groups"), [(1, 2), (2, 2), (3, 1), (4, 1), (2, 3)])
+def test_slots_are_filled_as_counted_on_all_keys(owners: int, groups: int) -> None:
+    """Every outcome of two-bit keys; a slot of too few fillers stays closed to all of them."""
+    count = owners * groups
+    keys = np.array(list(itertools.product(range(3), repeat=count)), np.uint32)
+    for chosen, slots in itertools.product(range(1, count + 1), range(1, groups + 1)):
+        for fillers in range(1, owners + 1):
+            circuit = circuits.fill_slots(owners, groups, chosen, slots, fillers, 2)
+            found = circuit.evaluate(*shared(keys, 2)).reshape(owners, slots, -1)
+            rows = [filled(k.reshape(owners, -1), chosen, slots, fillers) for k in keys]
+            expected = np.array(rows)[:, :, None] > np.arange(slots)  # (batch, owners, slots)
+            assert np.array_equal(found.transpose(2, 0, 1), expected)
 
 
 def shares_of(
@@ -514,15 +538,15 @@ def test_every_mode_chooses_the_same(data: st.DataObject) -> None:
         choice = task.open_outcome(client, bits, bytes(len(bits)), own)
         for found, expected in zip(choice, shares.order(own), strict=True):
             assert np.array_equal(found, expected[:s])
-    federation = dataclasses.replace(client, scope=2, keep=keep)
+    fillers = data.draw(st.integers(1, n))
+    federation = dataclasses.replace(client, scope=2, keep=keep, fillers=fillers)
     federation.check(n)
     outcomes = shares_of(federation, keys, owners)
-    ranked = shares.order(keys.transpose(1, 0, 2).reshape(modalities, -1))[:, :keep]
-    for i, (name, own) in enumerate(zip(owners, keys, strict=True)):
-        choice = task.open_outcome(federation, bytes(len(outcomes[name])), outcomes[name], own)
-        for found, winners in zip(choice, ranked, strict=True):
-            mine = [w % m for w in winners if w // m == i]
-            assert found.tolist() == mine[:s]
+    for modality in range(modalities):
+        counts = filled(keys[:, modality], keep, s, fillers)
+        for name, own, count in zip(owners, keys, counts, strict=True):
+            choice = task.open_outcome(federation, bytes(len(outcomes[name])), outcomes[name], own)
+            assert choice[modality].tolist() == shares.order(own[modality])[:count].tolist()
 
 
 def test_an_outcome_that_cannot_be_is_refused() -> None:
@@ -535,11 +559,11 @@ def test_an_outcome_that_cannot_be_is_refused() -> None:
         task.open_outcome(SELECT, good, b"\x01\x00", keys)
     with pytest.raises(errors.GarblingError, match="not the order"):
         task.open_outcome(SELECT, good, bytes(2), keys[::-1])
-    wide = dataclasses.replace(SELECT, scope=2, keep=4)
-    with pytest.raises(errors.GarblingError, match="skips one"):
+    wide = dataclasses.replace(SELECT, scope=2, keep=4, fillers=1)
+    with pytest.raises(errors.GarblingError, match="skips a slot"):
         task.open_outcome(wide, b"\x02", b"\x00", keys)
     with pytest.raises(errors.GarblingError, match="padding"):
-        task.open_outcome(dataclasses.replace(wide, modalities=1), b"\x10", b"\x00", keys[:1])
+        task.open_outcome(dataclasses.replace(wide, modalities=1), b"\x04", b"\x00", keys[:1])
 
 
 @pytest.mark.parametrize(
@@ -548,11 +572,23 @@ def test_an_outcome_that_cannot_be_is_refused() -> None:
         ({"slots": 5}, "5 slots for 4 groups"), ({"slots": 0}, "0 slots"),
         ({"helper": ""}, "without a helper"), ({"scope": 3}, "scope 3"),
         ({"modalities": 3}, "3 modalities"), ({"scope": 2, "keep": 0}, "0 groups to keep"),
-        ({"scope": 2, "keep": 13}, "13 groups to keep of 12"), ({"scope": 0}, "without one"),
-        ({"groups": 1000}, "too many to compare"),
-        ({"scope": 2, "groups": 2000, "keep": 1}, "6000 groups in one selection"),
+        ({"scope": 2, "keep": 1001}, "1001 groups to keep of 1000"), ({"scope": 0}, "without one"),
+        ({"groups": 65}, "at most 64"), ({"groups": 64}, "too many to compare"),
+        ({"scope": 2, "keep": 1, "fillers": 0}, "0 fillers"),
+        ({"scope": 2, "keep": 1, "fillers": 251}, "251 fillers of a slot from 250"),
+        ({"scope": 2, "groups": 5, "keep": 1, "fillers": 3}, "1250 groups in one selection"),
     ],
 )  # fmt: skip
 def test_selections_that_make_no_sense_are_refused(change: dict[str, int], says: str) -> None:
     with pytest.raises(errors.PlanError, match=says):
-        dataclasses.replace(SELECT, **change).check(3)  # type: ignore[arg-type]
+        dataclasses.replace(SELECT, **change).check(250)  # type: ignore[arg-type]
+
+
+def test_the_largest_selection_that_is_allowed_fits_a_frame() -> None:
+    """In scope client; scope federation is a hundredth of it."""
+    for groups in (1, 2, 5, 20):
+        for slots in {1, groups}:
+            assert circuits.top_s(groups, slots).size <= task.most_bytes(groups)
+    assert task.MAX_BYTES < MAX_FRAME * 3 // 4
+    assert task.MAX_CANDIDATES * 8_000 < MAX_FRAME // 10
+    assert circuits.fill_slots(20, 5, 40, 2, 3).size < 100 * 8_000

@@ -17,7 +17,7 @@ from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.averaging import Prompt
 from secure_fedprompt.protocol.errors import ConfigError, PlanError
 from secure_fedprompt.protocol.expand import Purpose
-from secure_fedprompt.protocol.layout import FILLED, TensorSpec
+from secure_fedprompt.protocol.layout import FILLED, Field, TensorSpec
 from secure_fedprompt.protocol.policy import Policy
 from secure_fedprompt.protocol.selection import shares
 from secure_fedprompt.protocol.selection.task import Selection
@@ -81,18 +81,20 @@ def federate(folder: Path, n: int = 4, helpers: tuple[str, ...] = (), **changes:
     return world
 
 
-def expected_choices(world: World, keep: int = 0) -> dict[str, list[list[int]]]:
-    """By the plain sort: each client's own best, or its groups among the best of all."""
+def expected_choices(world: World, keep: int = 0, fillers: int = 3) -> dict[str, list[list[int]]]:
+    """By the plain sort: each client's own best, or as many of them as are among the best of all,
+    in slots that enough clients fill."""
     own = {name: shares.order(toy.keys) for name, toy in world.toys.items()}
     if not keep:
         return {name: best[:, :SLOTS].tolist() for name, best in own.items()}
     found: dict[str, list[list[int]]] = {name: [] for name in world.toys}
     for modality in range(2):
         flat = np.concatenate([toy.keys[modality] for toy in world.toys.values()])
-        winners = set(shares.order(flat)[:keep].tolist())
-        for i, name in enumerate(world.toys):
-            mine = [g for g in own[name][modality].tolist() if i * GROUPS + g in winners]
-            found[name].append(mine[:SLOTS])
+        winners = shares.order(flat)[:keep] // GROUPS
+        counts = [min(SLOTS, int((winners == i).sum())) for i in range(len(world.toys))]
+        opened = sum(sum(c > k for c in counts) >= fillers for k in range(SLOTS))
+        for name, count in zip(world.toys, counts, strict=True):
+            found[name].append(own[name][modality][: min(count, opened)].tolist())
     return found
 
 
@@ -110,12 +112,15 @@ def rounds(world: World) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("protection", ["masks", "bfv", "ckks", "none"])
-@pytest.mark.parametrize(("scope", "keep"), [("client", 0), ("federation", 5)])
+@pytest.mark.parametrize(("scope", "keep"), [("client", 0), ("federation", 8)])
 def test_the_circuit_chooses_what_the_plain_sort_does_and_slots_are_its_means(
     tmp_path: Path, protection: str, scope: str, keep: int
 ) -> None:
     world = federate(tmp_path, protection=protection, selection_scope=scope, selection_keep=keep)
     world.pump()
+    if keep:  # clients fill different numbers of slots
+        shown = [len(c) for choice in expected_choices(world, keep).values() for c in choice]
+        assert len(set(shown)) > 1
     assert not world.errors
     assert world.run.error is None
     expected = expected_choices(world, keep)
@@ -135,17 +140,31 @@ def test_the_circuit_chooses_what_the_plain_sort_does_and_slots_are_its_means(
 
 
 def test_a_slot_that_nobody_fills_keeps_its_value(tmp_path: Path) -> None:
-    world = federate(tmp_path, selection_scope="federation", selection_keep=1)
+    world = federate(tmp_path, selection_scope="federation", selection_keep=1, selection_fillers=1)
     world.pump()
     first = {
         k: np.mean([t.groups[k][:SLOTS] for t in world.toys.values()], 0) + 1e-3 for k in SHAPES
     }
     final = slots_of(world, world.sessions["c002"].final)
-    expected = expected_choices(world, 1)
+    expected = expected_choices(world, 1, 1)
     for i, name in enumerate(SHAPES):
         assert np.allclose(final[name][1], first[name][1], atol=1e-5)
         (owner, group), = ((c, e[i][0]) for c, e in expected.items() if e[i])  # fmt: skip
         assert np.allclose(final[name][0], world.toys[owner].groups[name][group] + 2e-3, atol=1e-5)
+
+
+def test_a_slot_of_too_few_fillers_is_closed_to_all(tmp_path: Path) -> None:
+    """Two of four clients hold all of the largest keys: with three fillers asked, nobody sends."""
+    world = federate(tmp_path, selection_scope="federation", selection_keep=4)
+    for name, toy in world.toys.items():
+        toy.keys[:] = 2**31 + toy.keys // 2 if name in ("c001", "c003") else toy.keys // 2
+    world.pump()
+    assert all(toy.choices[1] == [[], []] for toy in world.toys.values())
+    final, shown = world.sessions["c002"].final, rounds(world)
+    first = [t.groups[k][:SLOTS] for k in SHAPES for t in world.toys.values()]
+    mean = np.concatenate([np.mean(first[:4], 0).reshape(-1), np.mean(first[4:], 0).reshape(-1)])
+    assert np.allclose(final, mean + 1e-3, atol=1e-5)
+    assert shown[1]["outcome"] == "done"
 
 
 # -- who is lost ---------------------------------------------------------------------------------
@@ -253,12 +272,14 @@ def test_settings_that_do_not_fit_are_refused() -> None:
         ({"selections": ()}, "plan wants 'secure', but policy.selections allows only none"),
         ({"selections": ("secure-federation",)}, "allows only secure-federation"),
         ({"helpers": ("c003",)}, "plan wants 'c001', but policy.helpers allows only c003"),
+        ({"min_fillers": 4}, "plan has 3 fillers, but policy.min_fillers is 4"),
     ],
 )
 def test_policies_limit_selections_and_helpers(
     tmp_path: Path, policy: dict[str, Any], says: str
 ) -> None:
-    world = federate(tmp_path)
+    federation = {"selection_scope": "federation"} if "min_fillers" in policy else {}
+    world = federate(tmp_path, **federation)
     strict = Policy(**{**{f: getattr(OPEN, f) for f in OPEN.__struct_fields__}, **policy})
     session = world.sessions["c002"]
     session.party = dataclasses.replace(session.party, policy=strict)
@@ -269,9 +290,11 @@ def test_policies_limit_selections_and_helpers(
 
 def selecting_plan(**changes: Any) -> Any:
     ready = m.Ready(bytes(16), "c001", bytes(32), bytes(32), bytes(64))
-    selection = Selection(1, 2, GROUPS, SLOTS, 0, ready.name, ready.seal_key, ready.signature)
+    selection = Selection(1, 2, GROUPS, SLOTS, 0, 0, ready.name, ready.seal_key, ready.signature)
     tensors = tuple(TensorSpec(k, (SLOTS, *s)) for k, s in SHAPES.items())
-    base: dict[str, Any] = {"learning_round": 2, "rounds": 3, "selection": selection}
+    base: dict[str, Any] = {
+        "learning_round": 2, "rounds": 3, "selection": selection, "max_weight": 1
+    }  # fmt: skip
     return make_plan(4, tensors=tensors, **{**base, **changes})
 
 
@@ -282,9 +305,18 @@ def test_plans_that_contradict_their_selection_are_refused() -> None:
     one = dataclasses.replace(selecting_plan().selection, modalities=1)
     with pytest.raises(PlanError, match="not the slots"):
         selecting_plan(selection=one).check()
-    wide = dataclasses.replace(selecting_plan().selection, scope=2, keep=3)
+    wide = dataclasses.replace(selecting_plan().selection, scope=2, keep=3, fillers=3)
     with pytest.raises(PlanError, match="counters of filled slots"):
         selecting_plan(selection=wide).check()
+    sized = selecting_plan().layout
+    counts = tuple(Field(FILLED + k, (SLOTS,), 1.0, 32, 0, 0) for k in SHAPES)
+    selecting_plan(selection=wide, layout=sized + counts).check()
+    heavy = selecting_plan(selection=wide, layout=sized + counts, uniform=0)
+    with pytest.raises(PlanError, match="weights are not uniform"):
+        heavy.check()
+    odd = tuple(dataclasses.replace(f, shape=(SLOTS + 1,)) for f in counts)
+    with pytest.raises(PlanError, match="not one for each slot"):
+        selecting_plan(selection=wide, layout=sized + odd).check()
     narrow = dataclasses.replace(selecting_plan().selection, slots=3)
     with pytest.raises(PlanError, match="not the slots"):
         selecting_plan(selection=narrow).check()
@@ -331,11 +363,9 @@ def only(kind: type, change: Any, who: str = "") -> Any:
         (m.HelperChoices, lambda f: altered(f, choices=altered(f.choices, columns=b"")), "FieldError"),
         (m.HelperTables, lambda f: altered(f, tables=altered(f.tables, seed=bytes(32))), "GarblingError"),
         (m.HelperTables, lambda f: altered(f, tables=altered(f.tables, tables=f.tables.tables[:-1])), "GarblingError"),
-        (m.HelperInputs, lambda f: altered(f, boxes=flipped(f.boxes)), "SealError"),
-        (m.HelperInputs, lambda f: altered(f, boxes=f.boxes[48:96] + f.boxes[:48] + f.boxes[96:]), "SealError"),
+        (m.HelperInputs, lambda f: altered(f, boxes=f.boxes[48:96] + f.boxes[:48] + f.boxes[96:]), "AdvertMismatchError"),
         (m.HelperInputs, lambda f: altered(f, owners=f.owners[1:], boxes=f.boxes[48:]), ""),
         (m.HelperInputs, lambda f: altered(f, owners=f.owners[:2], boxes=f.boxes[:96]), "AdvertMismatchError"),
-        (m.HelperInputs, lambda f: altered(f, owners=(altered(f.owners[0], seal_key=bytes(31) + b"\t"), *f.owners[1:])), "SignatureError"),
         (m.HelperOutcome, lambda f: altered(f, boxes=f.boxes[:-1]), "FieldError"),
     ],
 )  # fmt: skip
@@ -352,6 +382,111 @@ def test_what_either_party_must_refuse_aborts_the_round_and_the_run_goes_on(
     finished = [n for n in names(4) if world.sessions[n].final is not None]
     assert len(finished) >= 3
     assert all(world.toys[name].choices[-1] == expected[name] for name in finished)
+
+
+@pytest.mark.parametrize("who", ["c001", "c003"])
+@pytest.mark.parametrize("protection", ["masks", "bfv"])
+def test_a_client_whose_shares_do_not_open_is_left_out_and_named(
+    tmp_path: Path, who: str, protection: str
+) -> None:
+    """A bad box is its sender's fault, not the helper's."""
+
+    def spoil(sender: str, recipient: str, message: m.Message) -> m.Message:
+        bad = isinstance(message, m.KeyShares) and sender == who
+        return altered(message, box=bytes(48)) if bad else message
+
+    world = tampered(tmp_path, spoil, helper="c002", protection=protection)
+    assert world.run.error is None
+    assert [r["outcome"] for r in rounds(world)] == ["done", "done"]
+    assert list(rounds(world)[1]["dropped"]) == [who]
+    faults = [text for kind, text in world.events if kind == "fault"]
+    assert any(f"{who}: SealError: the helper could not open" in text for text in faults)
+    expected = expected_choices(world)
+    assert all(world.toys[n].choices[-1] == expected[n] for n in names(4) if n != who)
+
+
+def test_a_helper_that_makes_wrong_outcomes_is_replaced(tmp_path: Path) -> None:
+    """Whoever opens such an outcome withdraws; the blame is the helper's."""
+
+    def spoil(sender: str, recipient: str, message: m.Message) -> m.Message:
+        bad = isinstance(message, m.HelperOutcome) and sender == "c001"
+        return altered(message, boxes=bytes(len(message.boxes))) if bad else message
+
+    world = World(tmp_path, 4, **SECURE)
+    world.tamper, world.withdraws = spoil, True
+    world.toys = {name: Grouped(i) for i, name in enumerate(names(4))}
+    for name in names(4):
+        world.join(name)
+    world.pump()
+    assert world.run.error is None
+    assert [r["outcome"] for r in rounds(world)] == ["done", "aborted", "done"]
+    assert "c001" in world.run.unhelpful
+    expected = expected_choices(world)
+    assert all(world.toys[n].choices[-1] == expected[n] for n in names(4))
+
+
+def test_a_helper_whose_own_keys_come_too_late_still_helps(tmp_path: Path) -> None:
+    world = federate(tmp_path, 5)
+    kept: list[Any] = []
+
+    def late(sender: str, recipient: str, message: m.Message) -> m.Message:
+        if isinstance(message, m.KeyShares) and sender == "c001" and not kept:
+            kept.append(message)
+            return m.Alive()
+        if isinstance(message, m.HelperTables) and len(kept) == 1:
+            kept.append(None)
+            world.queue.append(("c001", "", kept[0]))
+        return message
+
+    world.tamper = late
+    world.pump()
+    assert world.run.error is None
+    assert [r["outcome"] for r in rounds(world)] == ["done", "done"]
+    assert list(rounds(world)[1]["dropped"]) == ["c001"]
+
+
+def test_a_configured_helper_is_never_benched(tmp_path: Path) -> None:
+    world = federate(tmp_path, helper="c001")
+    world.run.benched = {"c001"}
+    world.pump()
+    assert world.run.error is None
+    assert rounds(world)[1]["outcome"] == "done"
+
+
+def test_frames_for_a_helper_outside_a_round_are_ignored(tmp_path: Path) -> None:
+    world = federate(tmp_path)
+    frames: list[Any] = []
+    world.pump(until=lambda w, x: isinstance(x, m.HelperInputs) and not frames.append(x))
+    session = world.sessions["c001"]
+    session.hello()
+    assert session.on(frames[0]) == []
+
+
+def test_repeated_refusals_of_outcomes_end_the_client(tmp_path: Path) -> None:
+    """Each tells the server one bit: three in a row are enough."""
+
+    def flip(sender: str, recipient: str, message: m.Message) -> m.Message:
+        wrong = isinstance(message, m.Outcome) and recipient == "c003"
+        return altered(message, share=flipped(message.share)) if wrong else message
+
+    world = World(tmp_path, 5, **{**SECURE, "rounds": 8})
+    world.tamper, world.withdraws = flip, True
+    world.toys = {name: Grouped(i) for i, name in enumerate(names(5))}
+    for name in names(5):
+        world.join(name)
+    world.pump()
+    assert isinstance(world.errors["c003"], errors.GarblingError)
+    assert world.toys["c003"].trained == 3
+    told = [text for _, text in world.events if isinstance(text, str) and "c003: withdrew" in text]
+    assert told
+    assert all("order" not in text for text in told)  # not what was wrong with it
+
+
+def test_settings_that_cannot_work_are_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="helper = 'nobody'"):
+        federate(tmp_path / "a", helper="nobody")
+    with pytest.raises(ConfigError, match="5 fillers of a slot from 4 clients"):
+        federate(tmp_path / "b", selection_scope="federation", selection_fillers=5)
 
 
 @pytest.mark.parametrize(
@@ -407,9 +542,18 @@ def test_a_helper_refuses_a_second_selection_of_a_round_and_a_foreign_plan(tmp_p
     assert "min_cohort" in refused(
         altered(plan, plan=altered(plan.plan, cohort=names(1), quorum=1, threshold=1))
     )  # type: ignore[arg-type]
+    other = altered(plan.plan, run=b"r" * 16)  # type: ignore[arg-type]
+    assert (
+        session.on(altered(plan, run=other.run, plan=other)) == []
+    )  # not the run that welcomed us
+    assert "another round than its frame" in refused(altered(plan, plan=other))
+    stranger = altered(plan.plan, cohort=("c001", "c002", "c003", "zoe"))  # type: ignore[arg-type]
+    assert "'zoe' is not a client" in refused(altered(plan, plan=stranger))
     assert isinstance(session.on(plan)[0], m.HelperOffer)
     assert "ReplayError: a second selection" in refused(plan)
-    assert "without its selection" in refused(m.HelperInputs(plan.run, plan.round, (), b""))
+    session._helper._begin(altered(plan, run=other.run, plan=other))  # even if it were: no way back
+    assert "ReplayError: a second selection" in refused(plan)
+    assert session.on(m.HelperInputs(plan.run, plan.round, (), b"")) == []  # late
 
 
 def test_a_client_takes_no_helper_key_that_its_owner_did_not_sign(tmp_path: Path) -> None:

@@ -74,14 +74,51 @@ def top_s(count: int, chosen: int, width: int = WIDTH) -> Circuit:
 def largest_k(count: int, chosen: int, width: int = WIDTH) -> Circuit:
     """Which of ``count`` shared keys are among the ``chosen`` largest; one output for each key.
 
-    The bits of the smallest chosen key are found from the top: a bit is set if at least ``chosen``
-    keys reach the value that has it set. Positions, as further low bits, make all keys different.
-
     Raises:
         PlanError: more are to be chosen than there are.
     """
     _check(count, chosen)
     builder = Builder(count * width, count * width)
+    return builder.circuit(f"largest {chosen} of {count}", _largest(builder, count, chosen, width))
+
+
+@functools.lru_cache(maxsize=8)
+def fill_slots(
+    owners: int, groups: int, chosen: int, slots: int, fillers: int, width: int = WIDTH
+) -> Circuit:
+    """Which slots each owner fills, if it fills one for each of its keys among the ``chosen``
+    largest of all. A slot that fewer than ``fillers`` owners would fill stays closed to everybody.
+
+    Keys are in the order of their owners. Output o * slots + k says whether owner o fills slot k;
+    an owner that fills slot k also fills those before it.
+
+    Raises:
+        PlanError: more are to be chosen than there are.
+    """
+    count = owners * groups
+    _check(count, chosen)
+    builder = Builder(count * width, count * width)
+    best = _largest(builder, count, chosen, width)
+    high = groups.bit_length()
+    fills: list[list[Wire]] = []
+    for o in range(owners):  # more than k of its keys: count + 2^high - 1 - k reaches 2^high
+        own = best[o * groups : (o + 1) * groups]
+        words = [builder.count(own, start=(1 << high) - 1 - k) for k in range(slots)]
+        fills.append([word[high] if len(word) > high else FALSE for word in words])
+    outputs = []
+    bound = 1 << max(owners, fillers).bit_length()
+    for k in range(slots):
+        tally = builder.count([own[k] for own in fills], start=bound - fillers)
+        enough = tally[bound.bit_length() - 1] if len(tally) >= bound.bit_length() else FALSE
+        outputs.append([builder.land(own[k], enough) for own in fills])
+    name = f"slots of the largest {chosen} of {owners} x {groups}"
+    return builder.circuit(name, [outputs[k][o] for o in range(owners) for k in range(slots)])
+
+
+def _largest(builder: Builder, count: int, chosen: int, width: int) -> list[Wire]:
+    """The bits of the smallest chosen key are found from the top: a bit is set if at least
+    ``chosen`` keys reach the value that has it set. Positions, as further low bits, make all keys
+    different."""
     extra = (count - 1).bit_length()
     position = [
         [TRUE if (count - 1 - i) >> b & 1 else FALSE for b in range(extra)] for i in range(count)
@@ -101,8 +138,7 @@ def largest_k(count: int, chosen: int, width: int = WIDTH) -> Circuit:
             builder.xor(builder.xor(e, r), builder.land(enough, e))
             for e, r in zip(level, reach, strict=True)
         ]
-    outputs = [builder.xor(g, e) for g, e in zip(above, level, strict=True)]
-    return builder.circuit(f"largest {chosen} of {count}", outputs)
+    return [builder.xor(g, e) for g, e in zip(above, level, strict=True)]
 
 
 def _check(count: int, chosen: int) -> None:

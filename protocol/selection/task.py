@@ -1,7 +1,8 @@
 """What is selected in a round, as it stands in the plan, and how it is laid out for the circuits.
 
     client       the s largest of each client's m keys, in order: the published rule
-    federation   the K largest of all clients' keys, whoever owns them
+    federation   the K largest of all clients' keys: an owner of c of them fills its first c slots;
+                 a slot that too few owners would fill is closed to all
 
 Text and visual groups are selected apart. Both parties and the owners compute layouts from the plan
 and the list of owners alone.
@@ -23,8 +24,9 @@ from secure_fedprompt.protocol.selection.builder import Circuit
 from secure_fedprompt.protocol.selection.shares import Bits, Keys, order, to_bits
 
 SCOPES = ("client", "federation")
-MAX_CANDIDATES = 4096  # keys in one circuit of scope federation
-MAX_PAIRS = 1 << 18  # comparisons of scope client in one round
+MAX_GROUPS = 64
+MAX_CANDIDATES = 1024  # keys in one circuit of scope federation: four seconds to build it
+MAX_BYTES = 150_000_000  # of one frame of tables
 Choice = tuple[NDArray[np.int64], ...]  # by modality: chosen groups, best first
 
 
@@ -36,7 +38,7 @@ class Selection:
         scope: 0 for none, else 1 + index into ``SCOPES``.
         modalities: how many kinds of groups are selected apart.
         groups, slots: m and s.
-        keep: K for the whole cohort, scope federation.
+        keep: K for the whole cohort, and fillers: the fewest owners of a slot, scope federation.
         helper: who evaluates; helper_key, helper_signature: of its ``Ready`` of this run.
     """
 
@@ -45,6 +47,7 @@ class Selection:
     groups: U16
     slots: U16
     keep: U32
+    fillers: U16
     helper: Name
     helper_key: PublicKey
     helper_signature: Signature
@@ -70,26 +73,33 @@ class Selection:
             return
         if self.scope > len(SCOPES) or self.modalities not in (1, 2):
             raise PlanError(f"selection scope {self.scope} of {self.modalities} modalities")
-        if not 1 <= self.slots <= self.groups:
-            raise PlanError(f"{self.slots} slots for {self.groups} groups")
+        if not 1 <= self.slots <= self.groups <= MAX_GROUPS:
+            raise PlanError(f"{self.slots} slots for {self.groups} groups, at most {MAX_GROUPS}")
         if not self.helper:
             raise PlanError("a secure selection without a helper")
         if self.federation:
             candidates = clients * self.groups
             if not 1 <= self.keep <= candidates:
                 raise PlanError(f"{self.keep} groups to keep of {candidates}")
+            if not 1 <= self.fillers <= clients:
+                raise PlanError(f"{self.fillers} fillers of a slot from {clients} clients")
             if candidates > MAX_CANDIDATES:
                 raise PlanError(
                     f"{candidates} groups in one selection, at most {MAX_CANDIDATES}: use "
                     "selection_scope = 'client', fewer clients or fewer groups"
                 )
-        elif clients * self.modalities * self.groups * (self.groups - 1) // 2 > MAX_PAIRS:
+        elif clients * self.modalities * most_bytes(self.groups) > MAX_BYTES:
             raise PlanError(
                 f"{self.groups} groups of {clients} clients are too many to compare: use fewer"
             )
 
 
-NONE = Selection(0, 0, 0, 0, 0, "", bytes(32), bytes(64))
+def most_bytes(groups: int) -> int:
+    """No ``top_s`` of so many keys is larger: additions and transfers, and a comparison a pair."""
+    return 2_000 * groups + 1_200 * (groups * (groups - 1) // 2)
+
+
+NONE = Selection(0, 0, 0, 0, 0, 0, "", bytes(32), bytes(64))
 
 
 def session_of(plan_digest: bytes) -> bytes:
@@ -112,7 +122,7 @@ class Task:
     def circuit(self) -> Circuit:
         s, n = self.selection, len(self.owners)
         if s.federation:
-            return circuits.largest_k(n * s.groups, self.keep)
+            return circuits.fill_slots(n, s.groups, self.keep, s.slots, s.fillers)
         return circuits.top_s(s.groups, s.slots)
 
     @property
@@ -125,7 +135,7 @@ class Task:
     def outcome_bits(self) -> int:
         """Of one owner."""
         s = self.selection
-        return s.modalities * s.groups * (1 if s.federation else s.slots)
+        return s.modalities * s.slots * (1 if s.federation else s.groups)
 
     @property
     def outcome_size(self) -> int:
@@ -145,7 +155,7 @@ class Task:
         """Each owner's part of (outputs, batch) output shares, packed."""
         s, n = self.selection, len(self.owners)
         if s.federation:
-            rows = shares.reshape(n, s.groups, s.modalities).transpose(0, 2, 1).reshape(n, -1)
+            rows = shares.reshape(n, s.slots, s.modalities).transpose(0, 2, 1).reshape(n, -1)
         else:
             table = shares.reshape(s.slots, s.groups, n, s.modalities)
             rows = table.transpose(2, 3, 0, 1).reshape(n, -1)
@@ -171,19 +181,17 @@ def open_outcome(selection: Selection, ours: bytes, theirs: bytes, keys: Keys) -
     bits = np.unpackbits(both, bitorder="little").astype(bool)
     if bits[task.outcome_bits :].any():
         raise GarblingError("outcome shares differ in their padding")
-    table = bits[: task.outcome_bits].reshape(selection.modalities, -1, selection.groups)
     choice = []
+    table = bits[: task.outcome_bits].reshape(selection.modalities, selection.slots, -1)
     for own, chosen in zip(keys, table, strict=True):
-        best = order(own)
+        best = order(own)[: selection.slots]
         if selection.federation:
-            found = best[chosen[0][best]]
-            if not np.array_equal(found, best[: len(found)]):
-                raise GarblingError("the opened outcome skips one of this client's best groups")
-            choice.append(found[: selection.slots])
+            filled = int(chosen.sum())
+            if not chosen[:filled].all():
+                raise GarblingError("the opened outcome skips a slot")
+            choice.append(best[:filled])
         else:
-            if (chosen.sum(1) != 1).any() or not np.array_equal(
-                chosen.argmax(1), best[: selection.slots]
-            ):
+            if (chosen.sum(1) != 1).any() or not np.array_equal(chosen.argmax(1), best):
                 raise GarblingError("the opened outcome is not the order of this client's keys")
-            choice.append(best[: selection.slots])
+            choice.append(best)
     return tuple(choice)
