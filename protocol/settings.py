@@ -165,7 +165,7 @@ class ServerSettings(MethodSettings, frozen=True, forbid_unknown_fields=True, kw
         selection: of FedMGP's groups to upload: "client" (published: each client draws its own), or
             "secure" (server and a helper, on scores that neither can read).
         selection_scope: of "secure": "client" for the published rule, or "federation" for the
-            largest keys of all clients' groups, whoever owns them.
+            largest keys of all clients' groups, whoever owns them: each fills as many slots.
         selection_keep: groups that scope "federation" takes of each kind; 0 is slots x clients.
         selection_fillers: fewest clients that must fill a slot in scope "federation", or it keeps
             its value; below 3 one filler could subtract itself.

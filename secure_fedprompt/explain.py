@@ -133,8 +133,8 @@ def _selection(
         "and helper in a round, and 4,200 to begin"
     )
     rows["leaks"] = (
-        "to server and helper: nothing, if they do not collude; a slot's count of fillers is in "
-        "the sum, and a slot that one client filled holds that client's group"
+        "to server and helper: nothing, if they do not collude; how many clients fill each slot is "
+        f"in the sum, slots with fewer than {selection.fillers} stay closed"
         if selection.federation
         else "to server and helper: nothing, if they do not collude"
     )

@@ -96,7 +96,7 @@ class Selection:
 
 def most_bytes(groups: int) -> int:
     """No ``top_s`` of so many keys is larger: additions and transfers, and a comparison a pair."""
-    return 2_000 * groups + 1_200 * (groups * (groups - 1) // 2)
+    return 3_000 * groups + 1_100 * (groups * (groups - 1) // 2) + 200 * groups * groups
 
 
 NONE = Selection(0, 0, 0, 0, 0, 0, "", bytes(32), bytes(64))
