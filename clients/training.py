@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -20,11 +21,13 @@ from secure_fedprompt.clients.backbone import Backbone
 from secure_fedprompt.clients.data import partitions, sets
 from secure_fedprompt.clients.data.sets import ImageSet
 from secure_fedprompt.clients.data.settings import DataSettings
+from secure_fedprompt.clients.ledger import Entry, Ledger, noise_for, steps_of
 from secure_fedprompt.clients.methods.base import Arrays, Batch, Method, build
+from secure_fedprompt.clients.privacy_settings import PrivacySettings
 from secure_fedprompt.clients.session import Work
 from secure_fedprompt.protocol import layout as lay
 from secure_fedprompt.protocol.averaging import Prompt
-from secure_fedprompt.protocol.errors import DataError, UpdateError
+from secure_fedprompt.protocol.errors import ConfigError, DataError, UpdateError
 from secure_fedprompt.protocol.expand import Purpose, digest
 from secure_fedprompt.protocol.fixedpoint import LOSS_CLIP
 from secure_fedprompt.protocol.layout import TensorSpec
@@ -35,6 +38,7 @@ from secure_fedprompt.protocol.settings import MethodSettings
 _CHUNK = 256  # images at a time through the image tower
 _PREDICT = {"features": 256, "patches": 64, "tokens": 64}  # images at a time
 Result = tuple["Values", float] | Keys
+_NO_DP = PrivacySettings()
 _AFTER = 1 << 32  # later than every learning round
 Progress = Callable[[str, int, int], None]
 Values = dict[str, NDArray[np.floating[Any]] | np.float64]
@@ -194,6 +198,7 @@ class LocalTrainer:
         progress: called with what is being done, how far, out of how much.
         features: pooled features of ``train`` and ``test``, if they are known already.
         seat: this client's place on the roster, and how many clients are on it.
+        dp: differential privacy of the images; the spend is kept in ``keep``.
     """
 
     def __init__(
@@ -206,9 +211,12 @@ class LocalTrainer:
         progress: Progress = lambda what, done, total: None,
         features: tuple[Features, Features] | None = None,
         seat: tuple[int, int] = (0, 1),
+        dp: PrivacySettings = _NO_DP,
     ) -> None:
         self.backbone, self.progress, self.seed = backbone, progress, seed
-        self.augment, self.seat = augment, seat
+        self.augment, self.seat, self.dp = augment, seat, dp
+        dp.check()
+        self.sigma = 0.0  # noise multiplier of the run under way
         self.cancelled = threading.Event()
         self.class_names = train.class_names
         self.model_fingerprint = backbone.fingerprint
@@ -221,6 +229,7 @@ class LocalTrainer:
         self.method: Method | None = None
         self.settings: MethodSettings | None = None
         self._before: tuple[tuple[bytes, int], Arrays] | None = None  # private part, round's start
+        self.ledger: Ledger | None = None
         self._counted: Values = {}  # metrics of the round under way
         self.clipped = 0  # update values beyond the plan's clip in the last round
         backbone.check_class_names(train.class_names)
@@ -228,6 +237,10 @@ class LocalTrainer:
     def prepare(self, settings: MethodSettings) -> None:
         self.settings = settings
         self.method = build(settings, self.backbone, self.class_names)
+        if self.dp.kind == "sample":
+            if self.method.fine_tunes:
+                raise ConfigError(f"dp.kind = 'sample': {settings.method} trains outside of rounds")
+            self.method.private_parts()  # refused before anything is encoded
         self.method.sit(*self.seat)
         self._initial = self._flattened(self.method.state())
         train, _ = self._load_features(self.method.needs)
@@ -320,7 +333,9 @@ class LocalTrainer:
         values: Values = {}
         if method.fine_tunes and not plan.training:
             self._train(train, [0 if self.seed is None else self.seed, plan.round])
-        if any(field.name == lay.SEEN for field in plan.layout):
+        if any(field.name == lay.SEEN for field in plan.layout) and self.dp.kind != "none":
+            values = {name: np.float64(0) for name in (lay.SEEN, lay.CORRECT, lay.LOSS)}
+        elif any(field.name == lay.SEEN for field in plan.layout):
             guesses, losses = predict(method, test)
             hits = guesses == test.labels.cpu().numpy()
             values = {
@@ -330,7 +345,10 @@ class LocalTrainer:
             }
         if plan.training:
             seed = [0 if self.seed is None else self.seed, plan.round]
-            self._train(train, seed)
+            if self.dp.kind == "sample":
+                self._train_privately(train, plan)
+            else:
+                self._train(train, seed)
         self._counted = values
         if plan.selecting:
             return method.selection_keys(self._draws(plan))
@@ -384,6 +402,52 @@ class LocalTrainer:
                     optimiser.step()
                     done += 1
                     self.progress("training", done, steps)
+
+    def _train_privately(self, images: Features, plan: RoundPlan) -> None:
+        """DP-SGD: the spend is on the disk before the first step.
+
+        Raises:
+            BudgetError: the budget does not allow this round.
+        """
+        from secure_fedprompt.clients.privacy import Draws, PrivateTraining
+
+        assert self.method is not None
+        assert self.settings is not None
+        s, dp, method, run = self.settings, self.dp, self.method, plan.run.hex()
+        if self.ledger is None:
+            self.ledger = Ledger((self.keep or Path(".")) / "privacy.jsonl")
+        rate, steps = steps_of(len(images), s.batch_size, s.epochs)
+        self.sigma = self.ledger.sigma_of(run) or dp.noise_multiplier
+        if not self.sigma:
+            left = steps * (plan.rounds - plan.learning_round + 1 + dp.retries)
+            before = self.ledger.history
+            self.sigma = noise_for(dp.target_epsilon, dp.delta, rate, left, before, dp.accountant)
+        self.ledger.reserve(Entry(run, plan.round, self.sigma, rate, steps), dp)
+        optimiser = torch.optim.SGD(
+            method.parameters(), lr=s.lr, momentum=s.momentum, weight_decay=s.weight_decay
+        )
+        draws = Draws(os.urandom)
+        training = PrivateTraining(
+            method, optimiser, draws, sigma=self.sigma, clip=dp.max_grad_norm,
+            expected=rate * len(images),
+        )  # fmt: skip
+        try:
+            for done in range(steps):
+                if self.cancelled.is_set():
+                    raise UpdateError("training was cancelled")
+                taken = draws.poisson(len(images), rate)
+                training.step(self._batch(images, taken))
+                self.progress("training privately", done + 1, steps)
+        finally:
+            training.close()
+
+    def _batch(self, images: Features, rows: NDArray[np.int64]) -> Batch:
+        """These images, freshly augmented if that is asked: a view depends on its image alone."""
+        index = torch.from_numpy(rows)
+        if self.augment and len(rows):
+            return next(self._augmented(rows, len(rows)))
+        picked = images.images[index.to(images.images.device)]
+        return Batch(picked, images.labels[index.to(images.labels.device)])
 
     def _augmented(self, order: NDArray[np.int64], size: int) -> Iterator[Batch]:
         """Batches of fresh random views; the frozen tower encodes each anew."""

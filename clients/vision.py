@@ -100,7 +100,8 @@ def prompted_features(backbone: Backbone, tokens: Tensor, prompts: Tensor) -> Te
 
     Args:
         tokens: (B, 1 + M, W), from ``image_tokens``.
-        prompts: (G, l, W), the only tensor with a gradient.
+        prompts: (G, l, W), or (G, B, l, W) for other prompts at each image; the only tensor with
+            a gradient.
 
     Returns:
         (G, B, E).
@@ -119,7 +120,7 @@ def prompted_features(backbone: Backbone, tokens: Tensor, prompts: Tensor) -> Te
                 with torch.no_grad():
                     own = qkv(block, fixed, heads)
                 q, k, v = (
-                    _both(a.transpose(1, 2).flatten(2), b.transpose(1, 2).flatten(2))
+                    _both(a.transpose(1, 2).flatten(2), b.transpose(-2, -3).flatten(-2))
                     .reshape(groups * images, -1, heads, a.shape[-1])
                     .transpose(1, 2)
                     for a, b in zip(own, qkv(block, learned, heads), strict=True)
@@ -137,8 +138,9 @@ def prompted_features(backbone: Backbone, tokens: Tensor, prompts: Tensor) -> Te
 
 
 def _both(fixed: Tensor, learned: Tensor) -> Tensor:
-    """Every image (B, L, W) with every group (G, l, W): (G B, L + l, W), learned tokens last."""
+    """Every image (B, L, W) with every group, (G, l, W) or (G, B, l, W): (G B, L + l, W), learned
+    tokens last."""
     groups, images = len(learned), len(fixed)
     left = fixed.expand(groups, -1, -1, -1)
-    right = learned[:, None].expand(-1, images, -1, -1)
+    right = learned if learned.ndim == 4 else learned[:, None].expand(-1, images, -1, -1)
     return torch.cat([left, right], 2).flatten(0, 1)

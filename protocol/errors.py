@@ -16,7 +16,8 @@
     ├── RunFailedError                       8   the run cannot go on
     │   └── TooFewClientsError               8
     ├── UpdateError                          9   an update may not be sent: NaN, wrong size
-    │   └── UpdateReusedError                    the same update twice
+    │   ├── UpdateReusedError                    the same update twice
+    │   └── BudgetError                      11  the privacy budget is spent
     └── ProtocolError                        10  a peer broke the protocol
         ├── CodecError                           bytes are not a message
         │   ├── TruncatedError
@@ -125,6 +126,10 @@ class UpdateError(SecureFedPromptError):
 
 class UpdateReusedError(UpdateError):
     pass
+
+
+class BudgetError(UpdateError):
+    exit_code = 11
 
 
 class ProtocolError(SecureFedPromptError):

@@ -238,6 +238,8 @@ CHOICES = {
     "modality": ("both", "text", "vision"),
     "partition": ("iid", "pathological", "overlap", "dirichlet", "domain", "domain-dirichlet"),
     "classes": ("all", "base", "novel"),
+    "kind": ("none", "sample"),
+    "accountant": ("prv", "rdp"),
     "device": ("auto", "cpu", "cuda"),
     "precision": ("fp32", "bf16", "fp16"),
 }

@@ -17,6 +17,7 @@ COMMANDS = {
     "client": ("secure_fedprompt.client", "take part (same as -m secure_fedprompt.client)"),
     "helper": ("secure_fedprompt.helper", "help a server select (same as -m ....helper)"),
     "explain": ("secure_fedprompt.explain", "parameters, bytes and error of a protection"),
+    "privacy": ("secure_fedprompt.privacy", "epsilon of DP-SGD before a run, and spent so far"),
     "simulate": ("secure_fedprompt.simulation", "many clients in one process"),
     "evaluate": ("secure_fedprompt.evaluate", "accuracy of a trained prompt on a data set"),
     "predict": ("secure_fedprompt.evaluate", "class of images under a trained prompt"),

@@ -21,6 +21,7 @@ from rich.progress import (
 )
 
 from secure_fedprompt.clients.journal import FileJournal
+from secure_fedprompt.clients.ledger import epsilon
 from secure_fedprompt.clients.link import CurveLink
 from secure_fedprompt.clients.session import Session, Work
 from secure_fedprompt.clients.state import Party
@@ -88,7 +89,7 @@ def load_trainer(settings: ClientSettings, console: Console, progress: Progress)
         progress.update(tasks[what], completed=done, total=total)
 
     seed = None if settings.seed < 0 else settings.seed
-    return LocalTrainer(backbone, train, test, seed, settings.augment, report)
+    return LocalTrainer(backbone, train, test, seed, settings.augment, report, dp=settings.dp)
 
 
 def take_part(settings: ClientSettings, json_path: str | None) -> int:
@@ -227,6 +228,12 @@ def tell(console: Console, work: Work, trainer: LocalTrainer, weight: float) -> 
             f"[yellow]our {weight:g} images count as the plan's max_weight {plan.max_weight}[/]"
         )
     console.print(f"{what}: update of {weight:g} images sent {shield}{clipped}")
+    if trainer.ledger is not None and plan.training:
+        spent = epsilon(trainer.ledger.history, trainer.dp.delta, trainer.dp.accountant)
+        console.print(
+            f"  privacy: epsilon {spent:.3g} at delta {trainer.dp.delta:g} spent so far "
+            f"(noise multiplier {trainer.sigma:.3g})"
+        )
 
 
 def tell_sums(console: Console, session: Session, told: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from secure_fedprompt.clients.data.settings import DataSettings
+from secure_fedprompt.clients.privacy_settings import PrivacySettings
 from secure_fedprompt.protocol.policy import Policy
 from secure_fedprompt.protocol.settings import Count, Seconds
 
@@ -46,4 +47,5 @@ class ClientSettings(ModelSettings, frozen=True, forbid_unknown_fields=True, kw_
     seed: int = -1
     augment: bool = False
     patience: Seconds = 60.0
+    dp: PrivacySettings = PrivacySettings()
     policy: Policy = Policy()

@@ -21,6 +21,7 @@ from rich.console import Console
 
 from secure_fedprompt import show
 from secure_fedprompt.cli import make_key
+from secure_fedprompt.clients.privacy_settings import PrivacySettings
 from secure_fedprompt.protocol import command
 from secure_fedprompt.protocol.errors import ConfigError, RunFailedError
 from secure_fedprompt.protocol.plan import PROTECTIONS
@@ -65,6 +66,7 @@ def main(argv: list[str] | None = None) -> int:
         "  secure-fedprompt demo --clients 6 --rounds 3 --run-dir my-demo --json result.json\n"
         "  secure-fedprompt demo --protection bfv     # homomorphic encryption instead of masks\n"
         "  secure-fedprompt demo --protection none    # the same without protection\n"
+        "  secure-fedprompt demo --target-epsilon 8   # differentially private training\n"
         "  secure-fedprompt demo --method fedmgp --selection secure --selection-scope federation",
     )
     parser.add_argument("--method", choices=sorted(METHODS), default="promptfl")
@@ -77,6 +79,11 @@ def main(argv: list[str] | None = None) -> int:
         "--helper", choices=("client", "process"), default="client",
         help="of --selection secure: an elected client, or a process of its own",
     )  # fmt: skip
+    parser.add_argument(
+        "--target-epsilon", type=float, default=0.0, metavar="E",
+        help="train with DP-SGD within this budget at every client (0: without)",
+    )  # fmt: skip
+    parser.add_argument("--delta", type=float, default=1e-3, metavar="D", help="of that budget")
     parser.add_argument("--seed", type=int, default=0, help="of data and batch order")
     parser.add_argument("--run-dir", type=Path, metavar="DIR", help="default: a new folder")
     args = parser.parse_args(argv)
@@ -94,6 +101,9 @@ def main(argv: list[str] | None = None) -> int:
                 "selection_scope": args.selection_scope,
                 "helper": HELPER if args.helper == "process" else "",
             },
+            {"kind": "sample", "target_epsilon": args.target_epsilon, "delta": args.delta}
+            if args.target_epsilon
+            else {},
         ),
         args.debug,
     )
@@ -108,6 +118,7 @@ def run(
     folder: Path | None,
     json_path: str | None,
     selection: dict[str, Any],
+    dp: dict[str, Any],
 ) -> int:
     """Set up, start, watch, report.
 
@@ -123,12 +134,15 @@ def run(
         raise ConfigError(f"rounds = {rounds}: at least 1")
     planned = {**METHODS[method]["defaults"], "method": method, **selection}
     check_settings(ServerSettings(**planned))
+    PrivacySettings(**dp).check()
     console, begin = Console(highlight=False), time.monotonic()
     if folder is None:
         folder = Path(tempfile.mkdtemp(prefix="demo-", dir=Path.cwd()))
     elif folder.exists() and any(folder.iterdir()):
         raise ConfigError(f"run-dir {folder} is not empty: choose another, or remove it")
-    commands = write_files(folder, method, clients, rounds, protection, seed, for_server=selection)
+    commands = write_files(
+        folder, method, clients, rounds, protection, seed, for_server=selection, dp=dp
+    )
     published = METHODS[method]["published"]
     ours = ", ".join(f"{k} {v!r}" for k, v in METHODS[method]["defaults"].items())
     console.print(f"[bold]{method}[/] with {ours}, {rounds} rounds; published: {published}")
@@ -164,6 +178,7 @@ def write_files(
     *,
     for_server: dict[str, Any] | None = None,
     for_clients: dict[str, Any] | None = None,
+    dp: dict[str, Any] | None = None,
 ) -> list[list[str]]:
     """Keys, roster and configs as an operator would write them; returns the commands to start.
 
@@ -172,6 +187,7 @@ def write_files(
         method, clients, rounds, protection, seed: as the flags.
         for_server, for_clients: further settings, on top of the demo's. A helper of the name
             ``HELPER`` is a process of its own.
+        dp: the clients' [dp] table.
     """
     names = [*NAMES, *(f"client{i:03d}" for i in range(len(NAMES), clients))][:clients]
     members = [make_key("server", "server", folder / "server")]
@@ -207,7 +223,7 @@ def write_files(
         if server.get("selection") == "secure":
             federation = server["selection_scope"] == "federation"
             allowed["selections"] = ["secure-federation" if federation else "secure"]
-        write_toml(path, client, {"policy": allowed} if allowed else {})
+        write_toml(path, client, {k: v for k, v in (("policy", allowed), ("dp", dp)) if v})
         words = [python, "-m", "secure_fedprompt.client", "--config", str(path)]
         commands.append([*words, "--json", str(folder / name / "result.json")])
     if helper == HELPER:

@@ -115,6 +115,7 @@ def make_trainers(
             settings.augment,
             features=(features[0].subset(share.train), features[1].subset(share.test)),
             seat=(k, len(shares)),
+            dp=settings.dp,
         )
         for k, share in enumerate(shares)
     }

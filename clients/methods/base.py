@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -26,6 +26,7 @@ from secure_fedprompt.protocol.settings import MethodSettings
 
 Array = NDArray[np.float32]
 Arrays = dict[str, Array]
+Shared = tuple[nn.Parameter, Callable[[Tensor], Tensor]]
 INIT_STD = 0.02
 METHODS = {
     "promptfl": "promptfl:PromptFL",
@@ -123,6 +124,28 @@ class Method(ABC):
 
     def observe(self, images: Tensor, labels: Tensor) -> None:  # noqa: B027
         """See the client's own training features, once, before the first round."""
+
+    def private_parts(self) -> tuple[dict[str, Shared], dict[str, nn.Parameter]]:
+        """For DP-SGD: contexts that reach the loss through class features alone, with how; and
+        parameters that act on each image. Together they are ``parameters``.
+
+        Raises:
+            ConfigError: this method has no loss of single images.
+        """
+        raise ConfigError(f"dp.kind = 'sample': {self.name} has no loss of single images")
+
+    def sample_losses(self, outputs: Mapping[str, Tensor], batch: Batch) -> Tensor:
+        """(B,) losses, whose mean is ``loss`` but for ``data_free_loss``.
+
+        Args:
+            outputs: by name of ``private_parts``: class features (B, G, C, E) and copies of the
+                parameters (B, ...), one for each image.
+        """
+        raise NotImplementedError
+
+    def data_free_loss(self) -> Tensor | None:
+        """The part of the loss that depends on no image."""
+        return None
 
     def private(self) -> Arrays:
         """What never leaves the client but must survive its restart."""

@@ -25,6 +25,7 @@ from secure_fedprompt.clients.methods.base import (
     Arrays,
     Batch,
     Method,
+    Shared,
     array,
     parameter,
     put,
@@ -175,6 +176,33 @@ class FedMGP(Method):
             if modality in self.prompts
         ]
         return loss + o.diversity_weight * sum(terms) / len(terms)
+
+    def private_parts(self) -> tuple[dict[str, Shared], dict[str, nn.Parameter]]:
+        encode = lambda prompts: self.backbone.text_features(prompts, self.tokens)  # noqa: E731
+        shared = {m: (p, encode) for m, p in self.prompts.items() if m == "text"}
+        return shared, {m: p for m, p in self.prompts.items() if m == "visual"}
+
+    def sample_losses(self, outputs: Mapping[str, Tensor], batch: Batch) -> Tensor:
+        text = outputs.get("text", self._fixed_text[None])  # (B or 1, m or 1, C, E)
+        images = batch.images[None]
+        if "visual" in outputs:
+            prompts = outputs["visual"].transpose(0, 1)  # (m, B, l, W)
+            images = vision.prompted_features(self.backbone, batch.images, prompts)
+        logits = self.backbone.scale * (images[:, :, None] * text.transpose(0, 1)).sum(-1)
+        labels = batch.labels.expand(len(logits), -1)
+        losses = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none").mean(0)
+        o = self.options
+        if "visual" in outputs and o.diversity_weight and o.groups > 1:
+            alike = [likeness(row[:, None], o.diversity, o.compat) for row in images.unbind(1)]
+            losses = losses + o.diversity_weight / len(outputs) * torch.stack(alike)
+        return losses
+
+    def data_free_loss(self) -> Tensor | None:
+        o = self.options
+        if "text" not in self.prompts or not o.diversity_weight or o.groups == 1:
+            return None
+        text = self.backbone.text_features(self.prompts["text"], self.tokens)
+        return o.diversity_weight / len(self.prompts) * likeness(text, o.diversity, o.compat)
 
     def logits(self, batch: Batch) -> Tensor:
         text, images = self.features(batch)

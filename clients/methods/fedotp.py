@@ -21,6 +21,7 @@ from secure_fedprompt.clients.methods.base import (
     Arrays,
     Batch,
     Method,
+    Shared,
     array,
     initial_context,
     parameter,
@@ -71,9 +72,26 @@ class FedOTP(Method):
     def restore(self, arrays: Mapping[str, Array]) -> None:
         put(self.local, arrays["local"])
 
+    def encode(self, ctx: Tensor) -> Tensor:
+        """(G, C, E) class features of contexts (G, n_ctx, W)."""
+        return self.backbone.text_features(ctx, self.tokens)
+
+    def private_parts(self) -> tuple[dict[str, Shared], dict[str, nn.Parameter]]:
+        if self.name != FedOTP.name:  # built on this method, with another loss
+            return super().private_parts()
+        return {"ctx": (self.ctx, self.encode), "local": (self.local, self.encode)}, {}
+
+    def sample_losses(self, outputs: Mapping[str, Tensor], batch: Batch) -> Tensor:
+        text = torch.cat([outputs["ctx"], outputs["local"]], 1)  # (B, 2, C, E)
+        logits = self.transported(torch.einsum("bme,bnce->bcmn", batch.images, text))
+        return F.cross_entropy(logits, batch.labels, reduction="none")
+
     def logits(self, batch: Batch) -> Tensor:
-        text = self.backbone.text_features(torch.cat([self.ctx, self.local]), self.tokens)
-        similarity = torch.einsum("bme,nce->bcmn", batch.images, text)
+        text = self.encode(torch.cat([self.ctx, self.local]))
+        return self.transported(torch.einsum("bme,nce->bcmn", batch.images, text))
+
+    def transported(self, similarity: Tensor) -> Tensor:
+        """(B, C) logits from cosines (B, C, M, 2). An image's plan depends on no other image."""
         o = self.options
         return self.backbone.scale * transported_similarity(
             similarity, mode=o.transport, eps=o.eps, gamma=o.gamma, iterations=o.iterations

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -18,6 +19,7 @@ from secure_fedprompt.clients.methods.base import (
     Arrays,
     Batch,
     Method,
+    Shared,
     array,
     initial_context,
     parameter,
@@ -25,6 +27,8 @@ from secure_fedprompt.clients.methods.base import (
 )
 from secure_fedprompt.protocol.layout import TensorSpec
 from secure_fedprompt.protocol.settings import MethodSettings
+
+_SAMPLED = ("promptfl", "coop", "fedper")  # whose loss of an image is this one
 
 
 class PromptFL(Method):
@@ -51,8 +55,21 @@ class PromptFL(Method):
     def load(self, tensors: Mapping[str, Array]) -> None:
         put(self.ctx, tensors["ctx"])
 
+    def encode(self, ctx: Tensor) -> Tensor:
+        """(G, C, E) class features of contexts (G, n_ctx, W)."""
+        return self.backbone.text_features(ctx, self.tokens)
+
+    def private_parts(self) -> tuple[dict[str, Shared], dict[str, nn.Parameter]]:
+        if self.name not in _SAMPLED:  # built on this method, with another loss
+            return super().private_parts()
+        return {"ctx": (self.ctx, self.encode)}, {}
+
+    def sample_losses(self, outputs: Mapping[str, Tensor], batch: Batch) -> Tensor:
+        cosine = torch.einsum("be,bce->bc", batch.images, outputs["ctx"][:, 0])
+        return F.cross_entropy(self.backbone.scale * cosine, batch.labels, reduction="none")
+
     def logits(self, batch: Batch) -> Tensor:
-        text = self.backbone.text_features(self.ctx, self.tokens)[0]  # (C, E)
+        text = self.encode(self.ctx)[0]  # (C, E)
         return self.backbone.scale * batch.images @ text.T
 
     def loss(self, batch: Batch) -> Tensor:

@@ -1,0 +1,106 @@
+"""``secure-fedprompt privacy``: what DP-SGD will cost before a run, and what has been spent."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from rich.console import Console
+
+from secure_fedprompt.clients.ledger import Ledger, Steps, epsilon, noise_for, steps_of
+from secure_fedprompt.clients.privacy_settings import PrivacySettings
+from secure_fedprompt.protocol import command
+from secure_fedprompt.protocol.errors import ConfigError
+
+EXAMPLES = """\
+  # the noise that keeps 10 rounds of 4 epochs over 400 images within epsilon 8
+  secure-fedprompt privacy plan --images 400 --batch-size 32 --epochs 4 --rounds 10 \\
+      --target-epsilon 8 --delta 1e-4
+  # the epsilon of a given noise
+  secure-fedprompt privacy plan --images 400 --rounds 10 --noise-multiplier 1.1
+  # what the images of a client have been spent on
+  secure-fedprompt privacy status state/alice"""
+DEFAULTS = PrivacySettings()
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = command.parser(
+        "secure-fedprompt privacy",
+        "Epsilon of DP-SGD (dp.kind = 'sample'): 'plan' before anything runs, 'status' of a "
+        "client's state folder. The guarantee is about one image more or less in everything that a "
+        "client sends from its training; it does not cover how many images it has.",
+        EXAMPLES,
+    )
+    parser.add_argument("action", choices=("plan", "status"))
+    parser.add_argument("folder", nargs="?", type=Path, help="of status: a client's state_dir")
+    parser.add_argument("--images", type=int, default=0, metavar="N", help="training images")
+    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="expected")
+    parser.add_argument("--epochs", type=int, default=1, metavar="N", help="of one round")
+    parser.add_argument("--rounds", type=int, default=10, metavar="N")
+    parser.add_argument("--target-epsilon", type=float, default=0.0, metavar="E")
+    parser.add_argument("--noise-multiplier", type=float, default=0.0, metavar="S")
+    parser.add_argument("--delta", type=float, default=DEFAULTS.delta, metavar="D")
+    parser.add_argument("--accountant", choices=("prv", "rdp"), default=DEFAULTS.accountant)
+    args = parser.parse_args(argv)
+    body = _plan if args.action == "plan" else _status
+    return command.guard(lambda: body(args), args.debug)
+
+
+def _plan(args: argparse.Namespace) -> int:
+    for name in ("images", "batch_size", "epochs", "rounds"):
+        if getattr(args, name) < 1:
+            flag = name.replace("_", "-")
+            raise ConfigError(f"--{flag} = {getattr(args, name)}: at least 1")
+    if not 0 < args.delta < 1:
+        raise ConfigError(f"--delta = {args.delta}: must lie between 0 and 1")
+    if (args.target_epsilon > 0) == (args.noise_multiplier > 0):
+        raise ConfigError("set exactly one of --target-epsilon and --noise-multiplier, above 0")
+    rate, steps = steps_of(args.images, args.batch_size, args.epochs)
+    count = steps * args.rounds
+    sigma = args.noise_multiplier or noise_for(
+        args.target_epsilon, args.delta, rate, count, (), args.accountant
+    )
+    taken = [Steps(sigma, rate, count)]
+    found = {name: epsilon(taken, args.delta, name) for name in ("prv", "rdp")}
+    console = Console(highlight=False)
+    console.print(
+        f"{args.rounds} rounds of {steps} steps, each image in a step with probability {rate:.4g}\n"
+        f"noise multiplier {sigma:.4g}: epsilon {found['prv']:.4g} (prv), {found['rdp']:.4g} (rdp) "
+        f"at delta {args.delta:g}",
+        soft_wrap=True,
+    )
+    if args.delta > 1 / args.images:
+        console.print(
+            f"[yellow]delta {args.delta:g} is above one over {args.images} images[/]: it would "
+            "allow to publish an image"
+        )
+    result = {"noise_multiplier": sigma, "rate": rate, "steps": count, "delta": args.delta}
+    command.write_json(args.json, {**result, "epsilon": found})
+    return 0
+
+
+def _status(args: argparse.Namespace) -> int:
+    if args.folder is None:
+        raise ConfigError("name a client's state folder: secure-fedprompt privacy status DIR")
+    path = args.folder / "privacy.jsonl"
+    if not path.exists():
+        raise ConfigError(f"{path}: no such file; this client has not trained with dp")
+    ledger, console = Ledger(path), Console(highlight=False)
+    runs: dict[str, list[Steps]] = {}
+    for entry, steps in zip(ledger.entries, ledger.history, strict=True):
+        runs.setdefault(entry.run, []).append(steps)
+    for run, history in runs.items():
+        spent = epsilon(history, args.delta, args.accountant)
+        count = sum(step.count for step in history)
+        console.print(
+            f"run {run[:8]}: {len(history)} rounds, {count} steps, noise multiplier "
+            f"{history[0].sigma:.4g}: epsilon {spent:.4g}"
+        )
+    total = epsilon(ledger.history, args.delta, args.accountant)
+    console.print(
+        f"all together: epsilon {total:.4g} at delta {args.delta:g} ({args.accountant}); attempts "
+        "that were aborted count",
+        soft_wrap=True,
+    )
+    command.write_json(args.json, {"epsilon": total, "delta": args.delta, "runs": len(runs)})
+    return 0
