@@ -31,6 +31,7 @@ import metered
 import numpy as np
 
 from secure_fedprompt.protocol import homomorphic
+from secure_fedprompt.protocol.client_noise import NONE as NO_NOISE
 from secure_fedprompt.protocol.fixedpoint import size_layout
 from secure_fedprompt.protocol.layout import TensorSpec
 from secure_fedprompt.protocol.plan import NO_KEY, NO_SEED, RoundPlan
@@ -58,7 +59,7 @@ def make_plan(n: int, dim: int, tensors: int, protection: str, roster: Roster) -
         cohort=names, quorum=3, threshold=3, degree=0, graph_seed=NO_SEED, clip=1.0,
         max_weight=4096, uniform=0, layout=layout,
         parameters=homomorphic.choose(protection, n), maker=names[0], election=1, key=NO_KEY,
-        grants=names[1:], selection=NONE,
+        grants=names[1:], selection=NONE, noise=NO_NOISE,
     )  # fmt: skip
 
 

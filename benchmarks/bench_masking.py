@@ -24,6 +24,7 @@ import metered
 import numpy as np
 
 from secure_fedprompt.protocol import homomorphic
+from secure_fedprompt.protocol.client_noise import NONE as NO_NOISE
 from secure_fedprompt.protocol.fixedpoint import size_layout
 from secure_fedprompt.protocol.layout import TensorSpec
 from secure_fedprompt.protocol.masking import choose_degree
@@ -61,7 +62,8 @@ def make_plan(n: int, dim: int, bits: int, graph: str, roster: Roster, number: i
         cohort=tuple(m.name for m in roster.members), quorum=quorum, threshold=threshold,
         degree=degree, graph_seed=seed, clip=1.0, max_weight=max_weight,
         uniform=int(max_weight == 1), layout=layout,
-        parameters=homomorphic.NONE, maker="", election=0, key=NO_KEY, grants=(), selection=NONE,
+        parameters=homomorphic.NONE, maker="", election=0, key=NO_KEY, grants=(),
+        selection=NONE, noise=NO_NOISE,
     )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from secure_fedprompt.clients.cohort_key import CohortKey
 from secure_fedprompt.clients.state import Party, Ready, State, Step
-from secure_fedprompt.protocol import fixedpoint, homomorphic, layout, masking
+from secure_fedprompt.protocol import client_noise, fixedpoint, homomorphic, layout, masking
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.errors import (
     AdvertMismatchError,
@@ -115,7 +115,9 @@ class EncryptedReady(Ready):
 
     def _send(self, vector: Vector) -> Step:
         plan, party = self.plan, self.party
-        words = fixedpoint.encode(plan.layout, vector, party.entropy(32))
+        words = client_noise.encode(
+            plan.layout, plan.noise, vector, party.entropy(32), party.entropy
+        )
         integers = fixedpoint.to_integers(plan.layout, words)
         ciphertexts = self.key.encrypt(_packing(plan, self.key).pack(integers))
         body = m.CipherUpload(plan.run, plan.round, self.key.digest, ciphertexts, bytes(64)).body(

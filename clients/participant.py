@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from secure_fedprompt.clients import encrypted
 from secure_fedprompt.clients.selecting import check_helper
 from secure_fedprompt.clients.state import Party, Ready, State, Step
-from secure_fedprompt.protocol import fixedpoint, masking, shamir
+from secure_fedprompt.protocol import client_noise, fixedpoint, masking, shamir
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.errors import (
     AdvertMismatchError,
@@ -177,7 +177,10 @@ class MaskedReady(Ready):
 
     def _send(self, vector: Vector) -> Step:
         plan = self.plan
-        own, words = self.party.name, fixedpoint.encode(plan.layout, vector, self.secrets.rounding)
+        own = self.party.name
+        words = client_noise.encode(
+            plan.layout, plan.noise, vector, self.secrets.rounding, self.party.entropy
+        )
         plus = [masking.self_key(plan, own, self.secrets.self_seed)]
         plus += [key for peer, key in self.pairs.items() if peer > own]
         minus = [key for peer, key in self.pairs.items() if peer < own]

@@ -84,6 +84,7 @@ def size_layout(
     ring_bits: int,
     metrics: bool,
     filled: int = 0,
+    noise: float = 0.0,
 ) -> Layout:
     """Choose widths and the finest safe scale of every field.
 
@@ -95,13 +96,15 @@ def size_layout(
         max_seen: largest number of images that a client counts in its metrics.
         ring_bits: width b of the update fields. Counters always use 32 bits.
         metrics: whether metric counters travel at all.
+        noise: room that a client's noise needs beyond clip x max_weight.
         filled: slots of every tensor, if clients say which of them they fill; else 0.
 
     Raises:
         OverflowPlanError: no scale fits, or it would be coarser than clip / 128.
     """
     values = sum(tensor.size for tensor in tensors)
-    fields = [_sized(t.name, t.shape, max_weight * clip, ring_bits, clients, True) for t in tensors]
+    bound = max_weight * clip + noise
+    fields = [_sized(t.name, t.shape, bound, ring_bits, clients, True) for t in tensors]
     for field in fields:
         if math.ldexp(clip, field.frac) < MIN_UPDATE_STEPS:
             raise OverflowPlanError(

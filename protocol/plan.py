@@ -13,6 +13,7 @@ from typing import Annotated
 
 from secure_fedprompt.protocol import homomorphic
 from secure_fedprompt.protocol import layout as lay
+from secure_fedprompt.protocol.client_noise import Noise
 from secure_fedprompt.protocol.codec import (
     F64,
     MAX_FRAME,
@@ -74,6 +75,7 @@ class RoundPlan:
         key: digest of the cohort key; zeros if the maker makes a new one in this round.
         grants: sorted names of the clients that are given the key in this round.
         selection: of the groups to upload, by server and helper; ``task.NONE`` without it.
+        noise: that clients add to their updates; ``client_noise.NONE`` without it.
     """
 
     run: RunId
@@ -102,6 +104,7 @@ class RoundPlan:
     key: Digest
     grants: Annotated[tuple[Name, ...], Many(MAX_COHORT)]
     selection: Selection
+    noise: Noise
 
     @functools.cached_property
     def digest(self) -> bytes:
@@ -170,6 +173,25 @@ class RoundPlan:
                 raise PlanError(f"field {field.name!r} bound is below clip x max_weight")
         self._check_keying()
         self._check_selection()
+        self._check_noise()
+
+    def _check_noise(self) -> None:
+        self.noise.check(self.quorum)
+        if not self.noise.used:
+            return
+        if self.protection == "none" or not self.uniform or self.selection.federation:
+            raise PlanError(
+                f"client noise with protection {self.protection!r}, uniform {self.uniform} and "
+                f"selection {self.selection.kind!r}: it needs protected sums, weight 1 for all and "
+                "no counts of its own"
+            )
+        if any(field.name in lay.METRICS for field in self.layout):
+            raise PlanError("metrics, which carry no noise, in a plan with client noise")
+        updates = [field for field in self.layout if field.update]
+        if len({field.frac for field in updates}) > 1:
+            raise PlanError("client noise over tensors of different scales")
+        if any(field.bound < self.clip + self.noise.room for field in updates):
+            raise PlanError("the layout has no room for the noise")
 
     def _check_selection(self) -> None:
         chosen = self.selection

@@ -27,6 +27,7 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             all clients' groups. Empty: this client chooses for itself.
         helpers: who may be the helper; empty allows every client and helper on the roster.
         min_fillers: fewest clients whose groups may be summed in one slot of "secure-federation".
+        min_noise: smallest noise multiplier of client-level differential privacy; 0 asks for none.
         max_rounds: most learning rounds of one run, and half the attempts at them.
         allow_late_join: take part in a run that began without this client's nonce.
         min_survivor_change: refuse a survivor list that differs from an earlier one of the run
@@ -45,6 +46,7 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     selections: tuple[str, ...] = ()
     helpers: tuple[str, ...] = ()
     min_fillers: int = 3
+    min_noise: float = 0.0
     max_rounds: int = 1000
     allow_late_join: bool = True
     min_survivor_change: int = 0
@@ -65,6 +67,11 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             raise PolicyError(_below("max_rounds", self.max_rounds, f"{plan.rounds} rounds"))
         if plan.round > 2 * self.max_rounds + 8:
             raise PolicyError(_below("max_rounds", self.max_rounds, f"attempt {plan.round}"))
+        if plan.training and plan.noise.multiplier < self.min_noise:
+            raise PolicyError(
+                f"plan has noise multiplier {plan.noise.multiplier:g}, but policy.min_noise is "
+                f"{self.min_noise:g}"
+            )
         if plan.selecting and plan.selection.kind not in self.selections:
             raise PolicyError(_outside("selections", self.selections, plan.selection.kind))
         if plan.selecting and self.helpers and plan.selection.helper not in self.helpers:

@@ -170,6 +170,10 @@ class ServerSettings(MethodSettings, frozen=True, forbid_unknown_fields=True, kw
         selection_fillers: fewest clients that must fill a slot in scope "federation", or it keeps
             its value; below 3 one filler could subtract itself.
         helper: name of the helper, a client or a process of role helper; empty elects a client.
+        dp_noise: z of client-level differential privacy: the sum's noise has deviation z x dp_clip
+            in each value. 0 is off. 'explain' prints epsilon.
+        dp_clip: largest L2 norm of a client's whole update.
+        dp_colluders: clients of a quorum whose noise does not count, since they could tell it.
         graph: "complete", or "regular" (k neighbours, honest-but-curious server) for large cohorts.
         threshold: t; 0 means floor(2n/3) + 1.
         max_dropout, max_corruption: shares of clients that a regular graph must tolerate.
@@ -201,6 +205,9 @@ class ServerSettings(MethodSettings, frozen=True, forbid_unknown_fields=True, kw
     selection_keep: Count = 0
     selection_fillers: Positive = 3
     helper: str = ""
+    dp_noise: NonNegative = 0.0
+    dp_clip: Rate = 1.0
+    dp_colluders: Count = 0
     graph: str = "complete"
     threshold: Count = 0
     max_dropout: NonNegative = 0.1

@@ -7,8 +7,9 @@ import math
 
 from rich.console import Console
 
-from secure_fedprompt.protocol import command, fixedpoint, homomorphic
+from secure_fedprompt.protocol import client_noise, command, fixedpoint, homomorphic
 from secure_fedprompt.protocol import messages as m
+from secure_fedprompt.protocol.client_noise import Noise
 from secure_fedprompt.protocol.errors import ConfigError, PlanError
 from secure_fedprompt.protocol.homomorphic import SCHEMES, Parameters
 from secure_fedprompt.protocol.layout import Layout, TensorSpec, total_size
@@ -16,11 +17,13 @@ from secure_fedprompt.protocol.packing import Packing
 from secure_fedprompt.protocol.plan import default_threshold, tolerated_colluders
 from secure_fedprompt.protocol.selection.task import Task
 from secure_fedprompt.protocol.settings import ServerSettings
-from secure_fedprompt.server.planning import check_settings, selection_of
+from secure_fedprompt.server.planning import check_settings, noise_of, quorum_of, selection_of
 
 _USED = {"protection", "clients", "clip", "weights", "max_weight", "max_seen", "ring_bits",
          "metrics", "flood_bits", "threshold", "method", "selection", "selection_scope",
-         "selection_keep", "helper", "fedmgp"}  # fmt: skip
+         "selection_keep", "helper", "fedmgp", "dp_noise", "dp_clip", "dp_colluders",
+         "min_clients", "rounds"}  # fmt: skip
+_DELTA = 1e-5
 _SIGNED = 64 + 32 + 30  # signature, key digest and header of an upload
 _SEED = 100  # bytes of a fresh ciphertext beside its polynomial
 _DENSE = 7.56  # bytes that SEAL's compression leaves of a 54-bit coefficient, measured
@@ -73,10 +76,14 @@ def describe(
     """
     if dim < 1:
         raise ConfigError(f"dim = {dim}: at least 1 value")
+    if settings.dp_noise:
+        check_settings(settings)
+    noise = noise_of(settings, quorum_of(settings, clients))
     weight = 1 if settings.weights == "uniform" else settings.max_weight
     layout = fixedpoint.size_layout(
         (TensorSpec("prompt", (dim,)),), clients, clip=settings.clip, max_weight=weight,
         max_seen=settings.max_seen, ring_bits=settings.ring_bits, metrics=settings.metrics,
+        noise=noise.room,
     )  # fmt: skip
     step = 2.0 ** -layout[0].frac
     if precision and step > precision:
@@ -107,6 +114,8 @@ def describe(
         f"{figures['bytes_up'] / dim:.2f} per prompt value (keys and signatures come on top)"
     )
     rows["bytes down"] = f"{figures['bytes_down']:,.0f} for prompt and sum"
+    if settings.dp_noise:
+        _noise(rows, figures, settings, layout, noise)
     if settings.selection == "secure":
         _selection(rows, figures, settings, clients)
     figures["rms_error"] = step / math.sqrt(6 * clients)
@@ -116,6 +125,21 @@ def describe(
         "weights divide that"
     )
     return rows, figures
+
+
+def _noise(
+    rows: Rows, figures: dict[str, float], settings: ServerSettings, layout: Layout, noise: Noise
+) -> None:
+    noise.check(noise.honest)
+    rho = settings.rounds * client_noise.concentrated(noise, layout)
+    figures["epsilon"] = client_noise.epsilon(rho, _DELTA)
+    deviation = settings.dp_noise * settings.dp_clip / noise.honest
+    rows["privacy"] = (
+        f"epsilon {figures['epsilon']:.3g} at delta {_DELTA:g} after {settings.rounds} rounds, for "
+        f"one client's whole part in all of them (rho {rho:.3g} zCDP), if {noise.honest} clients "
+        f"of every sum add their noise; an average over as many has noise of {deviation:.2g} in "
+        f"each value, updates have norm {settings.dp_clip:g} at most"
+    )
 
 
 def _selection(

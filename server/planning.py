@@ -10,6 +10,8 @@ from secure_fedprompt.protocol import homomorphic, masking, shamir
 from secure_fedprompt.protocol import layout as lay
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.averaging import Prompt, prompt_bytes
+from secure_fedprompt.protocol.client_noise import NONE as NO_NOISE
+from secure_fedprompt.protocol.client_noise import Noise
 from secure_fedprompt.protocol.errors import ConfigError, PlanError, RunFailedError
 from secure_fedprompt.protocol.expand import Purpose, digest
 from secure_fedprompt.protocol.fixedpoint import size_layout
@@ -136,6 +138,19 @@ def elect_helper(
     return ready[min(set(ready) - unfit or set(ready))]
 
 
+def quorum_of(settings: ServerSettings, clients: int) -> int:
+    """Updates that a sum needs."""
+    shares = settings.protection == "masks"
+    return settings.threshold or (default_threshold(clients) if shares else settings.min_clients)
+
+
+def noise_of(settings: ServerSettings, quorum: int) -> Noise:
+    """The plan's client noise under these settings."""
+    if not settings.dp_noise:
+        return NO_NOISE
+    return Noise(settings.dp_clip, settings.dp_noise, max(0, quorum - settings.dp_colluders))
+
+
 def check_helper(settings: ServerSettings, roster: Roster) -> None:
     """Refuse a helper that is not on the roster, and selections too large for it.
 
@@ -205,6 +220,19 @@ def check_settings(settings: ServerSettings) -> None:
         raise ConfigError(
             f"selection_keep = {settings.selection_keep}: needs selection_scope = 'federation'"
         )
+    if settings.dp_noise:
+        wrong = {
+            "protection": settings.protection == "none",
+            "weights": settings.weights != "uniform",
+            "metrics": settings.metrics,
+            "selection_scope": settings.selection_scope == "federation",
+            "graph": settings.graph == "regular",
+        }
+        for key in (key for key, is_wrong in wrong.items() if is_wrong):
+            raise ConfigError(
+                f"{key} = {getattr(settings, key)!r}: dp_noise needs a protected sum on the "
+                "complete graph, weights = 'uniform', metrics = false and no counts of slots"
+            )
     if settings.method in UNPROTECTED and settings.protection != "none":
         raise ConfigError(
             f"protection = {settings.protection!r}: {settings.method} shows every client's prompt "
@@ -217,6 +245,7 @@ def upload_layout(
     tensors: tuple[TensorSpec, ...],
     clients: int,
     selection: Selection = NONE,
+    noise: Noise = NO_NOISE,
 ) -> lay.Layout:
     """The upload layout for a number of clients.
 
@@ -242,6 +271,7 @@ def upload_layout(
         ring_bits=settings.ring_bits,
         metrics=settings.metrics,
         filled=selection.slots if selection.federation else 0,
+        noise=noise.room,
     )
 
 
@@ -262,11 +292,12 @@ def round_plan(
     """
     assert state.prompt is not None
     n, training = len(cohort), state.learning_round <= settings.rounds
+    quorum = quorum_of(settings, n)
     selection = selection_of(settings, n, helper)
+    noise = noise_of(settings, quorum) if training else NO_NOISE
     uniform = settings.weights == "uniform"
     encrypted = settings.protection in SCHEMES
     shares = settings.protection == "masks"
-    quorum = settings.threshold or (default_threshold(n) if shares else settings.min_clients)
     degree, threshold, seed = 0, quorum, NO_SEED
     if settings.graph == "regular" and shares:
         degree, threshold = masking.choose_degree(
@@ -293,7 +324,7 @@ def round_plan(
         clip=settings.clip,
         max_weight=1 if uniform else settings.max_weight,
         uniform=int(uniform),
-        layout=upload_layout(settings, state.tensors if training else (), n, selection),
+        layout=upload_layout(settings, state.tensors if training else (), n, selection, noise),
         parameters=homomorphic.choose(
             settings.protection, len(roster.with_role("client")), settings.flood_bits
         ),
@@ -302,4 +333,5 @@ def round_plan(
         key=keying.key,
         grants=keying.grants,
         selection=selection,
+        noise=noise,
     )

@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from secure_fedprompt.clients.journal import MemoryJournal
 from secure_fedprompt.clients.state import Party
-from secure_fedprompt.protocol import fixedpoint, homomorphic
+from secure_fedprompt.protocol import client_noise, fixedpoint, homomorphic
 from secure_fedprompt.protocol.expand import keystream
 from secure_fedprompt.protocol.keys import Identity, Member
 from secure_fedprompt.protocol.layout import TensorSpec
@@ -89,7 +89,7 @@ def make_plan(
         roster_digest=roster(count).digest, base_digest=bytes(32), cohort=names(count),
         quorum=t, threshold=t, degree=0, graph_seed=NO_SEED, clip=clip, max_weight=max_weight,
         uniform=int(max_weight == 1), layout=layout, parameters=homomorphic.NONE, maker="",
-        election=0, key=NO_KEY, grants=(), selection=NONE,
+        election=0, key=NO_KEY, grants=(), selection=NONE, noise=client_noise.NONE,
     )  # fmt: skip
     return replace(plan, **changes)  # type: ignore[arg-type]
 

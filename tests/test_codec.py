@@ -13,6 +13,7 @@ from rounds import make_plan
 
 from secure_fedprompt.protocol import codec, errors
 from secure_fedprompt.protocol import messages as m
+from secure_fedprompt.protocol.client_noise import Noise
 from secure_fedprompt.protocol.homomorphic import Parameters
 from secure_fedprompt.protocol.messages import CATALOGUE
 from secure_fedprompt.protocol.selection.task import Selection
@@ -139,5 +140,7 @@ def test_plan_digest_covers_every_field() -> None:
                 other = dataclasses.replace(value, degree=1)
             case Selection():
                 other = dataclasses.replace(value, keep=1)
+            case Noise():
+                other = dataclasses.replace(value, honest=1)
         seen.add(dataclasses.replace(plan, **{field.name: other}).digest)
     assert len(seen) == 1 + len(dataclasses.fields(plan))

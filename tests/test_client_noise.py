@@ -1,0 +1,305 @@
+"""Noise shares in the ring: exact sampling, bounded rounding, accounting, plans and whole runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from federation import World
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rounds import CTX, OPEN, entropy_from, make_parties, make_plan, names
+from scipy import stats
+from test_selection_round import SECURE, Grouped
+
+from secure_fedprompt.__main__ import main
+from secure_fedprompt.protocol import client_noise, fixedpoint
+from secure_fedprompt.protocol import layout as lay
+from secure_fedprompt.protocol.client_noise import Bits, Noise
+from secure_fedprompt.protocol.errors import ConfigError, PlanError
+from secure_fedprompt.protocol.layout import Field, TensorSpec
+from secure_fedprompt.protocol.policy import Policy
+from secure_fedprompt.protocol.settings import ServerSettings
+from secure_fedprompt.server.planning import check_settings
+from secure_fedprompt.simulate import run_round
+
+NOISE = Noise(1.0, 0.5, 3)
+
+
+def bits() -> Bits:
+    return Bits(os.urandom(32))
+
+
+def chi_square(values: list[int], pmf: Any, low: int, high: int) -> float:
+    """p-value of integers against a distribution, tails pooled."""
+    table = np.array([sum(v == x for v in values) for x in range(low, high + 1)], float)
+    expected = np.array([pmf(x) for x in range(low, high + 1)]) * len(values)
+    rest, left = len(values) - table.sum(), len(values) - expected.sum()
+    statistic = ((table - expected) ** 2 / expected).sum() + (rest - left) ** 2 / max(left, 1e-9)
+    return float(stats.chi2.sf(statistic, len(table)))
+
+
+# -- sampling --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bound", [1, 2, 3, 255, 256, 257, 70_000])
+def test_integers_below_a_bound_are_uniform(bound: int) -> None:
+    source, count = bits(), 4000
+    drawn = [source.below(bound) for _ in range(count)]
+    assert 0 <= min(drawn) <= max(drawn) < bound
+    bins = min(bound, 16)
+    table = np.bincount([v * bins // bound for v in drawn], minlength=bins)
+    sizes = np.bincount([v * bins // bound for v in range(bound)], minlength=bins)
+    expected = count * sizes / bound
+    assert stats.chi2.sf(((table - expected) ** 2 / expected).sum(), max(1, bins - 1)) > 1e-6
+
+
+@pytest.mark.parametrize(("top", "bottom"), [(0, 1), (1, 3), (1, 1), (7, 2), (10, 1)])
+def test_bernoulli_has_the_probability_of_its_exponent(top: int, bottom: int) -> None:
+    source, p, count = bits(), math.exp(-top / bottom), 20_000
+    hits = sum(client_noise.bernoulli_exp(source, top, bottom) for _ in range(count))
+    assert abs(hits - count * p) <= 5.5 * math.sqrt(count * p * (1 - p)) + 1e-9
+
+
+@pytest.mark.parametrize("scale", [1, 4])
+def test_laplace_noise_is_exact(scale: int) -> None:
+    source = bits()
+    drawn = [client_noise.discrete_laplace(source, scale) for _ in range(8000)]
+    norm = (math.exp(1 / scale) - 1) / (math.exp(1 / scale) + 1)
+    reach = 4 * scale
+    assert chi_square(drawn, lambda x: norm * math.exp(-abs(x) / scale), -reach, reach) > 1e-6
+
+
+@pytest.mark.parametrize("variance", [1, 5, 40])
+def test_gaussian_noise_is_exact(variance: int) -> None:
+    source = bits()
+    drawn = [client_noise.discrete_gaussian(source, variance) for _ in range(8000)]
+    norm = 1 / sum(math.exp(-(x**2) / (2 * variance)) for x in range(-200, 201))
+    reach = math.ceil(2.5 * math.sqrt(variance))
+    assert (
+        chi_square(drawn, lambda x: norm * math.exp(-(x**2) / (2 * variance)), -reach, reach) > 1e-6
+    )
+
+
+def test_wide_gaussian_noise_has_its_variance() -> None:
+    source, deviation = bits(), 2**21 + 0.5
+    drawn = np.array(
+        [client_noise.discrete_gaussian(source, int(deviation**2)) for _ in range(4000)]
+    )
+    assert stats.kstest(drawn / deviation, "norm").pvalue > 1e-6
+
+
+def test_bits_do_not_repeat_when_more_are_read() -> None:
+    source = bits()
+    first = [source.below(2**32) for _ in range(100_000)]  # beyond the first piece of keystream
+    assert len(set(first)) > 99_990
+    again = Bits(source._key)
+    assert [again.below(2**32) for _ in range(1000)] == first[:1000]
+
+
+# -- rounding ------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.floats(-2, 2), min_size=1, max_size=300), st.integers(0, 20),
+    st.floats(0.01, 3), st.integers(0, 2**32),
+)  # fmt: skip
+def test_rounded_norms_are_bounded(values: list[float], frac: int, clip: float, seed: int) -> None:
+    vector = np.array(values)
+    rounded = client_noise.conditionally_rounded(vector, frac, clip, entropy_from(str(seed)))
+    norm = np.linalg.norm(rounded)
+    assert norm <= client_noise.sensitivity(clip, frac, len(vector)) * (1 + 1e-12)
+    assert norm <= math.ldexp(clip, frac) + math.sqrt(len(vector)) + 1e-9
+    clipped = vector * min(1.0, clip / max(np.linalg.norm(vector), 1e-300))
+    assert np.abs(rounded - np.ldexp(clipped, frac)).max() <= 1 + 1e-9
+
+
+def test_rounding_is_unbiased_where_the_bound_is_wide() -> None:
+    vector = np.full(50, 0.3)
+    rounded = [client_noise.conditionally_rounded(vector, 0, 100.0, os.urandom) for _ in range(400)]
+    assert abs(np.mean(rounded) - 0.3) < 5 * math.sqrt(0.21 / 20_000)
+
+
+# -- accounting ----------------------------------------------------------------------------------
+
+
+def layout_of(size: int, noise: Noise = NOISE, clients: int = 4) -> lay.Layout:
+    return fixedpoint.size_layout(
+        (TensorSpec("ctx", (size,)),), clients, clip=1.0, max_weight=1, max_seen=1, ring_bits=32,
+        metrics=False, noise=noise.room,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("honest", "multiplier"), [(1, 0.3), (3, 1.0), (40, 2.0)])
+def test_rho_is_the_theorem(honest: int, multiplier: float) -> None:
+    """Kairouz, Liu and Steinke 2021, proposition 14, written out again with small variances."""
+    noise = Noise(1.0, multiplier, honest)
+    for frac in (2, 12):
+        layout = (Field("ctx", (100,), 2.0, 32, frac, 1), *layout_of(1)[1:])
+        variance = math.ceil((multiplier * 2**frac) ** 2 / honest)
+        delta2 = min((2**frac + 10) ** 2, 4**frac + 25 + 2**frac + 5)
+        tau = 10 * sum(math.exp(-2 * math.pi**2 * variance * k / (k + 1)) for k in range(1, honest))
+        total = honest * variance
+        first = delta2 / total + tau * 100 / 2
+        second = (math.sqrt(delta2 / total) + tau * 10) ** 2
+        assert client_noise.concentrated(noise, layout) == pytest.approx(min(first, second) / 2)
+    assert client_noise.concentrated(noise, layout_of(8192, noise)) == pytest.approx(
+        1 / (2 * multiplier**2), rel=0.01
+    )  # on a fine grid: that of the continuous Gaussian
+
+
+def test_epsilon_of_zcdp_is_between_its_bounds() -> None:
+    for rho in (0.001, 0.1, 1.0, 10.0):
+        found = client_noise.epsilon(rho, 1e-5)
+        assert found < rho + 2 * math.sqrt(rho * math.log(1e5))  # Bun and Steinke 2016
+        sigma = math.sqrt(1 / (2 * rho))  # a Gaussian of this rho, exactly (Balle and Wang 2018)
+        delta = stats.norm.cdf(0.5 / sigma - found * sigma) - math.exp(found) * stats.norm.cdf(
+            -0.5 / sigma - found * sigma
+        )
+        assert delta < 1e-5
+    assert client_noise.epsilon(0.0, 1e-5) == 0
+
+
+# -- plans ---------------------------------------------------------------------------------------
+
+
+def noisy_plan(count: int = 4, noise: Noise = NOISE, **changes: Any) -> Any:
+    layout = fixedpoint.size_layout(
+        CTX, count, clip=1.0, max_weight=1, max_seen=1, ring_bits=32, metrics=False,
+        noise=noise.room,
+    )  # fmt: skip
+    return make_plan(count, max_weight=1, layout=layout, noise=noise, **changes)
+
+
+def test_plans_with_noise_that_would_not_protect_are_refused() -> None:
+    noisy_plan().check()
+    narrow = dataclasses.replace(noisy_plan(), layout=layout_of(15, client_noise.NONE))
+    for plan, says in (
+        (noisy_plan(noise=Noise(1.0, 0.5, 4)), "relies on 4 clients, the quorum is 3"),
+        (noisy_plan(noise=Noise(1.0, 0.0, 3)), "multiplier 0"),
+        (noisy_plan(noise=Noise(0.0, 0.5, 3)), "at clip 0"),
+        (noisy_plan(noise=Noise(1.0, 0.5, 0)), "fields of client noise without it"),
+        (noisy_plan(protection="none"), "with protection 'none'"),
+        (dataclasses.replace(noisy_plan(), uniform=0), "uniform 0"),
+        (make_plan(4, max_weight=1, noise=NOISE), "metrics, which carry no noise"),
+        (narrow, "no room for the noise"),
+    ):
+        with pytest.raises(PlanError, match=says):
+            plan.check()
+    two = tuple(dataclasses.replace(f, name=n, frac=f.frac - i) for i, (f, n) in enumerate(
+        [(noisy_plan().layout[0], "a"), (noisy_plan().layout[0], "b")]))  # fmt: skip
+    with pytest.raises(PlanError, match="different scales"):
+        dataclasses.replace(noisy_plan(), layout=(*two, *noisy_plan().layout[1:])).check()
+
+
+def test_settings_that_do_not_fit_noise_are_refused() -> None:
+    good: dict[str, Any] = {"dp_noise": 1.0, "weights": "uniform", "metrics": False}
+    check_settings(ServerSettings(**good))
+    for key, value in (
+        ("protection", "none"), ("weights", "samples"), ("metrics", True), ("graph", "regular"),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=f"{key} = .*dp_noise needs"):
+            check_settings(ServerSettings(**{**good, key: value}))
+    with pytest.raises(ConfigError, match="selection_scope = 'federation'.*dp_noise needs"):
+        check_settings(ServerSettings(**{**SECURE, **good, "selection_scope": "federation"}))
+
+
+def test_explain_prints_epsilon(capsys: pytest.CaptureFixture[str]) -> None:
+    words = [
+        "explain",
+        "--dp-noise",
+        "4",
+        "--weights",
+        "uniform",
+        "--no-metrics",
+        "--clients",
+        "10",
+    ]
+    assert main(words) == 0
+    assert "epsilon 3.63" in (shown := capsys.readouterr().out)
+    assert "if 7 clients of every sum add their noise" in shown
+    assert main([*words, "--metrics"]) == 2
+    assert main([*words, "--dp-colluders", "7"]) == 2
+
+
+# -- rounds --------------------------------------------------------------------------------------
+
+
+def test_a_masked_sum_is_the_rounded_updates_and_all_shares(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Bit for bit, with shares that the test knows."""
+    shares: list[np.ndarray] = []
+    plain = client_noise.encode
+
+    def spy(layout: Any, noise: Any, vector: Any, key: Any, entropy: Any) -> Any:
+        words = plain(layout, noise, vector, key, entropy)
+        shares.append(fixedpoint.to_integers(layout, words))
+        return words
+
+    monkeypatch.setattr(client_noise, "encode", spy)
+    plan = noisy_plan()
+    updates = {n: ({"ctx": np.full((3, 5), 0.1)}, 1.0) for n in plan.cohort}
+    outcome = run_round(plan, make_parties(4), updates)
+    assert outcome.round.integers is not None
+    assert np.array_equal(outcome.round.integers, np.sum(shares, 0))
+    assert outcome.round.result is not None
+    assert outcome.round.result[lay.CONTRIBUTORS] == 4  # counters carry no noise
+
+
+def test_the_noise_of_a_sum_has_at_least_the_planned_deviation() -> None:
+    """With exactly ``honest`` uploads; the update itself is clipped to norm C."""
+    noise = Noise(2.0, 0.25, 3)
+    layout = layout_of(2000, noise)
+    vector = np.concatenate([np.full(2000, 0.5), [1.0, 1.0]])
+    words = [
+        client_noise.encode(layout, noise, vector, os.urandom(32), os.urandom) for _ in range(3)
+    ]
+    total = fixedpoint.to_integers(layout, np.sum(words, 0, dtype=np.uint32))
+    values = fixedpoint.decode(layout, total)[:2000]
+    signal = 3 * 2.0 / math.sqrt(2000)  # each clipped from norm 22 to 2
+    assert abs(values.mean() - signal) < 5 * 0.5 / math.sqrt(2000)
+    assert abs(values.std() / 0.5 - 1) < 5 / math.sqrt(4000)
+
+
+@pytest.mark.parametrize("protection", ["masks", "bfv", "ckks"])
+@pytest.mark.parametrize("selection", ["client", "secure"])
+def test_whole_runs_carry_noise(tmp_path: Path, protection: str, selection: str) -> None:
+    world = World(tmp_path, 4, **{
+        **SECURE, "selection": selection, "protection": protection, "dp_noise": 0.02,
+        "dp_clip": 3.0, "min_clients": 3,
+    })  # fmt: skip
+    world.toys = {name: Grouped(i) for i, name in enumerate(names(4))}
+    for name in names(4):
+        world.join(name)
+    world.pump()
+    assert world.run.error is None
+    sent = [world.toys[n].choices[-1] for n in names(4)]
+    at, gaps = 0, []
+    for i, (kind, shape) in enumerate((("text", 3), ("visual", 5))):
+        chosen = [
+            world.toys[n].groups[kind][c[i]] + 2e-3 for n, c in zip(names(4), sent, strict=True)
+        ]
+        found = world.sessions["c001"].final[at : at + 2 * shape].reshape(2, shape)
+        at += 2 * shape
+        gaps.append((found - np.mean(chosen, 0)).reshape(-1))
+    error = np.concatenate(gaps)
+    assert 0.1 < error.std() / (0.06 * math.sqrt(4 / 3) / 4) < 3  # four shares, three counted on
+
+
+def test_a_policy_can_ask_for_noise(tmp_path: Path) -> None:
+    strict = {f: getattr(OPEN, f) for f in OPEN.__struct_fields__}
+    world = World(
+        tmp_path, 4, Policy(**{**strict, "min_noise": 1.0}), **{**SECURE, "dp_noise": 0.5}
+    )
+    world.toys = {name: Grouped(i) for i, name in enumerate(names(4))}
+    for name in names(4):
+        world.join(name)
+    world.pump()
+    assert "plan has noise multiplier 0.5, but policy.min_noise is 1" in str(world.errors["c001"])
