@@ -239,3 +239,27 @@ def test_fine_tuning_happens_before_the_last_evaluation(bundled: Backbone) -> No
         plan = make_plan(3, tensors=(), learning_round=2)
         seen[name] = float(trainer.run(Work(plan, trainer.initial()))[0]["loss"])
     assert seen["promptfl-ft"] < seen["promptfl"]
+
+
+@pytest.mark.parametrize("name", ["promptfl", "fedotp", "fedmgp"])
+def test_methods_train_under_autocast_with_float32_prompts(name: str, bundled: Backbone) -> None:
+    """bf16 gradients point where those of float32 do, and nothing trained is in half precision."""
+    half = Backbone(
+        bundled.model, bundled.tokenizer, bundled.train_transform, bundled.test_transform, "bf16"
+    )
+    pixels = torch.randn(6, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    found = []
+    for backbone in (bundled, half):
+        method = build(settings_of(name), backbone, NAMES)
+        batch = Batch(encode(backbone, pixels, method.needs), torch.arange(6) % 3)
+        loss = method.loss(batch)
+        gradients = torch.autograd.grad(loss, method.parameters())
+        assert all(
+            p.dtype == g.dtype == torch.float32
+            for p, g in zip(method.parameters(), gradients, strict=True)
+        )
+        assert torch.isfinite(loss)
+        found.append(torch.cat([g.flatten() for g in gradients]))
+    assert torch.isfinite(found[1]).all()
+    assert torch.cosine_similarity(*found, dim=0) > 0.98
+    assert not torch.equal(*found)
