@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rounds import CTX, OPEN, entropy_from, make_parties, make_plan, names
 from scipy import stats
-from test_selection_round import SECURE, Grouped
+from selecting import SECURE, Grouped
 
 from secure_fedprompt.__main__ import main
 from secure_fedprompt.protocol import client_noise, fixedpoint
