@@ -103,22 +103,25 @@ def noise_for(
 
 
 class Ledger:
-    """The record in one folder.
+    """The record in one file, or in memory for simulations.
 
     Raises:
         ConfigError: the file is not a ledger.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path | None) -> None:
         self.path = path
         self.entries: list[Entry] = []
-        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        lines = path.read_bytes().splitlines(keepends=True) if path and path.exists() else []
         for number, line in enumerate(lines, start=1):
             try:
                 self.entries.append(msgspec.json.decode(line, type=Entry))
             except (msgspec.DecodeError, msgspec.ValidationError) as error:
                 if number == len(lines) and not line.endswith(b"\n"):
-                    break  # cut by a crash while it was written: nothing was done for it yet
+                    # Cut by a crash while it was written: nothing was done for it yet.
+                    assert path is not None
+                    os.truncate(path, path.stat().st_size - len(line))
+                    break
                 raise ConfigError(
                     f"{path} line {number} is no entry of a privacy ledger: {error}; restore it "
                     "from a copy, since what it counted is spent"
@@ -148,17 +151,18 @@ class Ledger:
                     f"{settings.delta:g} is spent, this round would make it {needed:.3g}; raise "
                     "it, or stop here"
                 )
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "ab") as file:
-            if file.tell() and not self._ends_with_newline():
-                file.write(b"\n")
-            file.write(json.dumps(msgspec.to_builtins(entry)).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "ab") as file:
+                file.write(json.dumps(msgspec.to_builtins(entry)).encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+            folder = os.open(self.path.parent, os.O_RDONLY)  # the file's name must last as well
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
         self.entries.append(entry)
-
-    def _ends_with_newline(self) -> bool:
-        return self.path.read_bytes().endswith(b"\n")
 
 
 def steps_of(images: int, batch_size: int, epochs: int) -> tuple[float, int]:

@@ -150,13 +150,14 @@ class SecureOptimizer(DPOptimizer):  # type: ignore[misc]
             if hasattr(p.summed_grad, "_processed"):
                 raise ValueError("a gradient sum would be released twice: zero_grad between steps")
             scale = self.noise_multiplier * self.max_grad_norm
-            noise = torch.from_numpy(scale * self._draws.normal(p.shape))
-            p.grad = (p.summed_grad + noise.to(p.device, p.dtype)).view_as(p)
+            noise = torch.from_numpy(scale * self._draws.normal(p.shape)).to(p.device)
+            # Added in float64 and rounded once: in float32 the sum's own grid would show.
+            noised = (p.summed_grad.double() + noise) / self._expected
+            p.grad = noised.to(p.dtype).view_as(p)
             p.summed_grad._processed = True
 
     def scale_grad(self) -> None:
-        for p in self.params:
-            p.grad /= self._expected
+        """``add_noise`` has divided already, before rounding."""
 
 
 class PrivateTraining:
@@ -185,6 +186,7 @@ class PrivateTraining:
         """Clip, add noise, and move; then terms of the loss that see no data."""
         self._optimizer.zero_grad()
         self.backward(batch)
+        self._drop_broken()
         self._optimizer.pre_step()
         free = self._method.data_free_loss()
         if free is not None:
@@ -195,6 +197,13 @@ class PrivateTraining:
                     assert p.grad is not None
                     p.grad += gradient
         self._optimizer.original_optimizer.step()
+
+    def _drop_broken(self) -> None:
+        """An image whose gradient is not finite counts as absent: no clipping could bound it."""
+        parts = [p.grad_sample.flatten(1) for p in self._method.parameters()]  # type: ignore[attr-defined]
+        broken = ~torch.stack([part.isfinite().all(1) for part in parts]).all(0)
+        for p in self._method.parameters():
+            p.grad_sample[broken] = 0  # type: ignore[attr-defined]
 
     def backward(self, batch: Batch) -> None:
         """Leave every image's gradient in ``grad_sample`` of each parameter."""

@@ -44,6 +44,10 @@ class PrivacySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
             if value not in CHOICES[key]:
                 allowed = ", ".join(repr(choice) for choice in CHOICES[key])
                 raise ConfigError(f"dp.{key} = {value!r}: must be one of {allowed}")
+        if self.kind == "none" and (self.target_epsilon or self.noise_multiplier):
+            raise ConfigError(
+                "dp.kind = 'none' with a target_epsilon or noise_multiplier: set kind = 'sample'"
+            )
         if self.kind == "sample" and bool(self.target_epsilon) == bool(self.noise_multiplier):
             raise ConfigError(
                 f"dp.target_epsilon = {self.target_epsilon:g} and dp.noise_multiplier = "

@@ -415,9 +415,15 @@ class LocalTrainer:
         assert self.settings is not None
         s, dp, method, run = self.settings, self.dp, self.method, plan.run.hex()
         if self.ledger is None:
-            self.ledger = Ledger((self.keep or Path(".")) / "privacy.jsonl")
+            self.ledger = Ledger(self.keep / "privacy.jsonl" if self.keep else None)
         rate, steps = steps_of(len(images), s.batch_size, s.epochs)
-        self.sigma = self.ledger.sigma_of(run) or dp.noise_multiplier
+        kept, stored = self._kept(plan.run), self.ledger.sigma_of(run)
+        if stored is None and kept is not None and kept.exists():
+            raise ConfigError(
+                "dp.kind = 'sample': this run was begun without it, and what the method kept of it "
+                "is not private; remove the state folder's private file, or wait for the next run"
+            )
+        self.sigma = max(stored or 0.0, dp.noise_multiplier)
         if not self.sigma:
             left = steps * (plan.rounds - plan.learning_round + 1 + dp.retries)
             before = self.ledger.history

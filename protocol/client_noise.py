@@ -203,6 +203,12 @@ def concentrated(noise: Noise, layout: Layout) -> float:
     return eps**2 / 2
 
 
+def effective(noise: Noise, layout: Layout) -> float:
+    """The multiplier of a continuous Gaussian with the same rho: smaller on a coarse grid."""
+    rho = concentrated(noise, layout)
+    return math.inf if not rho else 1 / math.sqrt(2 * rho)
+
+
 def epsilon(rho: float, delta: float) -> float:
     """Epsilon at ``delta`` of a rho-zCDP mechanism (Canonne, Kamath and Steinke 2020, cor. 13)."""
     if not rho:

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import Annotated
 
-from secure_fedprompt.protocol import homomorphic
+from secure_fedprompt.protocol import client_noise, homomorphic
 from secure_fedprompt.protocol import layout as lay
 from secure_fedprompt.protocol.client_noise import Noise
 from secure_fedprompt.protocol.codec import (
@@ -163,6 +163,9 @@ class RoundPlan:
         names = [field.name for field in self.layout]
         if len(set(names)) != len(names) or not {lay.WEIGHT, lay.CONTRIBUTORS} <= set(names):
             raise PlanError("layout lacks the weight or contributor count, or doubles a name")
+        kinds = [field.update for field in self.layout]
+        if kinds != sorted(kinds, reverse=True):
+            raise PlanError("layout with counters before updates")
         if self.training != any(field.update for field in self.layout):
             raise PlanError("update fields in an evaluation round, or none in a training round")
         if total_size(self.layout) > MAX_VALUES:
@@ -192,6 +195,12 @@ class RoundPlan:
             raise PlanError("client noise over tensors of different scales")
         if any(field.bound < self.clip + self.noise.room for field in updates):
             raise PlanError("the layout has no room for the noise")
+        found = client_noise.effective(self.noise, self.layout)
+        if found < 0.9 * self.noise.multiplier:
+            raise PlanError(
+                f"noise multiplier {self.noise.multiplier:g} is worth {found:.3g} on so coarse a "
+                "grid: use more ring_bits or a larger dp_clip"
+            )
 
     def _check_selection(self) -> None:
         chosen = self.selection

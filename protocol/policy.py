@@ -6,7 +6,9 @@ from collections.abc import Iterable, Sequence
 
 import msgspec
 
+from secure_fedprompt.protocol.client_noise import effective
 from secure_fedprompt.protocol.errors import PolicyError
+from secure_fedprompt.protocol.layout import METRICS
 from secure_fedprompt.protocol.plan import RoundPlan
 
 
@@ -27,7 +29,9 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             all clients' groups. Empty: this client chooses for itself.
         helpers: who may be the helper; empty allows every client and helper on the roster.
         min_fillers: fewest clients whose groups may be summed in one slot of "secure-federation".
-        min_noise: smallest noise multiplier of client-level differential privacy; 0 asks for none.
+        min_noise: smallest noise multiplier of client-level differential privacy, for every sum;
+            0 asks for none. Plans with metrics are refused then.
+        noise_colluders: clients of a quorum whose noise must not be counted on.
         max_rounds: most learning rounds of one run, and half the attempts at them.
         allow_late_join: take part in a run that began without this client's nonce.
         min_survivor_change: refuse a survivor list that differs from an earlier one of the run
@@ -47,6 +51,7 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     helpers: tuple[str, ...] = ()
     min_fillers: int = 3
     min_noise: float = 0.0
+    noise_colluders: int = 0
     max_rounds: int = 1000
     allow_late_join: bool = True
     min_survivor_change: int = 0
@@ -67,11 +72,20 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             raise PolicyError(_below("max_rounds", self.max_rounds, f"{plan.rounds} rounds"))
         if plan.round > 2 * self.max_rounds + 8:
             raise PolicyError(_below("max_rounds", self.max_rounds, f"attempt {plan.round}"))
-        if plan.training and plan.noise.multiplier < self.min_noise:
-            raise PolicyError(
-                f"plan has noise multiplier {plan.noise.multiplier:g}, but policy.min_noise is "
-                f"{self.min_noise:g}"
-            )
+        if self.min_noise and any(field.name in METRICS for field in plan.layout):
+            raise PolicyError("plan has metrics, which carry no noise, but policy.min_noise is set")
+        if self.min_noise and plan.training:
+            found = effective(plan.noise, plan.layout) if plan.noise.used else 0.0
+            if found < 0.99 * self.min_noise:
+                raise PolicyError(
+                    f"plan's noise multiplier is worth {found:.3g}, but policy.min_noise is "
+                    f"{self.min_noise:g}"
+                )
+            if plan.noise.honest > plan.quorum - self.noise_colluders:
+                raise PolicyError(
+                    f"plan counts on the noise of {plan.noise.honest} of {plan.quorum} clients, "
+                    f"but policy.noise_colluders is {self.noise_colluders}"
+                )
         if plan.selecting and plan.selection.kind not in self.selections:
             raise PolicyError(_outside("selections", self.selections, plan.selection.kind))
         if plan.selecting and self.helpers and plan.selection.helper not in self.helpers:

@@ -229,10 +229,10 @@ def tell(console: Console, work: Work, trainer: LocalTrainer, weight: float) -> 
         )
     console.print(f"{what}: update of {weight:g} images sent {shield}{clipped}")
     if trainer.ledger is not None and plan.training:
-        spent = epsilon(trainer.ledger.history, trainer.dp.delta, trainer.dp.accountant)
+        spent = epsilon(trainer.ledger.history, trainer.dp.delta, "rdp")  # quick: frames wait
         console.print(
-            f"  privacy: epsilon {spent:.3g} at delta {trainer.dp.delta:g} spent so far "
-            f"(noise multiplier {trainer.sigma:.3g})"
+            f"  privacy: epsilon {spent:.3g} (rdp) at delta {trainer.dp.delta:g} spent so far, "
+            f"noise multiplier {trainer.sigma:.3g}"
         )
 
 

@@ -148,15 +148,21 @@ def noise_of(settings: ServerSettings, quorum: int) -> Noise:
     """The plan's client noise under these settings."""
     if not settings.dp_noise:
         return NO_NOISE
-    return Noise(settings.dp_clip, settings.dp_noise, max(0, quorum - settings.dp_colluders))
+    if settings.dp_colluders >= quorum:
+        raise ConfigError(
+            f"dp_colluders = {settings.dp_colluders}: a sum may have only {quorum} clients, so "
+            "nobody's noise would count; lower it, or raise threshold or min_clients"
+        )
+    return Noise(settings.dp_clip, settings.dp_noise, quorum - settings.dp_colluders)
 
 
-def check_helper(settings: ServerSettings, roster: Roster) -> None:
-    """Refuse a helper that is not on the roster, and selections too large for it.
+def check_roster(settings: ServerSettings, roster: Roster) -> None:
+    """Refuse a helper that is not on the roster, selections too large for it, and noise of nobody.
 
     Raises:
         ConfigError: naming the key.
     """
+    noise_of(settings, quorum_of(settings, settings.clients or len(roster.with_role("client"))))
     if settings.selection != "secure":
         return
     names = {member.name for member in roster.members if member.role in ("client", "helper")}

@@ -40,7 +40,7 @@ from secure_fedprompt.server.encrypted import EncryptedRound, make_round
 from secure_fedprompt.server.planning import (
     Keying,
     RunState,
-    check_helper,
+    check_roster,
     check_settings,
     elect,
     elect_helper,
@@ -99,7 +99,7 @@ class Run:
 
     def __post_init__(self) -> None:
         check_settings(self.settings)
-        check_helper(self.settings, self.roster)
+        check_roster(self.settings, self.roster)
         self.expected = self.settings.clients or len(self.roster.with_role("client"))
         self.gather_until = self.began + self.settings.gather_seconds
         self.initial_from, self.initial_until = "", 0.0
