@@ -47,7 +47,7 @@ def jobs() -> dict[str, tuple[Circuit, int]]:
     table = {f"compare {size}": (circuits.compare(), size) for size in SIZES}
     for clients in (10, 100):
         table[f"select client {clients}"] = circuits.top_s(GROUPS, SLOTS), 2 * clients
-        many = circuits.largest_k(GROUPS * clients, SLOTS * clients)
+        many = circuits.fill_slots(clients, GROUPS, SLOTS * clients, SLOTS, 3)
         table[f"select federation {clients}"] = many, 2
     return table
 
