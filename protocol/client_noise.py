@@ -23,13 +23,14 @@ from numpy.typing import NDArray
 from secure_fedprompt.protocol import fixedpoint
 from secure_fedprompt.protocol.codec import F64, U16
 from secure_fedprompt.protocol.errors import PlanError, UpdateError
-from secure_fedprompt.protocol.expand import keystream
+from secure_fedprompt.protocol.expand import Stream, keystream
 from secure_fedprompt.protocol.layout import Layout, Vector
 from secure_fedprompt.protocol.ring import Words
 
 TAILS = 12.0  # deviations of a share that a field has room for beyond its values
 _MAX_TRIES = 1000  # each rounding is kept with probability 1 - exp(-1/2) or more
 _WORD = 8
+_READ = 1 << 16
 Entropy = Callable[[int], bytes]
 Integers = NDArray[np.int64]
 
@@ -90,7 +91,7 @@ class Bits:
     """Uniform integers from a keystream."""
 
     def __init__(self, key: bytes) -> None:
-        self._key, self._data, self._at, self._size = key, b"", 0, 1 << 16
+        self._stream, self._data, self._at = Stream(key), b"", 0
 
     def below(self, bound: int) -> int:
         """Uniform in [0, bound), by rejection."""
@@ -98,8 +99,8 @@ class Bits:
         excess = 8 * size - bound.bit_length()
         while True:
             if self._at + size > len(self._data):
-                self._size *= 2
-                self._data = keystream(self._key, self._size)  # the same beginning, and more
+                self._data = self._data[self._at :] + self._stream.read(_READ).tobytes()
+                self._at = 0
             value = int.from_bytes(self._data[self._at : self._at + size], "little") >> excess
             self._at += size
             if value < bound:

@@ -132,3 +132,16 @@ def only(kind: type, change: Any, who: str = "") -> Any:
         return message
 
     return tamper
+
+
+def bits_of(words: np.ndarray, width: int) -> np.ndarray:
+    """(batch, keys) to (keys * width, batch)."""
+    table = words.astype(np.uint64)[..., None] >> np.arange(width, dtype=np.uint64) & np.uint64(1)
+    return table.reshape(len(words), -1).T.astype(bool)
+
+
+def shared(keys: np.ndarray, width: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Both parties' inputs for (batch, count) keys."""
+    rng = np.random.default_rng(seed)
+    theirs = rng.integers(0, 1 << width, keys.shape)
+    return bits_of((keys - theirs) % (1 << width), width), bits_of(theirs, width)

@@ -22,6 +22,7 @@ from secure_fedprompt.protocol import client_noise, fixedpoint
 from secure_fedprompt.protocol import layout as lay
 from secure_fedprompt.protocol.client_noise import Bits, Noise
 from secure_fedprompt.protocol.errors import ConfigError, PlanError, PolicyError
+from secure_fedprompt.protocol.expand import keystream
 from secure_fedprompt.protocol.layout import Field, TensorSpec
 from secure_fedprompt.protocol.policy import Policy
 from secure_fedprompt.protocol.settings import ServerSettings
@@ -95,11 +96,12 @@ def test_wide_gaussian_noise_has_its_variance() -> None:
 
 
 def test_bits_do_not_repeat_when_more_are_read() -> None:
-    source = bits()
-    first = [source.below(2**32) for _ in range(100_000)]  # beyond the first piece of keystream
-    assert len(set(first)) > 99_990
-    again = Bits(source._key)
-    assert [again.below(2**32) for _ in range(1000)] == first[:1000]
+    key = os.urandom(32)
+    source = Bits(key)
+    first = [source.below(2**24) for _ in range(50_000)]  # beyond the first piece of keystream
+    whole = keystream(key, 4 * 100_000)
+    words = [int.from_bytes(whole[i : i + 4], "little") >> 7 for i in range(0, len(whole), 4)]
+    assert first == [word for word in words if word < 2**24][:50_000]
 
 
 # -- rounding ------------------------------------------------------------------------------------

@@ -116,6 +116,23 @@ def test_fedamp_draws_clients_to_those_who_are_alike(bundled: Backbone) -> None:
     assert not np.allclose(first.anchor[0].numpy(), prompts[0])
 
 
+@pytest.mark.parametrize("name", ["fedotp", "fedmgp"])
+def test_another_attempt_at_a_round_starts_where_the_first_did(
+    name: str, bundled: Backbone
+) -> None:
+    train, test = sets.generated_sets(4, ["sketch"], 4, 2, 0)
+    kept = []
+    for attempts in ((1, 2), (2,)):
+        trainer = LocalTrainer(bundled, train, test, 0)
+        trainer.prepare(settings_of(name))
+        for number in attempts:
+            plan = make_plan(3, tensors=trainer.tensors(), max_weight=1, round=number)
+            trainer.run(Work(plan, trainer.initial()))
+        assert trainer.method is not None
+        kept.append(trainer.method.private())
+    assert all(np.array_equal(kept[0][key], kept[1][key]) for key in kept[1])
+
+
 def test_fedamp_is_refused_under_any_protection() -> None:
     with pytest.raises(ConfigError, match="protection = 'masks'.*every client's prompt"):
         check_settings(ServerSettings(method="fedamp"))

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rounds import entropy_from
+from selecting import bits_of, shared
 
 from secure_fedprompt.protocol import errors
 from secure_fedprompt.protocol.selection import circuits, garbled
@@ -18,19 +19,6 @@ from secure_fedprompt.protocol.selection.builder import FALSE, TRUE, Builder, Ci
 from secure_fedprompt.protocol.selection.parties import Evaluator, Frame, Garbler, together
 
 few = settings(max_examples=25, deadline=None)
-
-
-def bits_of(words: np.ndarray, width: int) -> np.ndarray:
-    """(batch, keys) to (keys * width, batch)."""
-    table = words.astype(np.uint64)[..., None] >> np.arange(width, dtype=np.uint64) & np.uint64(1)
-    return table.reshape(len(words), -1).T.astype(bool)
-
-
-def shared(keys: np.ndarray, width: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Both parties' inputs for (batch, count) keys."""
-    rng = np.random.default_rng(seed)
-    theirs = rng.integers(0, 1 << width, keys.shape)
-    return bits_of((keys - theirs) % (1 << width), width), bits_of(theirs, width)
 
 
 def best(keys: np.ndarray, count: int) -> np.ndarray:
