@@ -252,7 +252,7 @@ def test_orders_are_wide_enough_for_small_epsilons() -> None:
     assert epsilon([Steps(0.0, 0.5, 1)], 1e-5) == float("inf")
 
 
-@pytest.mark.parametrize("accountant", ["rdp", "prv"])
+@pytest.mark.parametrize("accountant", ["rdp", pytest.param("prv", marks=pytest.mark.slow)])
 def test_noise_is_just_enough_for_the_target(accountant: str) -> None:
     before = [Steps(2.0, 0.1, 50)]
     sigma = noise_for(3.0, 1e-5, 0.1, 100, before, accountant)
@@ -355,6 +355,7 @@ def test_a_client_trains_privately_and_keeps_metrics_to_itself(
     assert not np.array_equal(values[name], other[name])  # the same seed, other noise
 
 
+@pytest.mark.slow
 def test_a_budget_lasts_for_the_run_and_then_refuses(bundled: Backbone, tmp_path: Path) -> None:
     trainer = private_client(
         bundled, tmp_path, "promptfl", noise_multiplier=0.0, target_epsilon=4.0, retries=0,
