@@ -23,6 +23,7 @@ from secure_fedprompt.protocol.errors import (
     WrongServerKeyError,
 )
 from secure_fedprompt.protocol.keys import Identity
+from secure_fedprompt.protocol.recorder import Recorder
 
 _HANDSHAKE_TRIES = 3
 
@@ -43,15 +44,22 @@ class CurveLink:
         server_key: the server's CURVE public key, 32 bytes, from the roster.
         identity: our keys.
         patience: seconds without a connection after which ``receive`` gives up.
+        recorder: keeps the audit log, if there is one.
 
     Attributes:
         connections: completed handshakes; it grows when the link was lost and came back.
     """
 
     def __init__(
-        self, address: str, server_key: bytes, identity: Identity, patience: float = 60.0
+        self,
+        address: str,
+        server_key: bytes,
+        identity: Identity,
+        patience: float = 60.0,
+        recorder: Recorder | None = None,
     ) -> None:
         self.address, self.patience = address, patience
+        self._recorder = recorder
         self.connections = 0
         self._broken = 0
         self._down_since: float | None = time.monotonic()
@@ -87,10 +95,13 @@ class CurveLink:
 
     def send(self, message: m.Message) -> None:
         """Queue a frame; while the link is down it is dropped, since the round goes on anyway."""
+        frame = m.CATALOGUE.encode(message)
         try:
-            self._socket.send(m.CATALOGUE.encode(message), zmq.NOBLOCK, copy=False)
+            self._socket.send(frame, zmq.NOBLOCK, copy=False)
         except zmq.Again:
             return
+        if self._recorder is not None:
+            self._recorder.record("out", self._recorder.server, message, frame)
 
     def receive(self, timeout: float) -> m.Message | None:
         """The next frame, or None after ``timeout`` seconds.
@@ -105,7 +116,14 @@ class CurveLink:
             frame = self._socket.recv(zmq.NOBLOCK, copy=False)
         except zmq.Again:
             return None
-        message: m.Message = m.CATALOGUE.decode(frame.buffer)
+        message: m.Message | None = None
+        try:
+            message = m.CATALOGUE.decode(frame.buffer)
+        finally:
+            if self._recorder is not None:
+                self._recorder.record("in", self._recorder.server, message, frame.buffer)
+        if self._recorder is not None and isinstance(message, m.RoundEnd | m.Finish):
+            self.send(self._recorder.head(message))
         return message
 
     def _watch(self) -> None:

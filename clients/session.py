@@ -139,6 +139,9 @@ class Session:
                 return self._plan(message)
             case m.Rejoin():
                 return [self.hello()]
+            case m.LogHead():
+                self.party.check_head(message)
+                return []
             case m.HelperPlan() | m.HelperAnswer() | m.HelperInputs() | m.HelperTables():
                 return self._help(message)
             case m.RoundEnd():

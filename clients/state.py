@@ -99,6 +99,16 @@ class Party:
         body = ready.body(plan.roster_digest)
         verify(identity, Purpose.RUN_KEY, body, ready.signature, name)
 
+    def check_head(self, head: m.LogHead) -> None:
+        """Refuse a log head that the server's identity did not sign.
+
+        Raises:
+            SignatureError
+        """
+        server = self.roster.with_role("server")[0]
+        body, name = head.body(server.name), server.name
+        verify(server.identity, Purpose.LOG_HEAD, body, head.signature, name)
+
 
 @dataclass(frozen=True, repr=False)
 class State:

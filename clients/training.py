@@ -234,6 +234,11 @@ class LocalTrainer:
         self.clipped = 0  # update values beyond the plan's clip in the last round
         backbone.check_class_names(train.class_names)
 
+    @property
+    def image_counts(self) -> tuple[int, int]:
+        """Training and test images."""
+        return len(self._sets[0]), len(self._sets[1])
+
     def prepare(self, settings: MethodSettings) -> None:
         self.settings = settings
         self.method = build(settings, self.backbone, self.class_names)

@@ -18,6 +18,7 @@
     ├── UpdateError                          9   an update may not be sent: NaN, wrong size
     │   ├── UpdateReusedError                    the same update twice
     │   └── BudgetError                      11  the privacy budget is spent
+    ├── AuditError                           12  an audit log or a promise is broken
     └── ProtocolError                        10  a peer broke the protocol
         ├── CodecError                           bytes are not a message
         │   ├── TruncatedError
@@ -130,6 +131,10 @@ class UpdateReusedError(UpdateError):
 
 class BudgetError(UpdateError):
     exit_code = 11
+
+
+class AuditError(SecureFedPromptError):
+    exit_code = 12
 
 
 class ProtocolError(SecureFedPromptError):

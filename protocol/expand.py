@@ -58,6 +58,7 @@ class Purpose(IntEnum):
     SHARE_BOX = 25
     SHARE = 26
     OUTCOME_BOX = 27
+    LOG_HEAD = 28
 
 
 _TAGS = {purpose: TAG + purpose.name.lower().encode() + b"\0" for purpose in Purpose}

@@ -43,7 +43,8 @@ Where server and helper select what is uploaded, between the keys and the upload
 
 ``Alive``, ``Withdraw`` (from one round) and ``Leave`` (client), and ``Rejoin`` and ``Refused``
 (server) may come at any time. The sender is the
-authenticated CurveZMQ key, so no message names it. ``repr`` never shows vectors, shares or boxes.
+authenticated CurveZMQ key, so no message names it. Whoever keeps an audit log adds ``LogHead`` to
+the end of each round. ``repr`` never shows vectors, shares or boxes.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ from secure_fedprompt.protocol.codec import (
     MAX_FRAME,
     U8,
     U32,
+    U64,
     Blob,
     Catalogue,
     Digest,
@@ -449,6 +451,22 @@ class Finish(Printable):
 
 
 @dataclass(frozen=True, repr=False)
+class LogHead(Printable):
+    """Where the sender's audit log stands as a round ends, round 0 as the run ends."""
+
+    run: RunId
+    round: U32
+    records: U64
+    chain: Digest
+    signature: Signature
+
+    def body(self, name: str) -> bytes:
+        """What the identity of ``name`` signs."""
+        numbers = self.round.to_bytes(4, "little") + self.records.to_bytes(8, "little")
+        return b"".join((self.run, numbers, self.chain, name.encode()))
+
+
+@dataclass(frozen=True, repr=False)
 class Alive(Printable):
     pass
 
@@ -491,7 +509,7 @@ CATALOGUE = Catalogue(
     Withdraw, Rejoin, Leave, Refused,
     KeyRequest, KeyGrant, KeyBox, CipherUpload, CipherSum, Opened, SealedRequest, SealedPrompt,
     HelperPlan, HelperOffer, HelperAnswer, KeyShares, HelperInputs, HelperChoices, HelperTables,
-    HelperOutcome, Outcome,
+    HelperOutcome, Outcome, LogHead,
 )  # fmt: skip
 
 TO_HELPER = (HelperPlan, HelperAnswer, HelperInputs, HelperTables)

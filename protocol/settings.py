@@ -185,6 +185,8 @@ class ServerSettings(MethodSettings, frozen=True, forbid_unknown_fields=True, kw
         metrics: whether clients count accuracy and loss at all (inside the protected sum).
         gather_seconds, stage_seconds, training_seconds: deadlines.
         alive_seconds: silence after which a client counts as gone.
+        audit: log of frames, in run_dir/audit: "off", "headers" (sizes, digests), or "full".
+        audit_mb: most megabytes of that log; its oldest parts go first.
         model_fingerprint, classes_digest: what every client must hold, as the first hex digits that
             'secure-fedprompt check' prints; empty takes what the first client announces.
     """
@@ -222,6 +224,8 @@ class ServerSettings(MethodSettings, frozen=True, forbid_unknown_fields=True, kw
     stage_seconds: Seconds = 30.0
     training_seconds: Seconds = 900.0
     alive_seconds: Seconds = 15.0
+    audit: str = "headers"
+    audit_mb: Positive = 2048
     model_fingerprint: str = ""
     classes_digest: str = ""
 
@@ -247,6 +251,7 @@ CHOICES = {
     "classes": ("all", "base", "novel"),
     "kind": ("none", "sample"),
     "accountant": ("prv", "rdp"),
+    "audit": ("off", "headers", "full"),
     "device": ("auto", "cpu", "cuda"),
     "precision": ("fp32", "bf16", "fp16"),
 }

@@ -18,6 +18,8 @@ COMMANDS = {
     "helper": ("secure_fedprompt.helper", "help a server select (same as -m ....helper)"),
     "explain": ("secure_fedprompt.explain", "parameters, bytes and error of a protection"),
     "privacy": ("secure_fedprompt.privacy", "epsilon of DP-SGD before a run, and spent so far"),
+    "audit": ("secure_fedprompt.audit.command", "check what crossed the wire of a run"),
+    "audit-diff": ("secure_fedprompt.audit.command", "two audit logs side by side"),
     "simulate": ("secure_fedprompt.simulation", "many clients in one process"),
     "evaluate": ("secure_fedprompt.evaluate", "accuracy of a trained prompt on a data set"),
     "predict": ("secure_fedprompt.evaluate", "class of images under a trained prompt"),
@@ -51,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"unknown command {words[0]!r}; see 'secure-fedprompt --help'", file=sys.stderr)
         return 2
     module = importlib.import_module(COMMANDS[words[0]][0])
-    entry = getattr(module, words[0], None) or module.main
+    entry = getattr(module, words[0].replace("-", "_"), None) or module.main
     result: int = entry(words[1:])
     return result
 

@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+import numpy as np
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
@@ -20,6 +21,7 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
+from secure_fedprompt.audit import private
 from secure_fedprompt.clients.journal import FileJournal
 from secure_fedprompt.clients.ledger import epsilon
 from secure_fedprompt.clients.link import CurveLink
@@ -29,10 +31,11 @@ from secure_fedprompt.identity import whoami
 from secure_fedprompt.protocol import command
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.errors import SecureFedPromptError, UpdateError
+from secure_fedprompt.protocol.recorder import recorder
 
 if TYPE_CHECKING:
     from secure_fedprompt.client_settings import ClientSettings
-    from secure_fedprompt.clients.training import LocalTrainer, Result
+    from secure_fedprompt.clients.training import LocalTrainer, Result, Values
 
 EXAMPLES = """\
   python -m secure_fedprompt.client --config client.toml
@@ -102,7 +105,8 @@ def take_part(settings: ClientSettings, json_path: str | None) -> int:
     identity, roster, me, server = whoami(settings.key, settings.roster, "client")
     state_dir = Path(settings.state_dir or f"state/{me.name}")
     journal = FileJournal(state_dir / "journal.jsonl")
-    link = CurveLink(settings.server, server.curve, identity, settings.patience)
+    log = recorder(state_dir, settings.audit, settings.audit_mb, identity, me, roster)
+    link = CurveLink(settings.server, server.curve, identity, settings.patience, log)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -119,7 +123,8 @@ def take_part(settings: ClientSettings, json_path: str | None) -> int:
             trainer.keep = state_dir
             party = Party(me.name, identity, roster, settings.policy, journal, os.urandom)
             session = Session(party, trainer, settings.method)
-            rounds = loop(link, session, trainer, console)
+            record = state_dir if settings.private_record else None
+            rounds = loop(link, session, trainer, console, record)
         path = save(session, trainer, state_dir)
         console.print(f"[green]run {session.run.hex()[:8]} is finished[/]; prompt in {path}")
         result = {"name": me.name, "run": session.run.hex(), "rounds": rounds, "prompt": str(path)}
@@ -127,11 +132,23 @@ def take_part(settings: ClientSettings, json_path: str | None) -> int:
     finally:
         link.close()
         journal.close()
+        if log is not None:
+            log.close()
     return 0
 
 
-def loop(link: CurveLink, session: Session, trainer: LocalTrainer, console: Console) -> int:
-    """Move frames between socket and session; train in one worker thread. Returns rounds done."""
+def loop(
+    link: CurveLink,
+    session: Session,
+    trainer: LocalTrainer,
+    console: Console,
+    record: Path | None = None,
+) -> int:
+    """Move frames between socket and session; train in one worker thread. Returns rounds done.
+
+    Args:
+        record: folder for the private record, if one is kept.
+    """
     connections, alive_at, greeted, rounds, told = 0, 0.0, 0.0, 0, 0
     job: tuple[Work, Future[Result]] | None = None
     welcome: Future[list[m.Message]] | None = None
@@ -169,7 +186,7 @@ def loop(link: CurveLink, session: Session, trainer: LocalTrainer, console: Cons
                     replies += sent
                     if sent and isinstance(result, tuple):
                         rounds += 1
-                        tell(console, work, trainer, result[1])
+                        uploaded(console, record, session, work, trainer, result)
                 for reply in replies:
                     link.send(reply)
             link.send(m.Leave("Finished", ""))
@@ -216,6 +233,20 @@ def react(session: Session, message: m.Message, console: Console) -> list[m.Mess
         return replies
 
 
+def uploaded(
+    console: Console,
+    record: Path | None,
+    session: Session,
+    work: Work,
+    trainer: LocalTrainer,
+    result: tuple[Values, float],
+) -> None:
+    """Tell about an upload, and keep what went into it if that is wanted."""
+    tell(console, work, trainer, result[1])
+    if record is not None:
+        keep_private(record, session, work, trainer, result)
+
+
 def tell(console: Console, work: Work, trainer: LocalTrainer, weight: float) -> None:
     plan = work.plan
     what = f"round {plan.learning_round}/{plan.rounds}" if plan.training else "final evaluation"
@@ -234,6 +265,27 @@ def tell(console: Console, work: Work, trainer: LocalTrainer, weight: float) -> 
             f"  privacy: epsilon {spent:.3g} (rdp) at delta {trainer.dp.delta:g} spent so far, "
             f"noise multiplier {trainer.sigma:.3g}"
         )
+
+
+def keep_private(
+    folder: Path, session: Session, work: Work, trainer: LocalTrainer, result: tuple[Values, float]
+) -> None:
+    """What went into an upload, for ``audit --secrets``."""
+    path = folder / f"private-record-{session.run.hex()[:8]}.jsonl"
+    values, weight = result
+    if not path.exists():
+        train, test = trainer.image_counts
+        counts = {"training images": train, "test images": test}
+        private.write_head(path, session.party.name, trainer.class_names, counts)
+    tensors = {t.name: values[t.name] for t in trainer.tensors() if t.name in values}
+    weighted = {f"weighted {k}": np.asarray(v) * weight for k, v in tensors.items()}
+    counters = {k: v for k, v in values.items() if k not in tensors}
+    prompt = {}
+    if tensors:
+        flat = np.concatenate([np.asarray(v).reshape(-1) for v in tensors.values()])
+        prompt = {"local prompt": work.base + flat}
+    found = {**tensors, **weighted, **counters, **prompt}
+    private.write_round(path, work.plan.round, found)
 
 
 def tell_sums(console: Console, session: Session, told: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from secure_fedprompt.clients.data.settings import DataSettings
 from secure_fedprompt.clients.privacy_settings import PrivacySettings
 from secure_fedprompt.protocol.policy import Policy
-from secure_fedprompt.protocol.settings import Count, Seconds
+from secure_fedprompt.protocol.settings import Count, Positive, Seconds
 
 
 class ModelSettings(DataSettings, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -37,6 +37,10 @@ class ClientSettings(ModelSettings, frozen=True, forbid_unknown_fields=True, kw_
         seed: of batch order, for reproducible benchmarks; -1 draws it from the system.
         augment: train on random crops and flips instead of cached features.
         patience: seconds without a connection before giving up.
+        audit: log of frames, in state_dir/audit: "off", "headers" (sizes, digests), or "full".
+        audit_mb: most megabytes of that log; its oldest parts go first.
+        private_record: write what only this client knows of each update to state_dir, in the clear,
+            for 'audit --secrets'; delete it afterwards.
     """
 
     key: str = "client.pem"
@@ -47,5 +51,8 @@ class ClientSettings(ModelSettings, frozen=True, forbid_unknown_fields=True, kw_
     seed: int = -1
     augment: bool = False
     patience: Seconds = 60.0
+    audit: str = "headers"
+    audit_mb: Positive = 2048
+    private_record: bool = False
     dp: PrivacySettings = PrivacySettings()
     policy: Policy = Policy()

@@ -84,6 +84,10 @@ def main(argv: list[str] | None = None) -> int:
         help="train with DP-SGD within this budget at every client (0: without)",
     )  # fmt: skip
     parser.add_argument("--delta", type=float, default=1e-3, metavar="D", help="of that budget")
+    parser.add_argument(
+        "--audit", choices=CHOICES["audit"], default="headers",
+        help="of all logs; with 'full' the client alice writes her private record as well",
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="of data and batch order")
     parser.add_argument("--run-dir", type=Path, metavar="DIR", help="default: a new folder")
     args = parser.parse_args(argv)
@@ -104,6 +108,7 @@ def main(argv: list[str] | None = None) -> int:
             {"kind": "sample", "target_epsilon": args.target_epsilon, "delta": args.delta}
             if args.target_epsilon
             else {},
+            args.audit,
         ),
         args.debug,
     )
@@ -119,6 +124,7 @@ def run(
     json_path: str | None,
     selection: dict[str, Any],
     dp: dict[str, Any],
+    audit: str = "headers",
 ) -> int:
     """Set up, start, watch, report.
 
@@ -141,8 +147,9 @@ def run(
     elif folder.exists() and any(folder.iterdir()):
         raise ConfigError(f"run-dir {folder} is not empty: choose another, or remove it")
     commands = write_files(
-        folder, method, clients, rounds, protection, seed, for_server=selection, dp=dp
-    )
+        folder, method, clients, rounds, protection, seed,
+        for_server={**selection, "audit": audit}, for_clients={"audit": audit}, dp=dp,
+    )  # fmt: skip
     published = METHODS[method]["published"]
     ours = ", ".join(f"{k} {v!r}" for k, v in METHODS[method]["defaults"].items())
     console.print(f"[bold]{method}[/] with {ours}, {rounds} rounds; published: {published}")
@@ -218,6 +225,7 @@ def write_files(
             **DATA, "part": i, "parts": clients, "data_seed": seed,
             **(for_clients or {}),
         }  # fmt: skip
+        client["private_record"] = i == 0 and client.get("audit") == "full"
         path = folder / name / "client.toml"
         allowed = {"protections": [protection]} if protection != "masks" else {}
         if server.get("selection") == "secure":
@@ -228,7 +236,9 @@ def write_files(
         commands.append([*words, "--json", str(folder / name / "result.json")])
     if helper == HELPER:
         path, key = folder / helper / "helper.toml", str(folder / helper / f"{helper}.pem")
-        write_toml(path, {"key": key, "roster": str(roster), "server": address})
+        state = str(folder / helper / "state")
+        own = {"key": key, "roster": str(roster), "server": address, "state_dir": state}
+        write_toml(path, {**own, "audit": str((for_server or {}).get("audit", "headers"))})
         words = [python, "-m", "secure_fedprompt.helper", "--config", str(path)]
         commands.append([*words, "--json", str(folder / helper / "result.json")])
     return commands

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from pathlib import Path
 
 import msgspec
 from rich.console import Console
@@ -28,7 +29,8 @@ from secure_fedprompt.protocol.errors import (
     SecureFedPromptError,
 )
 from secure_fedprompt.protocol.policy import Policy
-from secure_fedprompt.protocol.settings import Seconds
+from secure_fedprompt.protocol.recorder import recorder
+from secure_fedprompt.protocol.settings import Positive, Seconds
 
 EXAMPLES = """\
   secure-fedprompt keygen --name notary --role helper
@@ -46,6 +48,10 @@ class HelperSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
         server: address of the server.
         min_cohort: smallest cohort to help.
         patience: seconds without a connection before giving up.
+        state_dir: of the audit log; default state/NAME.
+        audit: log of frames, in state_dir/audit: "off", "headers" (sizes, digests), or "full".
+            Its shares and the server's open scores together: keep the two logs apart.
+        audit_mb: most megabytes of that log; its oldest parts go first.
     """
 
     key: str = "helper.pem"
@@ -53,6 +59,9 @@ class HelperSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     server: str = "tcp://127.0.0.1:5570"
     min_cohort: int = 3
     patience: Seconds = 60.0
+    state_dir: str = ""
+    audit: str = "headers"
+    audit_mb: Positive = 2048
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -77,7 +86,9 @@ def help_out(settings: HelperSettings, json_path: str | None) -> int:
     identity, roster, me, server = whoami(settings.key, settings.roster, "helper")
     policy = Policy(min_cohort=settings.min_cohort)
     party = Party(me.name, identity, roster, policy, MemoryJournal(), os.urandom)
-    link = CurveLink(settings.server, server.curve, identity, settings.patience)
+    folder = Path(settings.state_dir or f"state/{me.name}")
+    log = recorder(folder, settings.audit, settings.audit_mb, identity, me, roster)
+    link = CurveLink(settings.server, server.curve, identity, settings.patience, log)
     try:
         link.connect()
         console.print(f"[bold]{me.name}[/] connected to {settings.server}, helps with selections")
@@ -88,6 +99,8 @@ def help_out(settings: HelperSettings, json_path: str | None) -> int:
         command.write_json(json_path, {"name": me.name, "run": run, "selections": helped})
     finally:
         link.close()
+        if log is not None:
+            log.close()
     return 0
 
 
@@ -115,6 +128,8 @@ class HelperSession:
         match message:
             case m.Rejoin():
                 return [self.hello()]
+            case m.LogHead():
+                self.party.check_head(message)
             case m.Refused():
                 raise RunFailedError(f"server refuses us: {message.reason}")
             case m.Welcome():

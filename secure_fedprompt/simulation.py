@@ -29,6 +29,7 @@ from secure_fedprompt.protocol.errors import ConfigError
 from secure_fedprompt.protocol.keys import Identity, Member
 from secure_fedprompt.protocol.plan import PROTECTIONS
 from secure_fedprompt.protocol.policy import Policy
+from secure_fedprompt.protocol.recorder import recorder
 from secure_fedprompt.protocol.roster import Roster
 from secure_fedprompt.protocol.settings import MethodSettings, ServerSettings
 from secure_fedprompt.server.planning import RunState
@@ -127,7 +128,7 @@ def simulate_run(
     trainers: dict[str, LocalTrainer],
     dropout: float = 0.0,
 ) -> tuple[RunState, dict[int, dict[str, float]]]:
-    """Drive server and sessions to the end of the run.
+    """Drive server and sessions to the end of the run. The audit log is the server's.
 
     Returns:
         the server's last state, and the metrics by learning round that clients opened, if any.
@@ -148,6 +149,8 @@ def simulate_run(
     }
     server = msgspec.structs.replace(settings, clients=len(trainers), alive_seconds=1e12)
     run = Run(server, roster, store, os.urandom, RunState(), 0.0)
+    member, mode, limit = roster.by_name["server"], settings.audit, settings.audit_mb
+    log = recorder(store.folder, mode, limit, identities["server"], member, roster)
     rng, clock = np.random.default_rng(settings.seed), 0.0
     vanish: dict[str, int] = {}
     queue: deque[tuple[str, str, m.Message]] = deque(
@@ -168,9 +171,13 @@ def simulate_run(
             if left is not None:
                 vanish[sender] = left - 1
             store.count(run.state.round, sender, "up", kind, len(frame))
+            if log is not None:
+                log.record("in", sender, message, frame)
             queue.extend(("", *out) for out in run.on(sender, m.CATALOGUE.decode(frame), clock))
             continue
         store.count(run.state.round, recipient, "down", kind, len(frame))
+        if log is not None:
+            log.record("out", recipient, message, frame)
         if isinstance(message, m.Plan) and recipient == message.plan.cohort[0]:
             gone = rng.choice(list(sessions), round(dropout * len(sessions)), replace=False)
             vanish = {str(name): int(rng.integers(0, 5)) for name in gone}
@@ -180,6 +187,8 @@ def simulate_run(
             work = session.work
             replies += session.trained(work, trainers[recipient].run(work))
         queue.extend((recipient, "", reply) for reply in replies)
+    if log is not None:
+        log.close()
     if run.error:
         raise run.error
     history: dict[int, dict[str, float]] = {}

@@ -16,6 +16,7 @@ from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.errors import ConfigError, PlanError
 from secure_fedprompt.protocol.homomorphic import SCHEMES
 from secure_fedprompt.protocol.plan import default_threshold, tolerated_colluders
+from secure_fedprompt.protocol.recorder import recorder
 from secure_fedprompt.protocol.settings import ServerSettings
 from secure_fedprompt.server.hub import Hub
 from secure_fedprompt.server.run import Run
@@ -75,7 +76,8 @@ def serve(settings: ServerSettings, json_path: str | None) -> int:
         def count(peer: str, direction: str, kind: str, size: int) -> None:
             store.count(state.round, peer, direction, kind, size)
 
-        hub = Hub(settings.bind, identity, roster, denied, count)
+        log = recorder(folder, settings.audit, settings.audit_mb, identity, me, roster)
+        hub = Hub(settings.bind, identity, roster, denied, count, log)
         try:
             where = "resuming" if state.run else "waiting for"
             console.print(
@@ -85,6 +87,8 @@ def serve(settings: ServerSettings, json_path: str | None) -> int:
             loop(hub, run)
         finally:
             hub.close()
+            if log is not None:
+                log.close()
         if run.error:
             raise run.error
         summary = store.summary()

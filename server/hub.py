@@ -16,6 +16,7 @@ from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.codec import MAX_FRAME
 from secure_fedprompt.protocol.errors import CodecError, ConfigError, PortInUseError
 from secure_fedprompt.protocol.keys import Identity
+from secure_fedprompt.protocol.recorder import Recorder
 from secure_fedprompt.protocol.roster import Roster
 
 DOMAIN = "secure-fedprompt"
@@ -43,6 +44,7 @@ class Hub:
         identity, roster: the server's key and who may connect.
         denied: called, from the authenticator's thread, with the z85 key of a refused connection.
         count: called for each frame with peer, "up" or "down", message type and bytes.
+        recorder: keeps the audit log, if there is one.
 
     Raises:
         PortInUseError: the address is taken; ConfigError: it is not an address.
@@ -55,10 +57,11 @@ class Hub:
         roster: Roster,
         denied: Callable[[str], None] = lambda key: None,
         count: Counter = lambda peer, direction, kind, size: None,
+        recorder: Recorder | None = None,
     ) -> None:
         self._names = {z85.encode(member.curve).decode(): member.name for member in roster.members}
         self._routes: dict[str, bytes] = {}
-        self._count = count
+        self._count, self._recorder = count, recorder
         self.context = zmq.Context()
         self._zap = ThreadAuthenticator(self.context)
         self._zap.start()
@@ -98,10 +101,13 @@ class Hub:
             name = self._names[str(parts[1].get("User-Id"))]
             self._routes[name] = parts[0].bytes
             frame = parts[1].buffer
+            decoded: m.Message | None = None
             try:
-                message: m.Message = m.CATALOGUE.decode(frame)
+                message = decoded = m.CATALOGUE.decode(frame)
             except CodecError as error:
                 message = m.Leave(type(error).__name__, m.line(f"malformed frame: {error}"))
+            if self._recorder is not None:
+                self._recorder.record("in", name, decoded, frame)
             self._count(name, "up", type(message).__name__, len(frame))
             yield name, message
 
@@ -110,11 +116,15 @@ class Hub:
         route = self._routes.get(name)
         if route is None:
             return False
+        if self._recorder is not None and isinstance(message, m.RoundEnd | m.Finish):
+            self.send(name, self._recorder.head(message))
         frame = m.CATALOGUE.encode(message)
         try:
             self._socket.send_multipart([route, frame], zmq.NOBLOCK, copy=False)
         except zmq.ZMQError:
             return False
+        if self._recorder is not None:
+            self._recorder.record("out", name, message, frame)
         self._count(name, "down", type(message).__name__, len(frame))
         return True
 

@@ -144,6 +144,10 @@ class Run:
                 return self.gone(sender, now)
             case m.Initial():
                 return self._initial(sender, message, now)
+            case m.LogHead():
+                identity, body = self.roster.by_name[sender].identity, message.body(sender)
+                verify(identity, Purpose.LOG_HEAD, body, message.signature, sender)
+                return []
         if self.current is None:
             return []
         out = self.current.on(sender, message, now)

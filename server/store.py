@@ -43,7 +43,8 @@ CREATE TABLE IF NOT EXISTS traffic (
 CREATE TABLE IF NOT EXISTS events (at REAL, kind TEXT, text TEXT);
 """
 _FREE = {"key", "roster", "bind", "run_dir", "gather_seconds", "stage_seconds", "training_seconds",
-         "alive_seconds", "max_attempts", "clients", "min_clients", "helper"}  # fmt: skip
+         "alive_seconds", "max_attempts", "clients", "min_clients", "helper",
+         "audit", "audit_mb"}  # fmt: skip
 
 
 class Store:

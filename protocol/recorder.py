@@ -1,0 +1,262 @@
+"""The audit log: every frame that crosses a socket, hash-chained, in a bounded number of bytes.
+
+A log is a folder of segments. ``audit-NNNN.jsonl`` holds one record per line, ``JSON TAB chain``,
+where ``chain = BLAKE2b-256(chain of the record before | JSON)``, 32 zero bytes before the first.
+``frames-NNNN.bin`` holds the frames of the same segment: in mode "full" all, else the signed heads
+of the other ends. Records:
+
+    open     a process began to write: format, name, role, mode, roster
+    frame    way, peer, type, run, round, size, BLAKE2b-256 of the frame, offset if it is kept
+    plan     the fields of a round plan, hex, when its first frame passes
+    segment  first of every later segment, with the chain before it
+    dropped  an old segment was deleted to keep within the limit
+    close    the process ended in order
+
+Both ends sign the head of their chain in a ``LogHead`` at the end of each round, so whoever holds
+the other end's log can tell if this one was rewritten afterwards. What is in a frame went over the
+wire; keys never did.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from secure_fedprompt.protocol import messages as m
+from secure_fedprompt.protocol.codec import encode_fields
+from secure_fedprompt.protocol.errors import ConfigError
+from secure_fedprompt.protocol.expand import Purpose
+from secure_fedprompt.protocol.keys import Identity, Member
+from secure_fedprompt.protocol.roster import Roster
+
+FORMAT = "secure-fedprompt/audit/1"
+START = bytes(32)
+MALFORMED = "malformed"
+Record = dict[str, Any]
+
+
+def link(chain: bytes, text: bytes) -> bytes:
+    """The chain after one more record."""
+    return hashlib.blake2b(chain + text, digest_size=32).digest()
+
+
+def frame_digest(frame: bytes | memoryview) -> str:
+    return hashlib.blake2b(frame, digest_size=32).hexdigest()
+
+
+def run_and_round(message: m.Message) -> tuple[bytes, int]:
+    """What a message says it belongs to; empty and 0 if it does not."""
+    plan = getattr(message, "plan", None)
+    run, number = getattr(message, "run", b""), getattr(message, "round", 0)
+    return (plan.run, plan.round) if plan is not None else (run, number)
+
+
+def recorder(
+    folder: Path, mode: str, megabytes: int, identity: Identity, member: Member, roster: Roster
+) -> Recorder | None:
+    """The log that the settings ``audit`` and ``audit_mb`` ask for, below ``folder``."""
+    if mode == "off":
+        return None
+    return Recorder(folder / "audit", mode, megabytes << 20, identity, member, roster)
+
+
+class Recorder:
+    """Appends to the log of one party.
+
+    Args:
+        folder: of the log; one that exists is continued.
+        mode: "headers", or "full" to keep the frames as well.
+        limit: bytes on disk; old segments go first. A frame beyond an eighth of it is not kept.
+        identity, member, roster: whose log it is, and who the others are.
+        now: seconds since 1970.
+
+    Attributes:
+        records, chain: how many there are, and the chain after the last.
+        server: name of the server on the roster.
+
+    Raises:
+        ConfigError: the folder cannot be written, or holds a damaged log.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        mode: str,
+        limit: int,
+        identity: Identity,
+        member: Member,
+        roster: Roster,
+        now: Callable[[], float] = time.time,
+    ) -> None:
+        self.folder, self._full, self._now = folder, mode == "full", now
+        self._limit, self._part = limit, limit // 8
+        self._identity, self.name = identity, member.name
+        self.server = roster.with_role("server")[0].name
+        self.records, self.chain, self._segment = 0, START, 0
+        self._places: dict[str, int] = {}  # frames that this segment holds already
+        self._planned = b"", 0  # run and round of the last plan on record
+        self._lines: BinaryIO | None = None
+        self._frames: BinaryIO | None = None
+        with _named(folder):
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            cut = self._resume()
+        members = [
+            {"name": x.name, "role": x.role, "identity": x.identity.hex()} for x in roster.members
+        ]
+        self._write(
+            "open", format=FORMAT, name=member.name, role=member.role, mode=mode, cut=cut,
+            roster=members,
+        )  # fmt: skip
+
+    def record(self, way: str, peer: str, message: m.Message | None, frame: Any) -> None:
+        """Append one frame, ``way`` "in" or "out"; ``message`` is None if it does not decode."""
+        run, number = run_and_round(message) if message is not None else (b"", 0)
+        kind = type(message).__name__ if message is not None else MALFORMED
+        size, found = len(frame), frame_digest(frame)
+        fields: Record = {"way": way, "peer": peer, "type": kind, "run": run.hex(),
+                          "round": number, "size": size, "digest": found}  # fmt: skip
+        with _named(self.folder):
+            kept = (self._full or isinstance(message, m.LogHead)) and size <= self._part
+            self._make_room(size if kept and found not in self._places else 0)
+            if kept:
+                fields["offset"] = self._keep(found, frame)
+        self._write("frame", **fields)
+        plan = getattr(message, "plan", None)
+        if plan is not None and (run, number) != self._planned:
+            self._planned = run, number
+            self._write("plan", plan=encode_fields(plan).hex())
+
+    def head(self, message: m.RoundEnd | m.Finish) -> m.LogHead:
+        """The signed head of the log at the end of a round, or of the run (round 0)."""
+        number = message.round if isinstance(message, m.RoundEnd) else 0
+        unsigned = m.LogHead(message.run, number, self.records, self.chain, bytes(64))
+        signature = self._identity.sign(Purpose.LOG_HEAD, unsigned.body(self.name))
+        return m.LogHead(message.run, number, self.records, self.chain, signature)
+
+    def close(self) -> None:
+        if self._lines is not None:
+            self._write("close")
+        self._close_files()
+
+    # -- writing ---------------------------------------------------------------------------------
+
+    def _write(self, kind: str, **fields: Any) -> None:
+        record = {"kind": kind, "n": self.records, "at": round(self._now(), 3), **fields}
+        text = json.dumps(record, separators=(",", ":")).encode()
+        self.chain = link(self.chain, text)
+        self.records += 1
+        assert self._lines is not None
+        with _named(self.folder):
+            self._lines.write(text + b"\t" + self.chain.hex().encode() + b"\n")
+            self._lines.flush()
+
+    def _keep(self, found: str, frame: Any) -> int:
+        """Where the frame is; a broadcast is kept once."""
+        if found not in self._places:
+            assert self._frames is not None
+            self._places[found] = self._frames.tell()
+            self._frames.write(frame)
+            self._frames.flush()
+        return self._places[found]
+
+    def _make_room(self, size: int) -> None:
+        assert self._lines is not None
+        assert self._frames is not None
+        held = self._lines.tell() + self._frames.tell()
+        if held + size <= self._part:
+            return
+        before = self.chain.hex()
+        self._close_files()
+        self._segment += 1
+        self._open_files()
+        self._write("segment", segment=self._segment, previous=before)
+        files = {n: _sizes(self.folder, n) for n in segments(self.folder)}
+        for number in sorted(files)[:-1]:
+            if sum(files.values()) + self._part <= self._limit:
+                break
+            files.pop(number)
+            for path in _paths(self.folder, number):
+                path.unlink(missing_ok=True)
+            self._write("dropped", segment=number)
+
+    def _open_files(self) -> None:
+        lines, frames = _paths(self.folder, self._segment)
+        self._lines, self._frames = _append(lines), _append(frames)
+        self._places = {}
+
+    def _close_files(self) -> None:
+        for file in (self._lines, self._frames):
+            if file is not None:
+                file.close()
+        self._lines = self._frames = None
+
+    def _resume(self) -> int:
+        """Go on where the folder's last segment ends; bytes of a torn last line that are cut."""
+        self._segment = max(segments(self.folder), default=0)
+        path, whole, left = _paths(self.folder, self._segment)[0], 0, b""
+        for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
+            if not line.endswith(b"\n"):
+                left = line
+                break
+            text, _, chain = line.rstrip(b"\n").partition(b"\t")
+            record = _parsed(text)
+            if record.get("kind") == "segment":
+                self.chain = bytes.fromhex(record["previous"])
+            self.chain = link(self.chain, text)
+            self.records = int(record.get("n", -1)) + 1
+            if self.chain.hex().encode() != chain:
+                raise ConfigError(
+                    f"audit log {path} is damaged at record {self.records - 1}: move the folder "
+                    "away and keep it, then start again"
+                )
+            whole += len(line)
+        if left:
+            os.truncate(path, whole)
+        self._open_files()
+        return len(left)
+
+
+@contextlib.contextmanager
+def _named(folder: Path) -> Iterator[None]:
+    """Turns what the disk refuses into one line."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"audit log {folder} cannot be written ({error.strerror}): free the disk, or set "
+            "audit = 'off'"
+        ) from None
+
+
+def segments(folder: Path) -> list[int]:
+    """Numbers of the segments that are there, in order."""
+    return sorted(int(path.stem.partition("-")[2]) for path in folder.glob("audit-[0-9]*.jsonl"))
+
+
+def _paths(folder: Path, segment: int) -> tuple[Path, Path]:
+    return folder / f"audit-{segment:04d}.jsonl", folder / f"frames-{segment:04d}.bin"
+
+
+def _sizes(folder: Path, segment: int) -> int:
+    return sum(path.stat().st_size for path in _paths(folder, segment) if path.exists())
+
+
+def _append(path: Path) -> BinaryIO:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    file = os.fdopen(descriptor, "ab")
+    file.seek(0, os.SEEK_END)
+    return file
+
+
+def _parsed(text: bytes) -> Record:
+    try:
+        record = json.loads(text)
+    except ValueError:
+        return {}
+    return record if isinstance(record, dict) else {}

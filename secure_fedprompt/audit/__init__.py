@@ -1,0 +1,1 @@
+"""Reading, checking and comparing audit logs: ``secure-fedprompt audit``."""

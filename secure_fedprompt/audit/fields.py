@@ -1,0 +1,151 @@
+"""Which fields of the messages are protected, by what, and how large a message should be."""
+
+from __future__ import annotations
+
+import dataclasses
+import struct
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
+
+from secure_fedprompt.protocol import fixedpoint, homomorphic, masking
+from secure_fedprompt.protocol import messages as m
+from secure_fedprompt.protocol.codec import Exact, Number
+from secure_fedprompt.protocol.layout import total_size
+from secure_fedprompt.protocol.packing import Packing
+from secure_fedprompt.protocol.plan import RoundPlan
+
+AEAD = "AES-256-GCM to the recipient"
+SHARE = "a share that is uniform without the other one"
+PROTECTED: dict[type, dict[str, str]] = {
+    m.Shares: {"boxes": AEAD},
+    m.Inbox: {"boxes": AEAD},
+    m.MaskedUpload: {"vector": "pairwise and self masks"},
+    m.KeyGrant: {"grants": AEAD},
+    m.KeyBox: {"grant": AEAD},
+    m.CipherUpload: {"ciphertexts": "homomorphic encryption"},
+    m.CipherSum: {"ciphertexts": "homomorphic encryption"},
+    m.SealedPrompt: {"box": "AES-256-SIV under the cohort key"},
+    m.KeyShares: {"share": SHARE, "box": AEAD},
+    m.HelperOffer: {"offer": "oblivious transfer"},
+    m.HelperAnswer: {"answer": "oblivious transfer"},
+    m.HelperInputs: {"boxes": AEAD},
+    m.HelperChoices: {"choices": "oblivious transfer"},
+    m.HelperTables: {"tables": "garbled circuit"},
+    m.HelperOutcome: {"boxes": AEAD},
+    m.Outcome: {"share": SHARE, "box": AEAD},
+}
+SEALED_PROMPT = "AES-256-SIV under the cohort key"
+HEADER = 2
+
+
+def protected(message: m.Message, plan: RoundPlan | None) -> dict[str, str]:
+    """Fields of a message that are protected, and by what."""
+    found = dict(PROTECTED.get(type(message), {}))
+    sealed = plan is not None and plan.encrypted
+    if isinstance(message, m.Plan) and sealed and message.plan.learning_round > 1:
+        found["base"] = SEALED_PROMPT
+    if isinstance(message, m.Finish) and sealed:
+        found["vector"] = SEALED_PROMPT
+    return found
+
+
+def in_the_clear(message: m.Message, plan: RoundPlan | None) -> list[str]:
+    """The other fields."""
+    hidden = protected(message, plan)
+    return [f.name for f in dataclasses.fields(message) if f.name not in hidden]  # type: ignore[arg-type]
+
+
+def leaves(message: m.Message, plan: RoundPlan | None) -> Iterator[tuple[str, Any]]:
+    """Every value in the clear, however deep, with its path: numbers, strings and bytes."""
+    for name in in_the_clear(message, plan):
+        yield from _leaves(name, getattr(message, name))
+
+
+def _leaves(path: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, tuple):
+        for item in value:
+            yield from _leaves(path, item)
+    elif dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            yield from _leaves(f"{path}.{field.name}", getattr(value, field.name))
+    else:
+        yield path, value
+
+
+# -- sizes -----------------------------------------------------------------------------------------
+
+Size = Callable[[RoundPlan, str], int]
+
+
+def _boxes(plan: RoundPlan, name: str) -> int:
+    near = masking.neighbourhoods(plan).get(name, plan.cohort)
+    return m.BOX * (len(near) - 1)
+
+
+def _names(plan: RoundPlan, without: str = "") -> int:
+    return 4 + sum(2 + len(n.encode()) for n in plan.cohort if n != without)
+
+
+def _advert(name: str) -> int:
+    return 16 + 4 + 2 + len(name.encode()) + 32 * 3 + 64
+
+
+def _ciphertexts(plan: RoundPlan, size: int) -> int:
+    scheme = homomorphic.scheme(plan.protection, plan.parameters)
+    slots = Packing.of(plan.layout, scheme.limit, plan.parameters.clients).slots
+    return 4 + -(-slots // scheme.slots) * (4 + size)
+
+
+_ROUND = 16 + 4
+_SIZES: dict[type, Size] = {
+    m.MaskedUpload: lambda plan, name: _ROUND + 4 + fixedpoint.wire_size(plan.layout),
+    m.PlainUpload: lambda plan, name: _ROUND + 4 + 8 * total_size(plan.layout),
+    m.Advert: lambda plan, name: _advert(name),
+    m.Adverts: lambda plan, name: _ROUND + 4 + sum(map(_advert, plan.cohort)),
+    m.Shares: lambda plan, name: _ROUND + 4 + _boxes(plan, name),
+    m.Inbox: lambda plan, name: _ROUND + _names(plan, name) + 4 + _boxes(plan, name),
+    m.SurvivorList: lambda plan, name: _ROUND + _names(plan),
+    m.Reveal: lambda plan, name: (
+        _ROUND + 4 + 32 * len(masking.neighbourhoods(plan).get(name, plan.cohort))
+    ),
+    m.UnmaskRequest: lambda plan, name: (
+        _ROUND + 4 + sum(66 + len(n.encode()) for n in plan.cohort[: plan.quorum]) + 4
+    ),
+    m.CipherUpload: lambda plan, name: (
+        _ROUND + 32 + 64 + _ciphertexts(plan, homomorphic.fresh_size(plan.parameters))
+    ),
+    m.CipherSum: lambda plan, name: (
+        _ROUND + _names(plan) + _ciphertexts(plan, homomorphic.summed_size(plan.parameters))
+    ),
+    m.RoundEnd: lambda plan, name: _ROUND + 2,
+}
+
+
+def expected_size(kind: type, plan: RoundPlan | None, client: str) -> int | None:
+    """Bytes of a message to or from a client, in a round in which nobody drops out.
+
+    Ciphertexts count with their largest size, before SEAL compresses them.
+
+    Returns:
+        None where the size depends on more than the plan.
+    """
+    fixed = fixed_size(kind)
+    if fixed is not None:
+        return HEADER + fixed
+    if plan is None or kind not in _SIZES:
+        return None
+    return HEADER + _SIZES[kind](plan, client)
+
+
+def fixed_size(kind: type) -> int | None:
+    """Bytes of a message whose fields all have a fixed width."""
+    total = 0
+    for hint in get_type_hints(kind, include_extras=True).values():
+        match get_args(hint)[1] if get_origin(hint) is Annotated else None:
+            case Number(form):
+                total += struct.calcsize(form)
+            case Exact(size):
+                total += size
+            case _:
+                return None
+    return total

@@ -1,0 +1,54 @@
+"""What an audit says: findings with a level, a place and a sentence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Level(StrEnum):
+    """FAIL: a promise is broken, or the record is. WARN: look at it. NOTE: good to know."""
+
+    FAIL = "fail"
+    WARN = "warn"
+    NOTE = "note"
+
+
+CHECKS = {
+    "chain": "records follow each other as their chain says",
+    "frames": "kept frames are the ones recorded, and decode",
+    "heads": "signed heads agree with the logs that they are of",
+    "cross-check": "what one end says it sent is what the other says it received",
+    "catalogue": "every frame is a message of the catalogue",
+    "plans": "everybody was sent the same plan, and rounds followed it",
+    "protection": "what the plan protects was sent under its protection",
+    "keys": "no key material beside the messages that carry it sealed",
+    "uniformity": "protected payloads look uniform (finds accidents, proves no secrecy)",
+    "private values": "values that only the client knows are nowhere in the clear",
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One result of one check.
+
+    Attributes:
+        check: key of ``CHECKS``; where: log, and record or round, as far as known.
+    """
+
+    level: Level
+    check: str
+    where: str
+    text: str
+
+
+def failed(check: str, where: str, text: str) -> Finding:
+    return Finding(Level.FAIL, check, where, text)
+
+
+def warned(check: str, where: str, text: str) -> Finding:
+    return Finding(Level.WARN, check, where, text)
+
+
+def noted(check: str, where: str, text: str) -> Finding:
+    return Finding(Level.NOTE, check, where, text)

@@ -1,0 +1,209 @@
+"""Whether a run keeps the promises of its row in "who learns what"."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+
+from secure_fedprompt.audit import uniformity
+from secure_fedprompt.audit.fields import leaves
+from secure_fedprompt.audit.findings import Finding, failed, noted, warned
+from secure_fedprompt.audit.log import Entry, Log
+from secure_fedprompt.protocol import homomorphic
+from secure_fedprompt.protocol import messages as m
+from secure_fedprompt.protocol.errors import SecureFedPromptError
+from secure_fedprompt.protocol.plan import RoundPlan
+from secure_fedprompt.protocol.recorder import MALFORMED
+
+UPLOADS = {"masks": "MaskedUpload", "bfv": "CipherUpload", "ckks": "CipherUpload",
+           "none": "PlainUpload"}  # fmt: skip
+MASKING = {"Advert", "Adverts", "Shares", "Inbox", "SurvivorList", "Consistent", "UnmaskRequest",
+           "Reveal"}  # fmt: skip
+KEYING = {"KeyRequest", "KeyGrant", "KeyBox", "CipherSum", "Opened", "SealedRequest",
+          "SealedPrompt"}  # fmt: skip
+SELECTING = {cls.__name__ for cls in (*m.TO_HELPER, *m.FROM_HELPER, m.KeyShares, m.Outcome)}
+COMMON = {"Plan", "RoundEnd", "Withdraw", "LogHead"}
+ALLOWED = {
+    "masks": COMMON | MASKING | {"MaskedUpload"},
+    "bfv": COMMON | KEYING | {"CipherUpload"},
+    "ckks": COMMON | KEYING | {"CipherUpload"},
+    "none": COMMON | {"PlainUpload"},
+}
+SEAL_MAGIC = b"\xa1\x5e"
+_KEY_SIZE = 1 << 10  # a SEAL key is larger than this
+Decoded = Sequence[tuple[Entry, m.Message]]
+
+
+def check_promises(log: Log, run: str) -> Iterator[Finding]:
+    """All checks of one log for one run; those that need the frames only if they were kept."""
+    entries = [entry for entry in log.entries if entry.run == run]
+    decoded = list(log.messages(run))
+    yield from _catalogue(log)
+    yield from _plans(log, run, decoded)
+    yield from _protection(log, run, entries)
+    if log.mode == "full":
+        yield from _masks(log, run, decoded)
+        yield from _keys(log, run, decoded)
+        yield from _uniform(log, run, decoded)
+    else:
+        yield warned(
+            "uniformity", log.name, 'the log holds headers only: payloads, keys and lists were not '
+            'looked at (set audit = "full")',
+        )  # fmt: skip
+
+
+def _catalogue(log: Log) -> Iterator[Finding]:
+    known = {cls.__name__ for cls in m.CATALOGUE.types.values()}
+    for entry in log.entries:
+        if entry.kind == MALFORMED or entry.kind not in known:
+            text = f"{entry.size} bytes from {entry.peer} are no message of the catalogue"
+            if entry.kind != MALFORMED:
+                text = f"message type {entry.kind!r} is not in the catalogue"
+            yield failed("catalogue", f"{log.name}: record {entry.n}", text)
+
+
+def _plans(log: Log, run: str, decoded: Decoded) -> Iterator[Finding]:
+    sent: dict[int, set[bytes]] = defaultdict(set)
+    for _, message in decoded:
+        if isinstance(message, m.Plan | m.HelperPlan):
+            sent[message.plan.round].add(message.plan.digest)
+    for number, digests in sent.items():
+        if len(digests) > 1:
+            text = f"{len(digests)} different plans of one round"
+            yield failed("plans", f"{log.name}: round {number}", text)
+    for (of, number), plan in log.plans.items():
+        if of != run:
+            continue
+        try:
+            plan.check()
+        except SecureFedPromptError as error:
+            yield failed("plans", f"{log.name}: round {number}", str(error))
+        if len(plan.cohort) < 3 or plan.quorum < 2:
+            text = (
+                f"cohort of {len(plan.cohort)}, quorum {plan.quorum}: a sum is a subtraction away"
+            )
+            yield failed("plans", f"{log.name}: round {number}", text)
+    protections = {plan.protection for (of, _), plan in log.plans.items() if of == run}
+    if len(protections) > 1:
+        text = f"the run changed its protection: {', '.join(sorted(protections))}"
+        yield failed("plans", log.name, text)
+    if not protections:
+        yield warned("plans", log.name, "no plan of this run is on record")
+
+
+def _protection(log: Log, run: str, entries: list[Entry]) -> Iterator[Finding]:
+    """Only messages of the row's protection, and one upload per client and round."""
+    uploads = defaultdict[tuple[int, str], int](int)
+    for entry in entries:
+        plan = log.plans.get((run, entry.round))
+        where = f"{log.name}: record {entry.n}, round {entry.round}"
+        if entry.kind in UPLOADS.values():
+            who = entry.peer if entry.way == "in" else log.name
+            uploads[entry.round, who] += 1
+            if plan is None:
+                yield warned("protection", where, f"{entry.kind} in a round without a plan")
+        if plan is None or not entry.round:
+            continue
+        allowed = ALLOWED[plan.protection] | (SELECTING if plan.selecting else set())
+        if entry.kind not in allowed:
+            text = f"{entry.kind} has no place in a round under {plan.protection}"
+            yield failed("protection", where, text)
+        if entry.kind == "PlainUpload":
+            who = entry.peer if entry.way == "in" else log.name
+            text = f"update, image count and metrics of {who} in the clear"
+            yield failed("protection", where, text)
+    for (number, who), count in uploads.items():
+        if count > 1:
+            text = f"{count} uploads of {who}: their difference may show what masks hide"
+            yield failed("protection", f"{log.name}: round {number}", text)
+
+
+def _masks(log: Log, run: str, decoded: Decoded) -> Iterator[Finding]:
+    """One survivor list a round for everybody, long enough, and nobody on both lists."""
+    lists: dict[int, set[tuple[str, ...]]] = defaultdict(set)
+    dropped: dict[int, set[str]] = defaultdict(set)
+    for _, message in decoded:
+        if isinstance(message, m.SurvivorList):
+            lists[message.round].add(message.survivors)
+        if isinstance(message, m.UnmaskRequest):
+            dropped[message.round] |= set(message.dropped)
+    for number, found in lists.items():
+        where = f"{log.name}: round {number}"
+        if len(found) > 1:
+            text = f"{len(found)} different survivor lists: sums over both could be subtracted"
+            yield failed("protection", where, text)
+        plan = log.plans.get((run, number))
+        for survivors in found:
+            if both := sorted(set(survivors) & dropped[number]):
+                text = f"{', '.join(both)} on the lists of survivors and of dropped clients"
+                yield failed("protection", where, text)
+            if plan and len(survivors) < plan.quorum:
+                text = f"a sum over {len(survivors)} clients, the quorum is {plan.quorum}"
+                yield failed("protection", where, text)
+
+
+def _keys(log: Log, run: str, decoded: Decoded) -> Iterator[Finding]:
+    """SEAL objects only where the catalogue has ciphertexts, and contexts that are public."""
+    for entry, message in decoded:
+        plan = log.plans.get((run, entry.round))
+        where = f"{log.name}: record {entry.n}, round {entry.round}"
+        context = None
+        if isinstance(message, m.KeyGrant):
+            context = bytes(message.context)
+            yield from _context(where, plan, context, entry.peer)
+        for path, value in leaves(message, plan):
+            data = bytes(value) if isinstance(value, bytes | memoryview) else b""
+            if len(data) > _KEY_SIZE and data != context and data[:2] == SEAL_MAGIC:
+                text = (
+                    f"{type(message).__name__}.{path}: {len(data)} bytes that begin as a SEAL key"
+                )
+                yield failed("keys", where, text)
+
+
+def _context(where: str, plan: RoundPlan | None, data: bytes, peer: str) -> Iterator[Finding]:
+    if plan is None or not plan.encrypted:
+        yield failed("keys", where, f"a key grant by {peer} in a round without encryption")
+        return
+    try:
+        homomorphic.scheme(plan.protection, plan.parameters).check_context(data)
+    except SecureFedPromptError as error:
+        yield failed("keys", where, f"{type(error).__name__}: {error}")
+
+
+def _uniform(log: Log, run: str, decoded: Decoded) -> Iterator[Finding]:
+    found: list[uniformity.Payload] = []
+    for entry, message in decoded:
+        plan = log.plans.get((run, entry.round))
+        who = entry.peer if entry.way == "in" else log.name
+        if plan is None:
+            continue
+        try:
+            found += uniformity.payloads(message, plan, who)
+        except SecureFedPromptError as error:
+            where = f"{log.name}: record {entry.n}, round {entry.round}"
+            yield failed("uniformity", where, f"upload of {who} is not what the plan says: {error}")
+    yield from uniformity.check_uniformity(found)
+
+
+def check_pooled(logs: Sequence[Log]) -> Iterator[Finding]:
+    """What logs must not lie together."""
+    roles = {log.role for log in logs if log.mode == "full"}
+    helps = any(plan.selecting for log in logs for plan in log.plans.values())
+    helpers = {p.selection.helper for log in logs for p in log.plans.values()} & {
+        log.name for log in logs if log.mode == "full"
+    }
+    if helps and "server" in roles and helpers:
+        text = (
+            "server and helper logs with frames in one place open every selection share: audit "
+            "them apart, or delete one"
+        )
+        yield warned("keys", ", ".join(log.name for log in logs), text)
+
+
+def row_of(log: Log, run: str) -> Iterator[Finding]:
+    """The row of the table that was checked."""
+    for (of, _), plan in sorted(log.plans.items(), key=lambda item: item[0][1]):
+        if of == run:
+            chosen = f", selection {plan.selection.kind}" if plan.selecting else ""
+            yield noted("protection", log.name, f"row: {plan.protection}{chosen}")
+            return
