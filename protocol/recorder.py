@@ -8,8 +8,8 @@ of the other ends. Records:
     open     a process began to write: format, name, role, mode, roster
     frame    way, peer, type, run, round, size, BLAKE2b-256 of the frame, offset if it is kept
     plan     the fields of a round plan, hex, when its first frame passes
-    segment  first of every later segment, with the chain before it
-    dropped  an old segment was deleted to keep within the limit
+    segment  first of every later segment: as open, with the chain before it
+    dropped  segments up to this one were deleted to keep within the limit
     close    the process ended in order
 
 Both ends sign the head of their chain in a ``LogHead`` at the end of each round, so whoever holds
@@ -109,10 +109,10 @@ class Recorder:
         members = [
             {"name": x.name, "role": x.role, "identity": x.identity.hex()} for x in roster.members
         ]
-        self._write(
-            "open", format=FORMAT, name=member.name, role=member.role, mode=mode, cut=cut,
-            roster=members,
-        )  # fmt: skip
+        self._about: Record = {"format": FORMAT, "name": member.name, "role": member.role,
+                               "mode": mode, "roster": members}  # fmt: skip
+        self._write("open", cut=cut, **self._about)
+        self._begun = self._held()
 
     def record(self, way: str, peer: str, message: m.Message | None, frame: Any) -> None:
         """Append one frame, ``way`` "in" or "out"; ``message`` is None if it does not decode."""
@@ -166,16 +166,14 @@ class Recorder:
         return self._places[found]
 
     def _make_room(self, size: int) -> None:
-        assert self._lines is not None
-        assert self._frames is not None
-        held = self._lines.tell() + self._frames.tell()
-        if held + size <= self._part:
+        if self._held() - self._begun + size <= self._part:
             return
         before = self.chain.hex()
         self._close_files()
         self._segment += 1
         self._open_files()
-        self._write("segment", segment=self._segment, previous=before)
+        self._write("segment", segment=self._segment, previous=before, **self._about)
+        self._begun = self._held()
         files = {n: _sizes(self.folder, n) for n in segments(self.folder)}
         for number in sorted(files)[:-1]:
             if sum(files.values()) + self._part <= self._limit:
@@ -184,6 +182,12 @@ class Recorder:
             for path in _paths(self.folder, number):
                 path.unlink(missing_ok=True)
             self._write("dropped", segment=number)
+
+    def _held(self) -> int:
+        """Bytes in this segment."""
+        assert self._lines is not None
+        assert self._frames is not None
+        return self._lines.tell() + self._frames.tell()
 
     def _open_files(self) -> None:
         lines, frames = _paths(self.folder, self._segment)

@@ -19,6 +19,7 @@ from secure_fedprompt.protocol.recorder import (
     Record,
     frame_digest,
     link,
+    run_and_round,
     segments,
 )
 
@@ -139,11 +140,27 @@ class Log:
         """Hold every kept frame against its record; what differs goes to ``faults``."""
         for entry in self.entries:
             frame = self.frame(entry)
-            if frame is not None and frame_digest(frame) != entry.digest:
-                assert entry.place is not None
-                where = f"frames-{entry.place[0]:04d}.bin, byte {entry.place[1]}"
+            if frame is None or entry.place is None:
+                continue
+            where = f"frames-{entry.place[0]:04d}.bin, byte {entry.place[1]}"
+            if frame_digest(frame) != entry.digest:
                 what = f"frame of record {entry.n} ({entry.kind}) is not the one recorded"
                 self.faults.append(Fault(where, entry.n, what))
+                continue
+            says = entry.kind, entry.run, entry.round
+            if (found := _described(frame)) != says:
+                what = f"frame of record {entry.n} is {found}, the record says {says}"
+                self.faults.append(Fault(where, entry.n, what))
+
+
+def _described(frame: bytes) -> tuple[str, str, int]:
+    """Type, run and round of a frame."""
+    try:
+        message: m.Message = m.CATALOGUE.decode(frame)
+    except CodecError:
+        return MALFORMED, "", 0
+    run, number = run_and_round(message)
+    return type(message).__name__, run.hex(), number
 
 
 class _Reader:
@@ -151,7 +168,7 @@ class _Reader:
 
     def __init__(self, log: Log) -> None:
         self.log, self.chain, self.next = log, START, 0
-        self.dropped: set[int] = set()
+        self.dropped = -1  # segments up to this one
 
     def read(self, numbers: list[int]) -> None:
         log = self.log
@@ -165,7 +182,7 @@ class _Reader:
             if rest and segment != numbers[-1]:
                 log.faults.append(Fault(name, self.next, "the segment ends within a record"))
         log.chains[self.next] = self.chain.hex()
-        missing = set(range(numbers[-1])) - set(numbers) - self.dropped
+        missing = set(range(self.dropped + 1, numbers[-1])) - set(numbers)
         for segment in sorted(missing):
             what = f"segment {segment} is missing and no record says that it was dropped"
             log.faults.append(Fault(f"audit-{segment:04d}.jsonl", -1, what))
@@ -206,7 +223,7 @@ class _Reader:
         log = self.log
         log.closed = record["kind"] == "close"
         match record["kind"]:
-            case "open":
+            case "open" | "segment":
                 if record["format"] != FORMAT:
                     raise ConfigError(
                         f"audit log {log.folder} is of format {record['format']!r}; this program "
@@ -216,7 +233,7 @@ class _Reader:
                 log.roster = {
                     str(x["name"]): (str(x["role"]), str(x["identity"])) for x in record["roster"]
                 }
-                log.opened += 1
+                log.opened += record["kind"] == "open"
             case "frame":
                 place = (segment, int(record["offset"])) if "offset" in record else None
                 log.entries.append(Entry(
@@ -228,7 +245,7 @@ class _Reader:
                 plan = decode_fields(RoundPlan, bytes.fromhex(record["plan"]))
                 log.plans[plan.run.hex(), plan.round] = plan
             case "dropped":
-                self.dropped.add(int(record["segment"]))
+                self.dropped = max(self.dropped, int(record["segment"]))
 
 
 def _parse(text: bytes) -> dict[str, Any] | None:

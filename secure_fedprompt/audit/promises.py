@@ -6,7 +6,6 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 from secure_fedprompt.audit import uniformity
-from secure_fedprompt.audit.fields import leaves
 from secure_fedprompt.audit.findings import Finding, failed, noted, warned
 from secure_fedprompt.audit.log import Entry, Log
 from secure_fedprompt.protocol import homomorphic
@@ -29,8 +28,7 @@ ALLOWED = {
     "ckks": COMMON | KEYING | {"CipherUpload"},
     "none": COMMON | {"PlainUpload"},
 }
-SEAL_MAGIC = b"\xa1\x5e"
-_KEY_SIZE = 1 << 10  # a SEAL key is larger than this
+SEAL_HEADER = b"\x5e\xa1\x10"  # magic number, and 16 bytes of header
 Decoded = Sequence[tuple[Entry, m.Message]]
 
 
@@ -147,17 +145,25 @@ def _keys(log: Log, run: str, decoded: Decoded) -> Iterator[Finding]:
     for entry, message in decoded:
         plan = log.plans.get((run, entry.round))
         where = f"{log.name}: record {entry.n}, round {entry.round}"
-        context = None
+        frame = log.frame(entry) or b""
         if isinstance(message, m.KeyGrant):
             context = bytes(message.context)
+            frame = frame.replace(context, b"")
             yield from _context(where, plan, context, entry.peer)
-        for path, value in leaves(message, plan):
-            data = bytes(value) if isinstance(value, bytes | memoryview) else b""
-            if len(data) > _KEY_SIZE and data != context and data[:2] == SEAL_MAGIC:
-                text = (
-                    f"{type(message).__name__}.{path}: {len(data)} bytes that begin as a SEAL key"
-                )
-                yield failed("keys", where, text)
+        if not isinstance(message, m.CipherUpload | m.CipherSum) and _holds_seal(frame):
+            text = f"{type(message).__name__} holds a SEAL object, and should hold none: a key?"
+            yield failed("keys", where, text)
+
+
+def _holds_seal(frame: bytes) -> bool:
+    """Whether the header of a SEAL object is anywhere: magic, header size, and a size that fits."""
+    at = frame.find(SEAL_HEADER)
+    while at >= 0:
+        size = int.from_bytes(frame[at + 8 : at + 16], "little")
+        if 16 < size <= len(frame) - at:
+            return True
+        at = frame.find(SEAL_HEADER, at + 1)
+    return False
 
 
 def _context(where: str, plan: RoundPlan | None, data: bytes, peer: str) -> Iterator[Finding]:
@@ -202,8 +208,8 @@ def check_pooled(logs: Sequence[Log]) -> Iterator[Finding]:
 
 def row_of(log: Log, run: str) -> Iterator[Finding]:
     """The row of the table that was checked."""
-    for (of, _), plan in sorted(log.plans.items(), key=lambda item: item[0][1]):
-        if of == run:
-            chosen = f", selection {plan.selection.kind}" if plan.selecting else ""
-            yield noted("protection", log.name, f"row: {plan.protection}{chosen}")
-            return
+    plans = [plan for (of, _), plan in log.plans.items() if of == run]
+    kinds = {plan.selection.kind for plan in plans if plan.selecting}
+    for protection in {plan.protection for plan in plans}:
+        chosen = f", selection {', '.join(sorted(kinds))}" if kinds else ""
+        yield noted("protection", log.name, f"row: {protection}{chosen}")

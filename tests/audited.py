@@ -1,0 +1,98 @@
+"""A federation in memory whose ends all keep audit logs, as their sockets would."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from federation import Toy, World
+from rounds import identity, names
+
+from secure_fedprompt.audit.log import Log
+from secure_fedprompt.clients.session import Work
+from secure_fedprompt.protocol import messages as m
+from secure_fedprompt.protocol.averaging import Prompt
+from secure_fedprompt.protocol.layout import TensorSpec, Values
+from secure_fedprompt.protocol.recorder import Recorder
+
+Tap = Callable[[str, str, m.Message], m.Message]
+WIDTH = 160  # values of an update: enough to test for uniformity
+
+
+class Wide(Toy):
+    """A toy with an update that statistics can look at."""
+
+    def tensors(self) -> tuple[TensorSpec, ...]:
+        return (TensorSpec("ctx", (10, WIDTH // 10)),)
+
+    def initial(self) -> Prompt:
+        return np.full(WIDTH, 0.5, np.float32)
+
+    def run(self, work: Work) -> tuple[Values, float]:
+        values: dict[str, Any] = {k: np.float64(4) for k in ("seen", "correct", "loss")}
+        if work.plan.training:
+            noise = np.random.default_rng([int(self.weight), work.plan.round]).normal(
+                0, 0.01, WIDTH
+            )
+            values["ctx"] = (0.1 * (self.target - work.base) + noise).reshape(10, -1)
+        self.sent = values
+        return values, self.weight
+
+
+def untouched(sender: str, recipient: str, message: m.Message) -> m.Message:
+    return message
+
+
+def federate(
+    folder: Path,
+    tap: Tap = untouched,
+    *,
+    n: int = 4,
+    mode: str = "full",
+    until: Any = lambda world, message: False,
+    close: bool = True,
+    **changes: Any,
+) -> tuple[World, dict[str, Path]]:
+    """A run whose frames pass ``tap`` before they are recorded at both ends.
+
+    Returns:
+        the federation and each end's log folder.
+    """
+    world = World(folder / "run", n, **{"rounds": 2, "min_clients": 3, **changes})
+    world.toys = {name: Wide(i / 10, 10.0 + i) for i, name in enumerate(names(n))}
+    logs = {
+        name: Recorder(folder / name / "audit", mode, 1 << 30, identity(name),
+                       world.roster.by_name[name], world.roster)
+        for name in ("server", *names(n))
+    }  # fmt: skip
+
+    def record(sender: str, recipient: str, message: m.Message) -> m.Message:
+        ends = isinstance(message, m.RoundEnd | m.Finish)
+        if ends and not sender:
+            passed("server", recipient, logs["server"].head(message))
+        message = tap(sender, recipient, message)
+        passed(sender or "server", recipient or "server", message)
+        if ends and not sender:
+            passed(recipient, "server", logs[recipient].head(message))
+        return message
+
+    def passed(sender: str, recipient: str, message: m.Message) -> None:
+        frame = m.CATALOGUE.encode(message)
+        logs[sender].record("out", recipient, message, frame)
+        logs[recipient].record("in", sender, message, frame)
+
+    world.tamper = record
+    for name in names(n):
+        world.join(name)
+    with contextlib.suppress(AssertionError):  # a spoilt run may come to a standstill
+        world.pump(until)
+    for log in logs.values():
+        log.close() if close else log._close_files()
+    return world, {name: folder / name for name in logs}
+
+
+def read(folders: dict[str, Path], *which: str) -> list[Log]:
+    return [Log.read(folders[name]) for name in which]

@@ -1,0 +1,298 @@
+"""The audit log on disk: chain, rotation, restarts; and heads over real sockets."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import subprocess
+import sys
+import time
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rounds import identity, roster
+
+from secure_fedprompt.audit.compare import check_pair
+from secure_fedprompt.audit.findings import Level
+from secure_fedprompt.audit.log import Log
+from secure_fedprompt.clients.link import CurveLink
+from secure_fedprompt.protocol import errors
+from secure_fedprompt.protocol import messages as m
+from secure_fedprompt.protocol.recorder import Recorder, recorder
+from secure_fedprompt.server.hub import Hub
+
+RUN = b"r" * 16
+
+
+def made(folder: Path, mode: str = "full", limit: int = 1 << 24, name: str = "c001") -> Recorder:
+    known = roster(3)
+    return Recorder(folder, mode, limit, identity(name), known.by_name[name], known, lambda: 7.0)
+
+
+def put(log: Recorder, *messages: m.Message, way: str = "out") -> None:
+    for message in messages:
+        log.record(way, "server", message, m.CATALOGUE.encode(message))
+
+
+def upload(number: int, size: int = 40) -> m.MaskedUpload:
+    return m.MaskedUpload(RUN, number, hashlib.shake_128(bytes([number % 256])).digest(size))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A closed log of an opening, six frames and a closing record."""
+    log = made(tmp_path / "log")
+    put(log, m.Alive(), *(upload(i) for i in range(1, 6)))
+    log.close()
+    return tmp_path / "log"
+
+
+def lines_of(folder: Path) -> list[bytes]:
+    return (folder / "audit-0000.jsonl").read_bytes().splitlines(keepends=True)
+
+
+def rewrite(folder: Path, lines: list[bytes]) -> Log:
+    (folder / "audit-0000.jsonl").write_bytes(b"".join(lines))
+    return Log.read(folder)
+
+
+def test_what_is_written_is_read_back(folder: Path) -> None:
+    log = Log.read(folder)
+    assert (log.name, log.role, log.mode, log.opened, log.closed) == (
+        "c001",
+        "client",
+        "full",
+        1,
+        True,
+    )
+    assert not log.faults
+    assert [entry.kind for entry in log.entries] == ["Alive"] + 5 * ["MaskedUpload"]
+    assert [entry.round for entry in log.entries] == [0, 1, 2, 3, 4, 5]
+    assert log.runs == [RUN.hex()]
+    for entry, message in log.messages(RUN.hex()):
+        assert message == upload(entry.round)
+        assert entry.size == len(m.CATALOGUE.encode(message))
+    for path in folder.iterdir():
+        assert path.stat().st_mode & 0o077 == 0
+
+
+def test_the_chain_is_what_the_format_says(folder: Path) -> None:
+    chain = bytes(32)
+    for line in lines_of(folder):
+        text, found = line.rstrip(b"\n").split(b"\t")
+        chain = hashlib.blake2b(chain + text, digest_size=32).digest()
+        assert chain.hex().encode() == found
+        json.loads(text)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "record", "what"),
+    [
+        (lambda x: [*x[:3], x[3].replace(b'"size":66', b'"size":67'), *x[4:]], 3, "altered"),
+        (lambda x: [*x[:3], *x[4:]], 4, "records 3 to 3 are missing"),
+        (lambda x: [*x[:3], x[4], x[3], *x[5:]], 4, "records 3 to 3 are missing"),
+        (lambda x: [*x[:4], x[3], *x[4:]], 3, "moved or added"),
+        (lambda x: [*x[:3], b"{}\t00\n", *x[4:]], 3, "not a record"),
+        (lambda x: [*x[:2], x[2].replace(b'"way":"out",', b""), *x[3:]], 2, "altered"),
+    ],
+)
+def test_damage_is_located(folder: Path, spoil: Any, record: int, what: str) -> None:
+    lines = lines_of(folder)
+    spoilt = spoil(lines)
+    assert spoilt != lines
+    fault = rewrite(folder, spoilt).faults[0]
+    assert fault.record == record
+    assert what in fault.what
+    assert fault.where.startswith("audit-0000.jsonl, line ")
+
+
+def test_a_cut_log_lacks_its_end(folder: Path) -> None:
+    lines = lines_of(folder)
+    assert not rewrite(folder, lines[:-1]).closed
+    torn = rewrite(folder, [*lines[:-1], lines[-1][:-5]])
+    assert torn.torn
+    assert not torn.closed
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_no_flipped_bit_goes_unnoticed(data: st.DataObject) -> None:
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        log = made(folder)
+        put(log, m.Alive(), upload(1), upload(2))
+        log.close()
+        path = folder / data.draw(st.sampled_from(("audit-0000.jsonl", "frames-0000.bin")))
+        content = bytearray(path.read_bytes())
+        at = data.draw(st.integers(0, len(content) - 1))
+        content[at] ^= 1 << data.draw(st.integers(0, 7))
+        path.write_bytes(content)
+        try:
+            found = Log.read(folder)
+        except errors.ConfigError:  # the format's own name
+            return
+        found.check_frames()
+        assert found.faults or found.torn or not found.closed
+
+
+def test_a_frame_that_was_swapped_is_located(folder: Path) -> None:
+    path = folder / "frames-0000.bin"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    log = Log.read(folder)
+    assert not log.faults
+    log.check_frames()
+    assert [fault.record for fault in log.faults] == [6]
+    assert "MaskedUpload" in log.faults[0].what
+
+
+def test_a_restart_goes_on_with_the_chain(folder: Path) -> None:
+    lines = lines_of(folder)
+    (folder / "audit-0000.jsonl").write_bytes(b"".join(lines[:-1]) + b'{"kind":"fra')
+    log = made(folder)
+    put(log, upload(9))
+    log.close()
+    read = Log.read(folder)
+    assert not read.faults
+    assert (read.opened, read.closed) == (2, True)
+    assert [entry.n for entry in read.entries] == [1, 2, 3, 4, 5, 6, 8]
+    assert b'"cut":12' in lines_of(folder)[7]
+
+
+def test_a_damaged_log_is_not_continued(folder: Path) -> None:
+    lines = lines_of(folder)
+    (folder / "audit-0000.jsonl").write_bytes(b"".join([*lines[:3], *lines[4:]]))
+    with pytest.raises(errors.ConfigError, match="damaged at record 4: move the folder"):
+        made(folder)
+
+
+def test_headers_keep_no_frames_but_heads(tmp_path: Path) -> None:
+    log = made(tmp_path, "headers")
+    put(log, upload(1), log.head(m.RoundEnd(RUN, 1, "")))
+    log.close()
+    read = Log.read(tmp_path)
+    assert [read.frame(entry) is not None for entry in read.entries] == [False, True]
+    kept = (tmp_path / "frames-0000.bin").read_bytes()
+    assert bytes(upload(1).vector) not in kept
+
+
+def test_a_broadcast_is_kept_once(tmp_path: Path) -> None:
+    log = made(tmp_path)
+    put(log, upload(1), upload(1), upload(2))
+    log.close()
+    assert (tmp_path / "frames-0000.bin").stat().st_size == 2 * 66
+    assert [entry.place for entry in Log.read(tmp_path).entries] == [(0, 0), (0, 0), (0, 66)]
+
+
+def test_the_disk_use_is_bounded_and_the_rest_still_verifies(tmp_path: Path) -> None:
+    limit = 1 << 16
+    log = made(tmp_path, limit=limit)
+    for i in range(300):
+        put(log, upload(i, 1000))
+        held = sum(path.stat().st_size for path in tmp_path.iterdir())
+        assert held <= limit + 2048
+    log.close()
+    read = Log.read(tmp_path)
+    assert not read.faults
+    assert read.first > 0
+    assert read.chains[read.first]
+    assert all(read.frame(entry) for entry in read.entries)
+    numbers = sorted(tmp_path.glob("audit-*.jsonl"))
+    numbers[1].unlink()
+    assert any("missing" in fault.what for fault in Log.read(tmp_path).faults)
+
+
+def test_a_frame_beyond_the_limit_is_recorded_and_not_kept(tmp_path: Path) -> None:
+    log = made(tmp_path, limit=1 << 16)
+    put(log, upload(1, 20_000))
+    log.close()
+    (entry,) = Log.read(tmp_path).entries
+    assert entry.place is None
+    assert entry.size == 20_026
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "audit").write_text("in the way")
+    with pytest.raises(
+        errors.ConfigError, match=r"audit log .* free the disk, or set audit = 'off'"
+    ):
+        made(tmp_path / "audit")
+
+
+def test_off_keeps_nothing(tmp_path: Path) -> None:
+    known = roster(3)
+    assert recorder(tmp_path, "off", 1, identity("c001"), known.by_name["c001"], known) is None
+    assert not list(tmp_path.iterdir())
+
+
+def test_heads_cross_real_sockets_and_tie_both_logs(tmp_path: Path) -> None:
+    ends = {name: made(tmp_path / name, "headers", name=name) for name in ("server", "c001")}
+    finish = m.Finish(RUN, b"", "")
+    server = Hub("tcp://127.0.0.1:*", identity("server"), roster(3), recorder=ends["server"])
+    with closing(server) as hub:
+        key = identity("server").curve_public()
+        with closing(CurveLink(hub.address, key, identity("c001"), 20.0, ends["c001"])) as link:
+            link.connect()
+            link.send(m.Alive())
+            got = _until(lambda: list(hub.poll(0.05)))
+            assert got == [("c001", m.Alive())]
+            for message in (m.RoundEnd(RUN, 1, ""), finish):
+                assert hub.send("c001", message)
+                first = _until(lambda: link.receive(0.05))
+                assert isinstance(first, m.LogHead)
+                second = _until(lambda: link.receive(0.05))
+                assert second == message
+                ((_, answer),) = _until(lambda: list(hub.poll(0.05)))
+                assert isinstance(answer, m.LogHead)
+                assert answer.round == first.round == getattr(message, "round", 0)
+    for log in ends.values():
+        log.close()
+    logs = [Log.read(tmp_path / name) for name in ("server", "c001")]
+    assert [entry.kind for entry in logs[1].entries] == [
+        "Alive",
+        "LogHead",
+        "RoundEnd",
+        "LogHead",
+        "LogHead",
+        "Finish",
+        "LogHead",
+    ]
+    assert not [f for f in check_pair(*logs) if f.level is not Level.NOTE]
+
+
+def _until(look: Any) -> Any:
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        if found := look():
+            return found
+    raise AssertionError("nothing came")
+
+
+def test_the_reader_in_the_documentation_agrees(folder: Path, tmp_path: Path) -> None:
+    text = (Path(__file__).parents[1] / "docs" / "audit-log.md").read_text()
+    (program,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    assert len(program.splitlines()) <= 40
+    assert "secure_fedprompt" not in program.replace("secure-fedprompt", "")
+    script = tmp_path / "reader.py"
+    script.write_text(program)
+
+    def run() -> subprocess.CompletedProcess[str]:
+        words = [sys.executable, str(script), str(folder)]
+        return subprocess.run(words, capture_output=True, text=True, check=False, timeout=60)
+
+    good, log = run(), Log.read(folder)
+    assert good.returncode == 0, good.stderr
+    last = good.stdout.splitlines()[-1]
+    assert last == f"8 records, 6 frames, head {log.chains[8]}"
+    rewrite(folder, [line.replace(b'"round":3', b'"round":4') for line in lines_of(folder)])
+    bad = run()
+    assert bad.returncode == 1
+    assert "record 4" in bad.stdout
