@@ -20,6 +20,8 @@ COMMANDS = {
     "privacy": ("secure_fedprompt.privacy", "epsilon of DP-SGD before a run, and spent so far"),
     "audit": ("secure_fedprompt.audit.command", "check what crossed the wire of a run"),
     "audit-diff": ("secure_fedprompt.audit.command", "two audit logs side by side"),
+    "report": ("secure_fedprompt.report.command", "a run as one HTML page"),
+    "watch": ("secure_fedprompt.watch", "live view of a running server"),
     "simulate": ("secure_fedprompt.simulation", "many clients in one process"),
     "evaluate": ("secure_fedprompt.evaluate", "accuracy of a trained prompt on a data set"),
     "predict": ("secure_fedprompt.evaluate", "class of images under a trained prompt"),

@@ -47,6 +47,35 @@ _FREE = {"key", "roster", "bind", "run_dir", "gather_seconds", "stage_seconds", 
          "audit", "audit_mb"}  # fmt: skip
 
 
+def open_run(folder: Path) -> sqlite3.Connection:
+    """The database of a run folder, to read only.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    path = folder / "run.sqlite"
+    if not path.exists():
+        raise ConfigError(f"{folder} is no server's run_dir: it holds no run.sqlite")
+    return sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)
+
+
+def rounds_of(db: sqlite3.Connection) -> list[dict[str, Any]]:
+    """All attempted rounds as dictionaries, with bytes by direction and peer."""
+    names = ("round", "learning_round", "outcome", "reason", "cohort", "dropped", "faults",
+             "metrics", "seconds", "at")  # fmt: skip
+    rows: dict[int, dict[str, Any]] = {}
+    for values in db.execute("SELECT * FROM rounds ORDER BY round"):
+        row = dict(zip(names, values, strict=True))
+        for name in ("cohort", "dropped", "faults", "metrics", "seconds"):
+            row[name] = json.loads(row[name])
+        rows[row["round"]] = {**row, "bytes": {"up": {}, "down": {}}}
+    query = "SELECT round, peer, direction, SUM(bytes) FROM traffic GROUP BY 1, 2, 3"
+    for number, peer, direction, size in db.execute(query):
+        if number in rows:
+            rows[number]["bytes"][direction][peer] = size
+    return list(rows.values())
+
+
 class Store:
     """The ledger of a run on disk.
 
@@ -147,7 +176,7 @@ class Store:
             self._db.execute("INSERT OR REPLACE INTO rounds VALUES (?,?,?,?,?,?,?,?,?,?)", row)
         self.flush_traffic()
         for listener in self.on_event:
-            listener("round", self.round_row(plan.round))
+            listener("round", next(r for r in rounds_of(self._db) if r["round"] == plan.round))
 
     def event(self, kind: str, text: str) -> None:
         with self._db:
@@ -210,28 +239,10 @@ class Store:
             raise PromptFileError(f"prompt file {path} cannot be read: {error}") from None
         return np.concatenate(parts)
 
-    def round_row(self, round: int) -> dict[str, Any]:
-        """One finished round as a dictionary."""
-        names = ("round", "learning_round", "outcome", "reason", "cohort", "dropped", "faults",
-                 "metrics", "seconds", "at")  # fmt: skip
-        row = self._db.execute("SELECT * FROM rounds WHERE round = ?", (round,)).fetchone()
-        values = dict(zip(names, row, strict=True))
-        for name in ("cohort", "dropped", "faults", "metrics", "seconds"):
-            values[name] = json.loads(values[name])
-        query = "SELECT peer, direction, SUM(bytes) FROM traffic WHERE round = ? GROUP BY 1, 2"
-        values["bytes"] = {"up": {}, "down": {}}
-        for peer, direction, size in self._db.execute(query, (round,)):
-            values["bytes"][direction][peer] = size
-        return values
-
-    def rounds(self) -> list[dict[str, Any]]:
-        rows = self._db.execute("SELECT round FROM rounds ORDER BY round").fetchall()
-        return [self.round_row(number) for (number,) in rows]
-
     def summary(self) -> dict[str, Any]:
         """The run as JSON: what ``--json`` writes and the demo shows."""
         settings = json.loads((self.folder / "server.json").read_text())
-        rounds = self.rounds()
+        rounds = rounds_of(self._db)
         scores = [r["metrics"]["accuracy"] for r in rounds if "accuracy" in r["metrics"]]
         done = [r for r in rounds if r["outcome"] == "done"]
         up, down = ([b for r in done for b in r["bytes"][way].values()] for way in ("up", "down"))

@@ -38,8 +38,7 @@ class Wide(Toy):
                 0, 0.01, WIDTH
             )
             values["ctx"] = (0.1 * (self.target - work.base) + noise).reshape(10, -1)
-        self.sent = values
-        return values, self.weight
+        return values, 1.0 if work.plan.uniform else self.weight
 
 
 def untouched(sender: str, recipient: str, message: m.Message) -> m.Message:

@@ -54,12 +54,18 @@ def main() -> int:
     made.add_argument("--noises", type=float, nargs="*", default=[0.25, 0.5, 1, 2, 4],
                       help="z of the client rows")  # fmt: skip
     made.add_argument("--dp-clip", type=float, default=0.5, help="of a client's update")
+    made.add_argument(
+        "--start", choices=("words", "random"), default="words",
+        help="of the context: a photo of a, or 16 random tokens",
+    )  # fmt: skip
     made.add_argument("--delta", type=float, default=1e-3)
     args = made.parse_args()
     pool = Pool.load(args)
     labels = pool.sets[0].labels, pool.sets[1].labels
     base = {**CONTEXT, "rounds": args.rounds, "epochs": args.epochs, "metrics": False,
             "protection": "masks"}  # fmt: skip
+    if args.start == "random":
+        base |= {"n_ctx": 16, "init": ""}
     rows: list[dict[str, Any]] = []
 
     def measure(kind: str, epsilon: float | None, settings: dict[str, Any], n: int) -> None:

@@ -1,0 +1,265 @@
+"""The report and the live view, from run folders."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sqlite3
+import subprocess
+import time
+from contextlib import closing
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from audited import federate
+from hypothesis import given
+from hypothesis import strategies as st
+
+from secure_fedprompt import watch
+from secure_fedprompt.__main__ import main
+from secure_fedprompt.protocol import errors
+from secure_fedprompt.protocol import messages as m
+from secure_fedprompt.report import charts
+from secure_fedprompt.report.gather import gather
+from secure_fedprompt.report.page import page
+
+EVIL = '<script>alert(1)</script> & "more"'
+
+
+def run_folder(folder: Path, tap: Any = None, **changes: Any) -> Path:
+    """A server's run_dir with its log."""
+    world, logs = federate(folder, *([tap] if tap else []), **changes)
+    world.store.close()
+    shutil.move(logs["server"] / "audit", folder / "run" / "audit")
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    def tap(sender: str, recipient: str, message: m.Message) -> m.Message:
+        if isinstance(message, m.Consistent) and sender == "c002" and message.round == 1:
+            return m.Withdraw(message.run, message.round, "PolicyError", EVIL)
+        return message
+
+    return run_folder(tmp_path_factory.mktemp("run"), tap, n=5)
+
+
+class _Tags(HTMLParser):
+    """Open tags must close, in order."""
+
+    VOID = frozenset(("meta", "line", "rect", "circle", "polyline"))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.seen: list[tuple[str, dict[str, str | None]]] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+
+def test_the_page_is_whole_and_needs_no_network(run: Path) -> None:
+    text = page(gather(run, [], [], None))
+    tags = _Tags()
+    tags.feed(text)
+    assert tags.open == []
+    names = {tag for tag, _ in tags.seen}
+    assert not names & {"script", "link", "img", "iframe", "object", "base"}
+    assert not [a for _, a in tags.seen if {"href", "src", "onload", "style"} & set(a)]
+    assert "http" not in text.replace("http-equiv", "")
+    assert "url(" not in text
+    assert "@import" not in text
+    headings = re.findall(r"<h2[^>]*>(.*?)</h2>", text)
+    assert headings == ["What ran", "Who learned what", "Accuracy", "Bytes", "Time",
+                        "Dropouts and faults", "Privacy spent", "Audit"]  # fmt: skip
+    assert [a["aria-label"] for tag, a in tags.seen if tag == "svg"] == [
+        "Accuracy of the global prompt by round",
+        "kB up by message type and round, all clients together",
+        "kB down by message type and round, all clients together",
+        "Seconds by stage and round",
+    ]
+    ids = [a["id"] for _, a in tags.seen if "id" in a]
+    assert len(ids) == len(set(ids))
+    assert all(a["aria-labelledby"] in ids for tag, a in tags.seen if tag == "section")
+
+
+def test_what_others_wrote_is_text(run: Path) -> None:
+    text = page(gather(run, [], [], None))
+    assert EVIL not in text
+    assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; &quot;more&quot;" in text
+
+
+def test_numbers_are_those_of_the_run_folder(run: Path) -> None:
+    report = gather(run, [], [], None)
+    with closing(sqlite3.connect(run / "run.sqlite")) as db:
+        wanted = dict(
+            db.execute("SELECT type, SUM(bytes) FROM traffic WHERE direction = 'up' GROUP BY 1")
+        )
+    assert {kind: sum(values) for kind, values in report.traffic["up"].items()} == wanted
+    assert report.labels == ["1", "2", "final"]
+    assert [round(v, 6) for v in report.accuracy if v is not None] == [1.0, 1.0, 1.0]
+    assert ("1", "c002", f"withdrew: PolicyError: {EVIL}") in report.dropouts
+    assert report.audit is not None
+    assert any("5 clients, t = 4: this holds against a dishonest server that colludes with up to 2"
+               in text for text in report.learned)  # fmt: skip
+
+
+def test_what_is_learned_follows_the_protection(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path, protection="bfv")
+    report = gather(folder, [], [], None)
+    assert report.accuracy == [None, None, None]
+    assert "no client colludes with it" in " ".join(report.learned)
+    assert "give a client&#x27;s result file" in page(report) or "give a client's" in page(report)
+    client = tmp_path / "alice.json"
+    history = {str(i): {"accuracy": 0.1 * i, "contributors": 4.0} for i in (1, 2, 3)}
+    client.write_text(json.dumps({"history": history}))
+    assert gather(folder, [], [], client).accuracy == pytest.approx([0.1, 0.2, 0.3])
+    client.write_text("[]")
+    with pytest.raises(errors.ConfigError, match="--client-json"):
+        gather(folder, [], [], client)
+
+
+def test_an_unprotected_run_is_shown_as_broken(tmp_path: Path) -> None:
+    text = page(gather(run_folder(tmp_path, protection="none"), [], [], None))
+    assert '<p class="verdict broken">Audit: NOT KEPT: protection' in text
+    assert "The server saw every client&#x27;s update" in text
+
+
+def test_client_noise_and_ledgers_are_spent(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path, dp_noise=2.0, dp_clip=1.0, weights="uniform", metrics=False, n=5)
+    spent = gather(folder, [], [], None).spent
+    assert re.match(r"Client noise in 2 planned sums: epsilon [\d.]+ at delta 0.001", spent[0])
+    from secure_fedprompt.clients.ledger import Entry, Ledger
+    from secure_fedprompt.clients.privacy_settings import PrivacySettings
+
+    dp = PrivacySettings(kind="sample", noise_multiplier=1.0)
+    Ledger(tmp_path / "alice" / "privacy.jsonl").reserve(Entry("ab", 1, 1.0, 0.1, 40), dp)
+    spent = gather(folder, [], [tmp_path / "alice"], None).spent
+    assert any(text.startswith("alice: DP-SGD, 40 steps, epsilon ") for text in spent)
+    with pytest.raises(errors.ConfigError, match=r"holds no privacy\.jsonl"):
+        gather(folder, [], [tmp_path], None)
+
+
+def test_the_command_writes_a_file_or_one_line(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "r.html"
+    assert main(["report", str(run), "-o", str(out)]) == 0
+    assert out.read_text().startswith("<!doctype html>")
+    assert out.stat().st_size < 100_000
+    assert main(["report", str(tmp_path), "-o", str(out)]) == 2
+    assert "holds no run.sqlite" in capsys.readouterr().err
+    assert main(["report", str(run), "-o", str(tmp_path / "no" / "r.html")]) == 2
+    assert "--out" in capsys.readouterr().err
+
+
+@given(st.floats(1e-9, 1e12))
+def test_ticks_are_round_and_reach_the_top(top: float) -> None:
+    found = charts.ticks(top)
+    assert found[0] == 0
+    assert found[-1] >= top * (1 - 1e-6)
+    assert 3 <= len(found) <= 7
+    step = found[1]
+    assert float(f"{step:.2g}") == pytest.approx(step)
+
+
+def test_many_series_are_summed_as_other() -> None:
+    text = charts.stacked("t", ["a"], {f"s{i}": [float(i + 1)] for i in range(9)}, "")
+    keys = re.findall(r"</span>(.*?)</li>", text)
+    assert keys == ["s8", "s7", "s6", "s5", "s4", "other"]
+    assert "other: 10" in text
+
+
+def test_gaps_in_a_line_stay_gaps() -> None:
+    text = charts.line("t", list("abcde"), [1.0, 2.0, None, 3.0, 4.0], "%")
+    assert text.count("<polyline") == 2
+    assert text.count("<circle") == 4
+
+
+# -- watch -----------------------------------------------------------------------------------------
+
+
+def test_watch_follows_a_run_to_its_end(run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+
+    def add(kind: str, text: str) -> None:
+        with closing(sqlite3.connect(folder / "run.sqlite")) as db, db:
+            db.execute("INSERT INTO events VALUES (?,?,?)", (time.time(), kind, text))
+
+    waits: list[float] = []
+
+    def wait(seconds: float) -> None:
+        waits.append(seconds)
+        add(*(("left", "c003 left") if len(waits) < 3 else ("finished", "prompt x")))
+
+    assert watch.follow(folder, False, 0.5, wait) == 0
+    assert waits == [0.5] * 3
+    state = watch.look(folder)
+    assert state.ended == "finished"
+    assert [text for _, _, text in state.events][-2:] == ["c003 left", "prompt x"]
+    add("failed", "too few clients")
+    with pytest.raises(errors.RunFailedError, match="too few clients"):
+        watch.follow(folder, False, 0.5, wait)
+
+
+def test_watch_once_shows_rounds_and_events(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["watch", str(run), "--once"]) == 0
+    shown = capsys.readouterr().out
+    assert "running; 3 sums done, 2 learning rounds wanted" in shown
+    assert "100.0%" in shown
+    assert main(["watch", str(run / "prompts"), "--once"]) == 2
+    assert "holds no run.sqlite" in capsys.readouterr().err
+
+
+# -- in a browser ----------------------------------------------------------------------------------
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_chromium_shows_it_from_a_file_without_a_complaint(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "r.html"
+    out.write_text(page(gather(run, [], [], None)))
+    assert CHROMIUM is not None
+
+    def chromium(*words: str) -> subprocess.CompletedProcess[str]:
+        flags = ("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync",
+                 "--disable-background-networking", "--disable-component-update",
+                 "--enable-logging=stderr", f"--user-data-dir={tmp_path / 'profile'}")  # fmt: skip
+        return subprocess.run([CHROMIUM, *flags, *words, out.as_uri()], capture_output=True,
+                              text=True, timeout=120, check=True)  # fmt: skip
+
+    dom = chromium("--dump-dom")
+    assert "CONSOLE" not in dom.stderr
+    assert dom.stdout.count("<section") == 8
+    sizes = {}
+    for name, words in {"wide": ("--window-size=1000,3000",),
+                        "phone": ("--window-size=390,4000",),
+                        "dark": ("--window-size=1000,3000", "--force-dark-mode")}.items():  # fmt: skip
+        shot = tmp_path / f"{name}.png"
+        done = chromium(*words, f"--screenshot={shot}")
+        assert "CONSOLE" not in done.stderr
+        sizes[name] = shot.read_bytes()
+    from io import BytesIO
+
+    from PIL import Image
+
+    corner = {
+        name: Image.open(BytesIO(data)).convert("L").getpixel((2, 2))
+        for name, data in sizes.items()
+    }
+    assert corner["wide"] == 255
+    assert corner["dark"] < 60
+    chromium(f"--print-to-pdf={tmp_path / 'r.pdf'}")
+    assert (tmp_path / "r.pdf").read_bytes()[:5] == b"%PDF-"
