@@ -70,10 +70,12 @@ def run(
     values: Values,
     weight: float,
     gone: frozenset[str] = frozenset(),
+    passed: Callable[[str, str, bytes], None] = lambda sender, recipient, frame: None,
 ) -> Meter:
     """Drive a round to its end; clients in ``gone`` vanish before their upload.
 
-    Work of clients is charged by the kind of the frame that caused it, the upload as "upload".
+    ``passed`` sees every frame, uncharged; the server is "". Work of clients is charged by the kind
+    of the frame that caused it, the upload as "upload".
     """
     meter, states = Meter(), dict[str, State]()
     queue: deque[tuple[str, str, bytes]] = deque()
@@ -107,6 +109,7 @@ def run(
             meter.charge("", "tick", lambda: post("", server.tick(server.deadline)))
             continue
         sender, recipient, frame = queue.popleft()
+        passed(sender, recipient, frame)
         kind = m.CATALOGUE.types[frame[1]].__name__
         if sender:
             meter.up[sender] = meter.up.get(sender, 0) + len(frame)

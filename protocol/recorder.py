@@ -100,6 +100,7 @@ class Recorder:
         self.server = roster.with_role("server")[0].name
         self.records, self.chain, self._segment = 0, START, 0
         self._places: dict[str, int] = {}  # frames that this segment holds already
+        self._last: tuple[Any, str] = (None, "")  # a broadcast frame and its digest
         self._planned = b"", 0  # run and round of the last plan on record
         self._lines: BinaryIO | None = None
         self._frames: BinaryIO | None = None
@@ -118,7 +119,9 @@ class Recorder:
         """Append one frame, ``way`` "in" or "out"; ``message`` is None if it does not decode."""
         run, number = run_and_round(message) if message is not None else (b"", 0)
         kind = type(message).__name__ if message is not None else MALFORMED
-        size, found = len(frame), frame_digest(frame)
+        if frame is not self._last[0]:
+            self._last = frame, frame_digest(frame)
+        size, found = len(frame), self._last[1]
         fields: Record = {"way": way, "peer": peer, "type": kind, "run": run.hex(),
                           "round": number, "size": size, "digest": found}  # fmt: skip
         with _named(self.folder):
