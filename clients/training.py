@@ -246,6 +246,12 @@ class LocalTrainer:
             if self.method.fine_tunes:
                 raise ConfigError(f"dp.kind = 'sample': {settings.method} trains outside of rounds")
             self.method.private_parts()  # refused before anything is encoded
+            images = len(self._sets[0])
+            if self.dp.delta * images >= 1:
+                raise ConfigError(
+                    f"dp.delta = {self.dp.delta:g}: with {images} images it must be below "
+                    f"{1 / images:.2g}, or publishing one of them whole would be allowed"
+                )
         self.method.sit(*self.seat)
         self._initial = self._flattened(self.method.state())
         train, _ = self._load_features(self.method.needs)

@@ -424,6 +424,21 @@ def test_the_budget_is_checked_before_any_step(
     assert seen == [1] * 4
 
 
+def test_delta_must_be_below_one_over_the_number_of_images(bundled: Backbone) -> None:
+    images, test = sets.generated_sets(8, ["photo"], 4, 1, 0)
+    for delta, refused in ((1 / 32, True), (0.99 / 32, False)):
+        dp = PrivacySettings(kind="sample", noise_multiplier=1.0, delta=delta)
+        trainer = LocalTrainer(bundled, images, test, dp=dp)
+        assert len(images) == 32
+        if refused:
+            with pytest.raises(
+                ConfigError, match=r"dp\.delta = 0\.03125: with 32 images .* below 0\.031"
+            ):
+                trainer.prepare(settings_of("promptfl"))
+        else:
+            trainer.prepare(settings_of("promptfl"))
+
+
 @pytest.mark.parametrize(
     "method",
     sorted(set(METHODS) - {"promptfl", "fedotp", "fedmgp", "coop", "fedper"}),

@@ -39,7 +39,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a finished demo of four clients and two rounds."""
     folder = tmp_path_factory.mktemp("demo")
     done = python("secure_fedprompt", "demo", "--run-dir", "d", "--rounds", "2",
-                  "--json", "result.json", cwd=folder)  # fmt: skip
+                  "--audit", "full", "--json", "result.json", cwd=folder)  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     (folder / "stdout").write_text(done.stdout)
     return folder
@@ -73,6 +73,26 @@ def test_demo_leaves_ordinary_files_and_no_secrets_on_screen(finished: Path) -> 
         assert body not in shown + logs
     assert (finished / "d" / "roster.toml").exists()
     assert len(list((finished / "d").glob("*/*.toml"))) == 10
+
+
+def test_the_demo_passes_its_audit_held_against_every_client(finished: Path) -> None:
+    (record,) = (finished / "d" / "alice" / "state").glob("private-record-*.jsonl")
+    assert record.stat().st_mode & 0o077 == 0
+    peers = [f"--peer=d/{name}/state" for name in ("alice", "bob", "carol", "dave")]
+    done = python("secure_fedprompt", "audit", "d/server/run", *peers, "--secrets", str(record),
+                  "--json", "audit.json", cwd=finished)  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((finished / "audit.json").read_text())
+    assert set(result["checks"].values()) == {"pass"}
+    assert not [f for f in result["findings"] if f["level"] != "note"]
+    with contextlib.closing(sqlite3.connect(finished / "d/server/run/run.sqlite")) as db:
+        counted = dict(db.execute("SELECT type, SUM(frames) FROM traffic GROUP BY type"))
+    logged = {row["kind"]: 0 for row in result["traffic"]}
+    for row in result["traffic"]:
+        logged[row["kind"]] += row["frames"]
+    assert logged == counted
+    values = [json.loads(line) for line in record.read_text().splitlines()][1]["values"]
+    assert set(values) == {"ctx", "weighted ctx", "local prompt", "seen", "correct", "loss"}
 
 
 def test_every_frame_was_counted(finished: Path) -> None:
