@@ -7,6 +7,7 @@ and again without detail (most likely the server key on our roster is wrong), or
 
 from __future__ import annotations
 
+import contextlib
 import time
 from typing import Protocol
 
@@ -96,12 +97,10 @@ class CurveLink:
     def send(self, message: m.Message) -> None:
         """Queue a frame; while the link is down it is dropped, since the round goes on anyway."""
         frame = m.CATALOGUE.encode(message)
-        try:
-            self._socket.send(frame, zmq.NOBLOCK, copy=False)
-        except zmq.Again:
-            return
-        if self._recorder is not None:
+        if self._recorder is not None:  # first, or a kill in between would hide a frame
             self._recorder.record("out", self._recorder.server, message, frame)
+        with contextlib.suppress(zmq.Again):
+            self._socket.send(frame, zmq.NOBLOCK, copy=False)
 
     def receive(self, timeout: float) -> m.Message | None:
         """The next frame, or None after ``timeout`` seconds.

@@ -23,6 +23,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -101,9 +102,11 @@ class Recorder:
         self.records, self.chain, self._segment = 0, START, 0
         self._places: dict[str, int] = {}  # frames that this segment holds already
         self._last: tuple[Any, str] = (None, "")  # a broadcast frame and its digest
-        self._planned = b"", 0  # run and round of the last plan on record
+        self._planned: tuple[tuple[bytes, int], set[bytes]] = (b"", 0), set()  # plans of a round
+        self._whole = True  # no record is half written
         self._lines: BinaryIO | None = None
         self._frames: BinaryIO | None = None
+        self._begun = 0  # bytes that the first record of the segment takes
         with _named(folder):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             cut = self._resume()
@@ -113,7 +116,8 @@ class Recorder:
         self._about: Record = {"format": FORMAT, "name": member.name, "role": member.role,
                                "mode": mode, "roster": members}  # fmt: skip
         self._write("open", cut=cut, **self._about)
-        self._begun = self._held()
+        if not self._begun:
+            self._begun = self._held()
 
     def record(self, way: str, peer: str, message: m.Message | None, frame: Any) -> None:
         """Append one frame, ``way`` "in" or "out"; ``message`` is None if it does not decode."""
@@ -131,9 +135,12 @@ class Recorder:
                 fields["offset"] = self._keep(found, frame)
         self._write("frame", **fields)
         plan = getattr(message, "plan", None)
-        if plan is not None and (run, number) != self._planned:
-            self._planned = run, number
-            self._write("plan", plan=encode_fields(plan).hex())
+        if plan is not None:
+            if self._planned[0] != (run, number):
+                self._planned = (run, number), set()
+            if plan.digest not in self._planned[1]:
+                self._planned[1].add(plan.digest)
+                self._write("plan", plan=encode_fields(plan).hex())
 
     def head(self, message: m.RoundEnd | m.Finish) -> m.LogHead:
         """The signed head of the log at the end of a round, or of the run (round 0)."""
@@ -143,7 +150,8 @@ class Recorder:
         return m.LogHead(message.run, number, self.records, self.chain, signature)
 
     def close(self) -> None:
-        if self._lines is not None:
+        """End the log in order, unless a record was interrupted halfway."""
+        if self._lines is not None and self._whole:
             self._write("close")
         self._close_files()
 
@@ -152,12 +160,13 @@ class Recorder:
     def _write(self, kind: str, **fields: Any) -> None:
         record = {"kind": kind, "n": self.records, "at": round(self._now(), 3), **fields}
         text = json.dumps(record, separators=(",", ":")).encode()
-        self.chain = link(self.chain, text)
-        self.records += 1
+        chain = link(self.chain, text)
         assert self._lines is not None
+        self._whole = False
         with _named(self.folder):
-            self._lines.write(text + b"\t" + self.chain.hex().encode() + b"\n")
+            self._lines.write(text + b"\t" + chain.hex().encode() + b"\n")
             self._lines.flush()
+        self.chain, self.records, self._whole = chain, self.records + 1, True
 
     def _keep(self, found: str, frame: Any) -> int:
         """Where the frame is; a broadcast is kept once."""
@@ -182,9 +191,9 @@ class Recorder:
             if sum(files.values()) + self._part <= self._limit:
                 break
             files.pop(number)
+            self._write("dropped", segment=number)  # first: a file too many is no fault
             for path in _paths(self.folder, number):
                 path.unlink(missing_ok=True)
-            self._write("dropped", segment=number)
 
     def _held(self) -> int:
         """Bytes in this segment."""
@@ -205,26 +214,33 @@ class Recorder:
 
     def _resume(self) -> int:
         """Go on where the folder's last segment ends; bytes of a torn last line that are cut."""
-        self._segment = max(segments(self.folder), default=0)
-        path, whole, left = _paths(self.folder, self._segment)[0], 0, b""
-        for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
-            if not line.endswith(b"\n"):
-                left = line
+        numbers, data = segments(self.folder), b""
+        while numbers:
+            data = _paths(self.folder, numbers[-1])[0].read_bytes()
+            if b"\n" in data or len(numbers) == 1:
                 break
-            text, _, chain = line.rstrip(b"\n").partition(b"\t")
-            record = _parsed(text)
-            if record.get("kind") == "segment":
-                self.chain = bytes.fromhex(record["previous"])
-            self.chain = link(self.chain, text)
-            self.records = int(record.get("n", -1)) + 1
-            if self.chain.hex().encode() != chain:
+            for path in _paths(self.folder, numbers.pop()):  # killed while it began a segment
+                path.unlink(missing_ok=True)
+        self._segment = numbers[-1] if numbers else 0
+        *lines, left = data.split(b"\n")
+        for number, line in enumerate(lines, start=1):
+            self._begun = self._begun or len(line) + 1
+            text, _, chain = line.partition(b"\t")
+            try:
+                record = json.loads(text)
+                if record["kind"] == "segment":
+                    self.chain = bytes.fromhex(record["previous"])
+                self.chain, self.records = link(self.chain, text), int(record["n"]) + 1
+                damaged = self.chain.hex().encode() != chain
+            except (ValueError, KeyError, TypeError, RecursionError):
+                damaged = True
+            if damaged:
                 raise ConfigError(
-                    f"audit log {path} is damaged at record {self.records - 1}: move the folder "
-                    "away and keep it, then start again"
+                    f"audit log {_paths(self.folder, self._segment)[0]} is damaged at line "
+                    f"{number}: move the folder away and keep it, then start again"
                 )
-            whole += len(line)
         if left:
-            os.truncate(path, whole)
+            os.truncate(_paths(self.folder, self._segment)[0], len(data) - len(left))
         self._open_files()
         return len(left)
 
@@ -243,7 +259,9 @@ def _named(folder: Path) -> Iterator[None]:
 
 def segments(folder: Path) -> list[int]:
     """Numbers of the segments that are there, in order."""
-    return sorted(int(path.stem.partition("-")[2]) for path in folder.glob("audit-[0-9]*.jsonl"))
+    found = (re.fullmatch(r"audit-([0-9]{4,9})\.jsonl", p.name) for p in folder.glob("audit-*"))
+    numbers = (int(match[1]) for match in found if match)
+    return sorted({n for n in numbers if _paths(folder, n)[0].is_file()})
 
 
 def _paths(folder: Path, segment: int) -> tuple[Path, Path]:
@@ -259,11 +277,3 @@ def _append(path: Path) -> BinaryIO:
     file = os.fdopen(descriptor, "ab")
     file.seek(0, os.SEEK_END)
     return file
-
-
-def _parsed(text: bytes) -> Record:
-    try:
-        record = json.loads(text)
-    except ValueError:
-        return {}
-    return record if isinstance(record, dict) else {}

@@ -119,12 +119,12 @@ class Hub:
         if self._recorder is not None and isinstance(message, m.RoundEnd | m.Finish):
             self.send(name, self._recorder.head(message))
         frame = m.CATALOGUE.encode(message)
+        if self._recorder is not None:  # first, or a kill in between would hide a frame
+            self._recorder.record("out", name, message, frame)
         try:
             self._socket.send_multipart([route, frame], zmq.NOBLOCK, copy=False)
         except zmq.ZMQError:
             return False
-        if self._recorder is not None:
-            self._recorder.record("out", name, message, frame)
         self._count(name, "down", type(message).__name__, len(frame))
         return True
 

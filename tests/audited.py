@@ -32,7 +32,10 @@ class Wide(Toy):
         return np.full(WIDTH, 0.5, np.float32)
 
     def run(self, work: Work) -> tuple[Values, float]:
-        values: dict[str, Any] = {k: np.float64(4) for k in ("seen", "correct", "loss")}
+        counted = {field.name for field in work.plan.layout}
+        values: dict[str, Any] = {
+            k: np.float64(4) for k in ("seen", "correct", "loss") if k in counted
+        }
         if work.plan.training:
             noise = np.random.default_rng([int(self.weight), work.plan.round]).normal(
                 0, 0.01, WIDTH
@@ -53,6 +56,7 @@ def federate(
     mode: str = "full",
     until: Any = lambda world, message: False,
     close: bool = True,
+    start: float = 0.0,
     **changes: Any,
 ) -> tuple[World, dict[str, Path]]:
     """A run whose frames pass ``tap`` before they are recorded at both ends.
@@ -84,6 +88,8 @@ def federate(
         logs[recipient].record("in", sender, message, frame)
 
     world.tamper = record
+    world.clock = start  # another one makes other nonces, hence another run
+    world.start_server()
     for name in names(n):
         world.join(name)
     with contextlib.suppress(AssertionError):  # a spoilt run may come to a standstill

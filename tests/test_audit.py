@@ -18,10 +18,11 @@ from rounds import identity, make_encrypted_plan, make_plan, roster
 from secure_fedprompt.__main__ import main
 from secure_fedprompt.audit import fields, private, summary, uniformity
 from secure_fedprompt.audit.findings import CHECKS, Level
+from secure_fedprompt.audit.log import Log
 from secure_fedprompt.audit.private import Private
 from secure_fedprompt.protocol import errors, fixedpoint, homomorphic
 from secure_fedprompt.protocol import messages as m
-from secure_fedprompt.protocol.codec import MAX_FRAME
+from secure_fedprompt.protocol.codec import MAX_FRAME, encode_fields
 from secure_fedprompt.protocol.recorder import Recorder, link
 
 VICTIM = "c002"
@@ -62,8 +63,10 @@ def test_headers_alone_leave_payloads_unseen_and_say_so(tmp_path: Path) -> None:
     result = audited(tmp_path, mode="headers")
     assert result.kept
     assert result.checks["uniformity"] == "warn"
-    assert result.checks["frames"] == result.checks["keys"] == "not run"
-    assert any("headers only" in f.text for f in result.findings)
+    assert result.checks["frames"] == result.checks["keys"] == "warn"
+    assert result.checks["plans"] == result.checks["protection"] == "labels only"
+    assert any("known by their headers only" in f.text for f in result.findings)
+    assert "by the frames' labels only" in summary.verdict(result)
 
 
 def test_none_fails_loudly(tmp_path: Path) -> None:
@@ -106,6 +109,10 @@ class Spoiler:
                 if self.masks is None:
                     self.masks = words_of(self.plan, message)
                 words = self.masks + steps.astype(np.uint32) * np.uint32(sender == VICTIM)
+            case "mask of far clients" if sender in ("c001", "c003"):
+                if self.masks is None:
+                    self.masks = words_of(self.plan, message)
+                words = self.masks + steps.astype(np.uint32) * np.uint32(sender == "c003")
             case _:
                 return message
         return dataclasses.replace(message, vector=fixedpoint.to_wire(self.plan.layout, words))
@@ -117,6 +124,7 @@ class Spoiler:
         ("unmasked", "ctx, 160 words: not uniform"),
         ("mask of two rounds", "differs too little from round 1: a mask was used twice"),
         ("mask of two clients", "differs too little from c001's: one mask for both"),
+        ("mask of far clients", "differs too little from c001's: one mask for both"),
     ],
 )
 def test_masks_that_are_missing_or_used_twice_show(tmp_path: Path, how: str, said: str) -> None:
@@ -178,7 +186,7 @@ def test_two_survivor_lists_and_two_plans_show(tmp_path: Path) -> None:
 
     result = audited(tmp_path, tap, max_attempts=1, peers=())
     found = failures(result)
-    assert ("plans", "2 different plans of one round") in found
+    assert ("plans", "two different plans of one round") in found
     assert any(c == "protection" and "2 different survivor lists" in text for c, text in found)
 
 
@@ -297,7 +305,7 @@ def test_frames_that_one_end_hides_or_invents_show(good: dict[str, Path], tmp_pa
     log, other = read(folders, "server", VICTIM)
     found = failures(summary.audit(log, [other], "", None))
     assert any(c == "cross-check" and "1 time(s) more than c002 says" in text for c, text in found)
-    assert any(c == "cross-check" and "never arrived, and the connection was never lost" in text
+    assert any(c == "cross-check" and "never arrived, though later frames of the same connection did" in text
                for c, text in found)  # fmt: skip
 
 
@@ -310,20 +318,40 @@ def test_frames_in_another_order_show(good: dict[str, Path], tmp_path: Path) -> 
     assert any(c == "cross-check" and "another order" in text for c, text in found)
 
 
-def test_a_lost_connection_explains_what_never_arrived(good: dict[str, Path]) -> None:
+def reconnected(log: Log, at: int, peer: str, way: str) -> None:
+    """Put another Hello into a log."""
+    hello = next(e for e in log.entries if e.kind == "Hello")
+    log.entries.insert(at, dataclasses.replace(hello, way=way, peer=peer, place=None))
+
+
+def test_a_lost_connection_explains_what_was_in_flight_and_no_more(good: dict[str, Path]) -> None:
     log, other = read(good, "server", VICTIM)
     gone = next(e for e in other.entries if e.kind == "Adverts")
+    at = other.entries.index(gone)
     other.entries.remove(gone)
-    text = "1 Adverts to c002 never arrived"
+    text = f"1 Adverts to {VICTIM} never arrived"
     assert any(text in t for _, t in failures(summary.audit(log, [other], "", None)))
-    hello = next(e for e in other.entries if e.kind == "Hello")
-    for one in (log, other):
-        own = dataclasses.replace(hello, way="out" if one is other else "in",
-                                  peer="server" if one is other else VICTIM, place=None)  # fmt: skip
-        one.entries.append(own)
+    place = next(
+        i for i, e in enumerate(log.entries) if e.digest == gone.digest and e.peer == VICTIM
+    )
+    reconnected(log, place + 1, VICTIM, "in")
+    reconnected(other, at, "server", "out")
     result = summary.audit(log, [other], "", None)
     assert not failures(result)
     assert any(text in f.text and f.level is Level.WARN for f in result.findings)
+
+
+def test_a_server_that_forgets_a_client_altogether_shows(
+    good: dict[str, Path], tmp_path: Path
+) -> None:
+    log, other = read(good, "server", VICTIM)
+    log.entries = [e for e in log.entries if (e.way, e.peer) != ("in", VICTIM)]
+    found = failures(summary.audit(log, [other], "", None))
+    assert (
+        "heads",
+        f"no signed head of {VICTIM} is in the log of server: nothing ties it down",
+    ) in found
+    assert any("never arrived, though server went on to a later round" in t for _, t in found)
 
 
 def test_a_log_of_somebody_else_is_refused(good: dict[str, Path], tmp_path: Path) -> None:
@@ -343,6 +371,165 @@ def test_a_head_signed_by_another_is_worth_nothing(good: dict[str, Path]) -> Non
     log.roster[VICTIM] = other.roster[VICTIM] = log.roster["c001"]
     found = failures(summary.audit(log, [other], "", None))
     assert any("bears no valid signature of c002" in text for _, text in found)
+
+
+def forged(folder: Path, records: list[dict[str, Any]], mode: str = "full") -> Log:
+    """A log whose chain its owner made up."""
+    known = roster(4)
+    folder = folder / "audit"
+    folder.mkdir(parents=True, exist_ok=True)
+    members = [
+        {"name": x.name, "role": x.role, "identity": x.identity.hex()} for x in known.members
+    ]
+    about = {"format": "secure-fedprompt/audit/1", "name": "server", "role": "server",
+             "mode": mode, "roster": members}  # fmt: skip
+    chain, lines = bytes(32), []
+    for n, record in enumerate([{"kind": "open", "cut": 0, **about}, *records, {"kind": "close"}]):
+        full = {"n": n, "at": 1.0, **record}
+        if record["kind"] == "segment":
+            full = {**about, **full}
+        text = json.dumps(full).encode()
+        chain = link(chain, text)
+        lines.append(text + b"\t" + chain.hex().encode() + b"\n")
+    (folder / "audit-0000.jsonl").write_bytes(b"".join(lines))
+    return Log.read(folder)
+
+
+def frame(kind: str, run: str = "ab" * 16, number: int = 1, **changes: Any) -> dict[str, Any]:
+    return {"kind": "frame", "way": "in", "peer": VICTIM, "type": kind, "run": run, "round": number,
+            "size": 10, "digest": "0" * 64, **changes}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("records", "said"),
+    [
+        ([frame("MaskedUpload")], "no plan of this run is on record"),
+        ([frame("MaskedUpload")], "frames of a round whose plan is not on record"),
+        (
+            [frame("RoundEnd"), frame("PlainUpload", run="", number=0)],
+            "that type says it otherwise",
+        ),
+        (
+            [frame("RoundEnd"), frame("PlainUpload", run="", number=0)],
+            "metrics of c002 in the clear",
+        ),
+        ([frame("RoundEnd", peer="mallory")], "mallory is nobody that server talks to"),
+        ([frame("RoundEnd", peer="server")], "server is nobody that server talks to"),
+        ([frame("RoundEnd")], "2 frames were not kept (RoundEnd)"),
+        ([{"kind": "segment", "segment": 0, "previous": "0" * 64}], "a segment begins here"),
+    ],
+)
+def test_a_forged_log_is_not_acquitted(
+    tmp_path: Path, records: list[dict[str, Any]], said: str
+) -> None:
+    log = forged(tmp_path, [frame("RoundEnd"), *records])
+    result = summary.audit(log, [], "", None)
+    assert any(said in text for _, text in failures(result)), failures(result)
+
+
+def test_a_forged_rotation_does_not_erase_a_run(good: dict[str, Path], tmp_path: Path) -> None:
+    folders = copied(good, tmp_path)
+    (log,) = read(folders, "server")
+    path = folders["server"] / "audit"
+    head = (path / "audit-0000.jsonl").read_bytes().splitlines()[0].partition(b"\t")[0]
+    about = json.loads(head)
+    del about["cut"]
+    rows = [{**about, "kind": "segment", "n": 10**6, "segment": 1, "previous": "0" * 64},
+            {"kind": "dropped", "n": 10**6 + 1, "at": 1.0, "segment": 0}]  # fmt: skip
+    rows += [
+        {"kind": "plan", "at": 1.0, "plan": encode_fields(plan).hex()}
+        for plan in log.plans.values()
+    ]
+    rows += [
+        {**frame("Finish", log.runs[0], 0), "way": "out", "at": 1.0},
+        {"kind": "close", "at": 1.0},
+    ]
+    chain, lines = bytes(32), []
+    for i, row in enumerate(rows):
+        text = json.dumps({**row, "n": 10**6 + i}).encode()
+        chain = link(chain, text)
+        lines.append(text + b"\t" + chain.hex().encode() + b"\n")
+    for old in path.iterdir():
+        old.unlink()
+    (path / "audit-0001.jsonl").write_bytes(b"".join(lines))
+    log, *others = read(folders, "server", "c001", VICTIM)
+    assert not log.faults
+    found = failures(summary.audit(log, others, "", None))
+    assert any("the beginning of this run was dropped" in text for _, text in found)
+    assert any("no signed head" in text or "this log begins at" in text for _, text in found)
+
+
+def test_payloads_are_judged_whatever_mode_a_log_claims(tmp_path: Path) -> None:
+    _, folders = federate(tmp_path, Spoiler("unmasked"), max_attempts=2)
+    (log,) = read(folders, "server")
+    log.modes.add("headers")
+    assert summary.audit(log, [], "", None).checks["uniformity"] == "fail"
+
+
+def test_a_key_beside_ciphertexts_and_a_ciphertext_among_masks_show(tmp_path: Path) -> None:
+    scheme = homomorphic.scheme("bfv", homomorphic.choose("bfv", 4))
+    secret = scheme.save(homomorphic.sealapi().KeyGenerator(scheme.context).secret_key())
+
+    def beside(sender: str, recipient: str, message: m.Message) -> m.Message:
+        if isinstance(message, m.CipherSum) and recipient == VICTIM:
+            return dataclasses.replace(message, ciphertexts=(*message.ciphertexts, secret))
+        return message
+
+    def behind(sender: str, recipient: str, message: m.Message) -> m.Message:
+        if isinstance(message, m.CipherSum) and recipient == VICTIM:
+            first, *rest = message.ciphertexts
+            return dataclasses.replace(message, ciphertexts=(bytes(first) + secret, *rest))
+        return message
+
+    def among(sender: str, recipient: str, message: m.Message) -> m.Message:
+        if isinstance(message, m.MaskedUpload) and sender == VICTIM:
+            return m.CipherUpload(message.run, message.round, bytes(32), (secret,), bytes(64))
+        return message
+
+    for i, (tap, protection, said) in enumerate((
+        (beside, "bfv", "no ciphertext"), (behind, "bfv", "with something behind it"),
+        (among, "masks", "CipherUpload has no place in a round under masks"),
+    )):  # fmt: skip
+        result = audited(tmp_path / str(i), tap, protection=protection, peers=(), max_attempts=1)
+        assert any(said in text for _, text in failures(result)), said
+
+
+def test_only_a_server_and_others_are_held_together(good: dict[str, Path], tmp_path: Path) -> None:
+    for which, said in ((("server", "server"), "two logs of one owner"),
+                        (("c001", VICTIM), "do not talk to each other")):  # fmt: skip
+        log, other = read(good, *which)
+        with pytest.raises(errors.ConfigError, match=said):
+            summary.audit(log, [other], "", None)
+
+
+def test_a_roster_that_the_auditor_trusts_is_held_against_the_logs(good: dict[str, Path]) -> None:
+    (log,) = read(good, "server")
+    assert summary.audit(log, [], "", None, roster(4)).kept
+    result = summary.audit(log, [], "", None, roster(3))
+    assert ("heads", "its roster is not the one that was given") in failures(result)
+
+
+def test_a_client_that_took_part_in_two_runs_is_audited_for_each(tmp_path: Path) -> None:
+    _, first = federate(tmp_path)
+    import shutil
+
+    shutil.move(first["server"], tmp_path / "monday")
+    shutil.rmtree(tmp_path / "run")
+    _, second = federate(tmp_path, start=1e6)
+    log, other = read(second, "server", VICTIM)
+    assert len(other.runs) == 2
+    assert not failures(summary.audit(log, [other], "", None))
+    monday = Log.read(tmp_path / "monday")
+    assert not failures(summary.audit(monday, [other], "", None))
+
+
+def test_small_fields_are_tested_together() -> None:
+    zeros = [
+        uniformity.Payload(f"c{i}", 1, "weight", np.zeros(20, np.uint64), 1 << 32) for i in range(4)
+    ]
+    assert [f.level for f in uniformity.check_uniformity(zeros)] == [Level.FAIL, Level.NOTE]
+    (note,) = uniformity.check_uniformity(zeros[:3])
+    assert note.text == "60 words of small fields are too few to test"
 
 
 # -- private values --------------------------------------------------------------------------------
@@ -490,11 +677,14 @@ def test_residues_of_a_ciphertext_are_what_is_tested() -> None:
     encryptor = seal.Encryptor(scheme.context, secret)
     fresh = scheme.save(encryptor.encrypt_symmetric(seal.Plaintext("0")))
     message = m.CipherUpload(plan.run, 1, bytes(32), (fresh,), bytes(64))
-    (found,) = uniformity.payloads(message, plan, VICTIM)
-    assert len(found.words) == plan.parameters.degree
-    assert found.words.max() < found.modulus
-    assert found.modulus.bit_length() == 54
-    assert uniformity.p_value(found.words, found.modulus) > 1e-6
+    halves = list(uniformity.payloads(message, plan, VICTIM))
+    assert [half.part for half in halves] == ["ciphertext 0.0", "ciphertext 0.1"]
+    for half in halves:
+        assert len(half.words) == plan.parameters.degree
+        assert half.words.max() < half.modulus
+        assert half.modulus.bit_length() == 54
+        assert uniformity.p_value(half.words, half.modulus) > 1e-6
+    assert not list(uniformity.payloads(message, make_plan(4), VICTIM))
 
 
 def test_every_message_has_a_decision_about_its_fields() -> None:
@@ -589,3 +779,17 @@ def test_diff_sets_two_runs_side_by_side(
     assert "CipherUpload" in capsys.readouterr().out
     _, bare = federate(tmp_path / "none", protection="none")
     assert main(["audit-diff", str(good["server"]), str(bare["server"])]) == 12
+
+
+def test_frames_that_a_full_log_lacks_and_plans_that_it_invents_show(
+    good: dict[str, Path], tmp_path: Path
+) -> None:
+    (log,) = read(good, "server")
+    upload = next(i for i, e in enumerate(log.entries) if e.kind == "MaskedUpload")
+    log.entries[upload] = dataclasses.replace(log.entries[upload], place=None)
+    key = next(iter(log.plans))
+    log.plans[key] = dataclasses.replace(log.plans[key], clip=0.25)
+    found = failures(summary.audit(log, [], "", None))
+    kept = "1 frames were not kept (MaskedUpload): nothing is known of their content"
+    assert ("frames", kept) in found
+    assert ("plans", "the plan on record is not the one that was sent") in found

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rounds import identity, roster
+from rounds import identity, make_plan, roster
 
 from secure_fedprompt.audit.compare import check_pair
 from secure_fedprompt.audit.findings import Level
@@ -63,13 +63,8 @@ def rewrite(folder: Path, lines: list[bytes]) -> Log:
 
 def test_what_is_written_is_read_back(folder: Path) -> None:
     log = Log.read(folder)
-    assert (log.name, log.role, log.mode, log.opened, log.closed) == (
-        "c001",
-        "client",
-        "full",
-        1,
-        True,
-    )
+    assert (log.name, log.role, log.opened, log.closed) == ("c001", "client", 1, True)
+    assert log.modes == {"full"}
     assert not log.faults
     assert [entry.kind for entry in log.entries] == ["Alive"] + 5 * ["MaskedUpload"]
     assert [entry.round for entry in log.entries] == [0, 1, 2, 3, 4, 5]
@@ -98,7 +93,7 @@ def test_the_chain_is_what_the_format_says(folder: Path) -> None:
         (lambda x: [*x[:3], x[4], x[3], *x[5:]], 4, "records 3 to 3 are missing"),
         (lambda x: [*x[:4], x[3], *x[4:]], 3, "moved or added"),
         (lambda x: [*x[:3], b"{}\t00\n", *x[4:]], 3, "not a record"),
-        (lambda x: [*x[:2], x[2].replace(b'"way":"out",', b""), *x[3:]], 2, "altered"),
+        (lambda x: [*x[:2], x[2].replace(b'"way":"out",', b""), *x[3:]], 2, "not a record"),
     ],
 )
 def test_damage_is_located(folder: Path, spoil: Any, record: int, what: str) -> None:
@@ -167,10 +162,83 @@ def test_a_restart_goes_on_with_the_chain(folder: Path) -> None:
     assert b'"cut":12' in lines_of(folder)[7]
 
 
+def test_a_carriage_return_is_damage_and_nothing_is_cut(folder: Path) -> None:
+    path = folder / "audit-0000.jsonl"
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b'"way"', b'"w\ry"', 1))
+    with pytest.raises(errors.ConfigError, match="damaged at line 2"):
+        made(folder)
+    assert path.stat().st_size == len(content)
+
+
+def test_a_kill_while_a_segment_begins_is_survived(tmp_path: Path) -> None:
+    log = made(tmp_path, limit=1 << 16)
+    for i in range(20):
+        put(log, upload(i, 1000))
+    log._close_files()
+    last = max(int(path.stem[-4:]) for path in tmp_path.glob("audit-*"))
+    assert last > 0
+    for torn in (b"", b'{"kind":"segm'):
+        (tmp_path / f"audit-{last + 1:04d}.jsonl").write_bytes(torn)
+        (tmp_path / f"frames-{last + 1:04d}.bin").write_bytes(b"")
+        again = made(tmp_path, limit=1 << 16)
+        put(again, upload(99, 1000))
+        again._close_files()
+        assert not Log.read(tmp_path).faults
+
+
+def test_an_interrupted_record_is_not_closed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = made(tmp_path)
+    put(log, upload(1))
+
+    def interrupted(data: bytes) -> int:
+        raise KeyboardInterrupt
+
+    assert log._lines is not None
+    lines = log._lines
+    monkeypatch.setattr(log, "_lines", type("Torn", (), {"write": interrupted, "tell": lines.tell,
+                                                         "close": lines.close}))  # fmt: skip
+    with pytest.raises((KeyboardInterrupt, TypeError)):
+        put(log, upload(2))
+    log.close()
+    log = made(tmp_path)
+    put(log, upload(3))
+    log.close()
+    read = Log.read(tmp_path)
+    assert not read.faults
+    assert [entry.round for entry in read.entries] == [1, 3]
+
+
+def test_the_bound_holds_over_restarts(tmp_path: Path) -> None:
+    limit = 1 << 16
+    for i in range(60):
+        log = made(tmp_path, limit=limit)
+        put(log, upload(i, 1000), upload(i + 100, 1000))
+        log.close()
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= limit + 4096
+    assert not Log.read(tmp_path).faults
+
+
+def test_every_plan_of_a_round_is_on_record(tmp_path: Path) -> None:
+    import dataclasses
+
+    plan = make_plan(3)
+    other = dataclasses.replace(plan, clip=0.5)
+    log = made(tmp_path, "headers")
+    put(log, m.Plan(plan, b""), m.Plan(other, b""), m.Plan(plan, b""), way="in")
+    log.close()
+    read = Log.read(tmp_path)
+    assert read.conflicts == [(plan.run.hex(), plan.round)]
+    assert read.plans == {(plan.run.hex(), 1): plan}
+    assert sum(b'"kind":"plan"' in line for line in lines_of(tmp_path)) == 2
+
+
 def test_a_damaged_log_is_not_continued(folder: Path) -> None:
     lines = lines_of(folder)
     (folder / "audit-0000.jsonl").write_bytes(b"".join([*lines[:3], *lines[4:]]))
-    with pytest.raises(errors.ConfigError, match="damaged at record 4: move the folder"):
+    with pytest.raises(errors.ConfigError, match="damaged at line 4: move the folder"):
         made(folder)
 
 
@@ -265,7 +333,7 @@ def test_heads_cross_real_sockets_and_tie_both_logs(tmp_path: Path) -> None:
         "Finish",
         "LogHead",
     ]
-    assert not [f for f in check_pair(*logs) if f.level is not Level.NOTE]
+    assert not [f for f in check_pair(*logs, RUN.hex()) if f.level is not Level.NOTE]
 
 
 def _until(look: Any) -> Any:
@@ -296,3 +364,51 @@ def test_the_reader_in_the_documentation_agrees(folder: Path, tmp_path: Path) ->
     bad = run()
     assert bad.returncode == 1
     assert "record 4" in bad.stdout
+
+
+HOSTILE = [
+    b'{"kind":"frame","n":1,"at":0,"way":"out","peer":"server","type":"Alive","run":"","round":0,'
+    b'"size":-1,"digest":"","offset":0}',
+    b'{"kind":"frame","n":1,"at":0,"way":"out","peer":"server","type":"Alive","run":"","round":0,'
+    b'"size":1e3,"digest":"","offset":-5}',
+    b'{"kind":"frame","n":1,"at":0,"way":"out","peer":"server","type":"Alive","run":"","round":0,'
+    b'"size":' + b"9" * 40 + b',"digest":""}',
+    b'{"kind":"plan","n":1,"at":0,"plan":"zz"}',
+    b'{"kind":"plan","n":1,"at":0,"plan":"00ff"}',
+    b'{"kind":"segment","n":1,"at":0,"previous":7}',
+    b'{"kind":"open","n":1,"at":0,"format":"secure-fedprompt/audit/1","name":"x"}',
+    b'{"kind":["frame"],"n":1}',
+    b'{"n":true,"kind":"close"}',
+    b'{"n":' + b"9" * 5000 + b',"kind":"close"}',
+    b"[" * 100_000,
+    b'"text"',
+    b"\xff\xfe\x00",
+    b"",
+]
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
+def test_a_crafted_record_is_a_fault_and_no_crash(folder: Path, text: bytes) -> None:
+    lines = lines_of(folder)
+    first = lines[0].partition(b"\t")[2].strip()
+    chain = hashlib.blake2b(bytes.fromhex(first.decode()) + text, digest_size=32).hexdigest()
+    log = rewrite(folder, [lines[0], text + b"\t" + chain.encode() + b"\n"])
+    assert log.faults
+    log.check_frames()
+    rewrite(folder, [text + b"\t" + chain.encode() + b"\n", *lines[1:]]).check_frames()
+    assert Log.read(folder).faults
+
+
+def test_file_names_are_not_trusted(folder: Path) -> None:
+    for name in ("audit-x.jsonl", "audit-99999999999999.jsonl", "audit-0001.jsonl.bak"):
+        (folder / name).write_bytes(b"")
+    assert not Log.read(folder).faults
+    (folder / "audit-999999999.jsonl").write_bytes(b"")
+    assert "segments 1 to 999999998 are missing" in Log.read(folder).faults[-1].what
+
+
+def test_a_log_without_an_owner_is_a_fault(folder: Path) -> None:
+    text = b'{"kind":"close","n":0,"at":0}'
+    chain = hashlib.blake2b(bytes(32) + text, digest_size=32).hexdigest().encode()
+    (fault,) = rewrite(folder, [text + b"\t" + chain + b"\n"]).faults
+    assert fault.what == "no record says whose log this is"

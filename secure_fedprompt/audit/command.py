@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from secure_fedprompt.audit import summary
 from secure_fedprompt.audit.log import Log
 from secure_fedprompt.audit.private import Private
 from secure_fedprompt.protocol import command
-from secure_fedprompt.protocol.errors import AuditError
+from secure_fedprompt.protocol.errors import AuditError, SecureFedPromptError
 
 EXAMPLES = """\
   secure-fedprompt audit runs/monday                                  # the server's log
@@ -39,6 +40,10 @@ def main(argv: list[str] | None = None) -> int:
         "--peer", type=Path, action="append", default=[], metavar="RUN",
         help="log of another end of the same run; may be given several times",
     )  # fmt: skip
+    parser.add_argument(
+        "--roster", metavar="FILE",
+        help="the federation's roster, from a source that you trust: the logs' keys must be its",
+    )  # fmt: skip
     parser.add_argument("--run", default="", metavar="ID", help="of several, the last by default")
     parser.add_argument(
         "--secrets", type=Path, metavar="FILE",
@@ -51,14 +56,27 @@ def main(argv: list[str] | None = None) -> int:
 
 def _audit(args: argparse.Namespace) -> int:
     private = Private.read(args.secrets) if args.secrets else None
-    log, *peers = [Log.read(path) for path in (args.run_dir, *args.peer)]
-    result = summary.audit(log, peers, args.run, private)
-    _print(args.format, result)
+    roster = command.read_roster(args.roster) if args.roster else None
+    with _judged():
+        log, *peers = [Log.read(path) for path in (args.run_dir, *args.peer)]
+        result = summary.audit(log, peers, args.run, private, roster)
+        _print(args.format, result)
     command.write_json(args.json, summary.as_json(result))
     if not result.kept:
         first = result.findings[0]
         raise AuditError(f"[{first.check}] {first.where}: {first.text}")
     return 0
+
+
+@contextlib.contextmanager
+def _judged() -> Iterator[None]:
+    """Whatever a crafted log provokes is one line, and no acquittal."""
+    try:
+        yield
+    except SecureFedPromptError:
+        raise
+    except Exception as error:
+        raise AuditError(f"a log could not be judged: {type(error).__name__}: {error}") from error
 
 
 def _print(form: str, result: summary.Audit) -> None:
@@ -86,7 +104,9 @@ def audit_diff(argv: list[str] | None = None) -> int:
 
 
 def _diff(args: argparse.Namespace) -> int:
-    results = [summary.audit(Log.read(path), [], "", None) for path in (args.first, args.second)]
+    with _judged():
+        logs = [Log.read(path) for path in (args.first, args.second)]
+        results = [summary.audit(log, [], "", None) for log in logs]
     rows = compare(results)
     if args.format == "json":
         json.dump(rows, sys.stdout, indent=1)

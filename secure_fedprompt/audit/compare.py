@@ -13,7 +13,7 @@ from secure_fedprompt.protocol.expand import Purpose
 from secure_fedprompt.protocol.keys import verify
 
 
-def check_log(log: Log) -> Iterator[Finding]:
+def check_log(log: Log, run: str) -> Iterator[Finding]:
     """Whether a log is consistent in itself: chain, kept frames, and the heads that it signed."""
     log.check_frames()
     for fault in log.faults:
@@ -29,16 +29,22 @@ def check_log(log: Log) -> Iterator[Finding]:
             "chain", f"{log.name}: record {max(log.chains, default=0)}", "the log ends without a "
             "closing record: cut, or the process was killed or still runs",
         )  # fmt: skip
+    if log.cut:
+        text = f"{log.cut} bytes of unfinished lines were removed when a process started again"
+        yield warned("chain", log.name, text)
     if log.first:
         yield noted("chain", log.name, f"records before {log.first} were dropped to save disk")
-    for entry, head in _heads(log):
+        if not any(entry.run == run and entry.kind == "Welcome" for entry in log.entries):
+            text = "the beginning of this run was dropped: raise audit_mb to keep a run whole"
+            yield failed("chain", f"{log.name}: record {log.first}", text)
+    for entry, head in _heads(log, run):
         if entry.way == "out":
             yield from _check_head(log, log, log.name, entry, head)
 
 
-def check_pair(log: Log, other: Log) -> Iterator[Finding]:
-    """Whether two logs of one run tell the same story."""
-    for one, two in ((log, other), (other, log)):
+def check_pair(server: Log, other: Log, run: str) -> Iterator[Finding]:
+    """Whether the logs of a server and of another end tell the same story of a run."""
+    for one, two in ((server, other), (other, server)):
         known = one.roster.get(two.name)
         if known is None or known != two.roster.get(two.name):
             yield failed(
@@ -46,19 +52,19 @@ def check_pair(log: Log, other: Log) -> Iterator[Finding]:
                 "the two rosters give this name different keys, or one of them none",
             )  # fmt: skip
             return
-        found = 0
-        for entry, head in _heads(one):
-            if entry.way == "in" and entry.peer == two.name:
-                found += 1
-                yield from _check_head(two, one, two.name, entry, head)
-        if not found:
+    for one, two in ((server, other), (other, server)):
+        heads = [(e, h) for e, h in _heads(one, run) if (e.way, e.peer) == ("in", two.name)]
+        for entry, head in heads:
+            yield from _check_head(two, one, two.name, entry, head)
+        if not heads:
             text = f"no signed head of {two.name} is in the log of {one.name}: nothing ties it down"
-            yield warned("heads", one.name, text)
-        yield from _cross_check(one, two)
+            yield failed("heads", one.name, text)
+    yield from _cross_check(server, other, run)
+    yield from _cross_check(other, server, run)
 
 
-def _heads(log: Log) -> Iterator[tuple[Entry, m.LogHead]]:
-    for entry, message in log.messages():
+def _heads(log: Log, run: str) -> Iterator[tuple[Entry, m.LogHead]]:
+    for entry, message in log.messages(run):
         if isinstance(message, m.LogHead):
             yield entry, message
 
@@ -76,8 +82,9 @@ def _check_head(
         yield failed("heads", where, f"the head of {name}'s log bears no valid signature of {name}")
         return
     if head.records < of.first:
-        return  # of records that were dropped
-    if head.records not in of.chains:
+        text = f"{name} signed records up to {head.records}, this log begins at {of.first}"
+        yield failed("heads", where, text)
+    elif head.records not in of.chains:
         last = max(of.chains, default=0)
         text = f"{name} signed a log of {head.records} records, this one has {last}: it was cut"
         yield failed("heads", where, text)
@@ -86,50 +93,81 @@ def _check_head(
         yield failed("heads", where, text)
 
 
-def _cross_check(sender: Log, receiver: Log) -> Iterator[Finding]:
-    """Frames from one end to the other: nothing may arrive that was not sent, nor out of order."""
-    runs = set(sender.runs) & set(receiver.runs)
-    sent = [e for e in sender.entries if (e.way, e.peer) == ("out", receiver.name)]
-    got = [e for e in receiver.entries if (e.way, e.peer) == ("in", sender.name)]
-    if sender.first or receiver.first:  # of a dropped part the other end may still know
-        known = {e.digest for e in sent}
-        got = got[next((i for i, e in enumerate(got) if e.digest in known), len(got)) :]
-    for digest, extra in (Counter(e.digest for e in got) - Counter(e.digest for e in sent)).items():
-        entry = next(e for e in got if e.digest == digest)
+def _cross_check(sender: Log, receiver: Log, run: str) -> Iterator[Finding]:
+    """Frames from one end to the other: nothing may arrive that was not sent, nor out of order,
+    and what did not arrive must have been in flight when a connection ended."""
+    sent = _passed(sender, run, "out", receiver.name)
+    got = _passed(receiver, run, "in", sender.name)
+    known = Counter(_content(e) for _, e in sent)
+    for content, extra in (Counter(_content(e) for _, e in got) - known).items():
+        entry = next(e for _, e in got if _content(e) == content)
         text = f"{entry.kind} from {sender.name}, {extra} time(s) more than {sender.name} says"
         yield failed("cross-check", f"{receiver.name}: record {entry.n}", text)
-    lost = _missing([e for e in sent if e.run in runs], [e for e in got if e.run in runs])
-    if lost is None:
+    rows = _aligned(sent, got)
+    if rows is None:
         where = f"{sender.name} to {receiver.name}"
         yield failed("cross-check", where, "frames of a run arrived in another order than sent")
         return
-    middle, tail = lost
-    for entries, what in ((middle, "never arrived"), (tail, "at the end never arrived")):
-        if not entries:
+    spoke: dict[int, int] = {}  # latest round that the receiver spoke of, by connection
+    for connection, entry in _passed(receiver, run, "out", sender.name):
+        number = 1 << 32 if entry.kind == "Finish" else entry.round
+        spoke[connection] = max(spoke.get(connection, 0), number)
+    if len({c for c, _ in sent}) < 2:  # one connection, whatever the receiver makes of it
+        spoke = dict.fromkeys({c for c, _ in sent}, max(spoke.values(), default=0))
+    last = {connection: i for i, (connection, _) in enumerate(sent) if i in rows}
+    lost = [(i, c, e) for i, (c, e) in enumerate(sent) if i not in rows]
+    hidden = [e for i, c, e in lost if i < last.get(c, -1)]
+    answered = [e for i, c, e in lost if i >= last.get(c, -1) and e.round < spoke.get(c, 0)]
+    excused = [e for _, _, e in lost if e not in hidden and e not in answered]
+    for entries, why in (
+        (hidden, "never arrived, though later frames of the same connection did"),
+        (answered, f"never arrived, though {receiver.name} went on to a later round"),
+    ):
+        if entries:
+            where = f"{sender.name}: record {entries[0].n}"
+            yield failed("cross-check", where, f"{_kinds(entries)} to {receiver.name} {why}")
+    if excused:
+        where = f"{sender.name}: record {excused[0].n}"
+        text = f"{_kinds(excused)} to {receiver.name} never arrived: a connection had ended"
+        yield warned("cross-check", where, text)
+
+
+def _kinds(entries: list[Entry]) -> str:
+    return ", ".join(f"{n} {kind}" for kind, n in Counter(e.kind for e in entries).items())
+
+
+def _content(entry: Entry) -> tuple[str, str, int, int]:
+    """What both ends must say of a frame."""
+    return entry.digest, entry.kind, entry.round, entry.size
+
+
+def _passed(log: Log, run: str, way: str, peer: str) -> list[tuple[int, Entry]]:
+    """Frames of a run to or from a peer, with the number of their connection.
+
+    Every connection begins with the client's Hello.
+    """
+    found, connection = [], 0
+    hello = "in" if log.role == "server" else "out"
+    for entry in log.entries:
+        if entry.peer != peer:
             continue
-        kinds = ", ".join(f"{n} {kind}" for kind, n in Counter(e.kind for e in entries).items())
-        text = f"{kinds} to {receiver.name} {what}"
-        client = sender if sender.role != "server" else receiver
-        hellos = sum(e.kind == "Hello" and e.way == "out" for e in client.entries)
-        where = f"{sender.name}: record {entries[0].n}"
-        if entries is middle and hellos < 2 and client.opened < 2:
-            yield failed("cross-check", where, text + ", and the connection was never lost")
-        else:
-            yield warned("cross-check", where, text + ": a connection was lost, or ended")
+        connection += entry.kind == "Hello" and entry.way == hello
+        if entry.way == way and entry.run == run:
+            found.append((connection, entry))
+    return found
 
 
-def _missing(sent: list[Entry], got: list[Entry]) -> tuple[list[Entry], list[Entry]] | None:
-    """Sent frames that did not arrive, before and after the last that did; None if unordered."""
-    places = defaultdict[str, list[int]](list)
-    for i, entry in enumerate(sent):
-        places[entry.digest].append(i)
-    at, lost = 0, list[Entry]()
-    for entry in got:
-        later = [i for i in places.get(entry.digest, ()) if i >= at]
-        if not later:
-            if entry.digest in places:
-                return None
-            continue  # said above
-        lost += sent[at : later[0]]
-        at = later[0] + 1
-    return lost, sent[at:]
+def _aligned(sent: list[tuple[int, Entry]], got: list[tuple[int, Entry]]) -> set[int] | None:
+    """Places of the sent frames that arrived, or None if they came in another order."""
+    places = defaultdict[tuple[str, str, int, int], list[int]](list)
+    for i, (_, entry) in enumerate(sent):
+        places[_content(entry)].append(i)
+    at, rows = 0, set[int]()
+    for _, entry in got:
+        later = [i for i in places.get(_content(entry), ()) if i >= at]
+        if later:
+            rows.add(later[0])
+            at = later[0] + 1
+        elif _content(entry) in places:
+            return None
+    return rows

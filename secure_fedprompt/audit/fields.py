@@ -132,7 +132,8 @@ def expected_size(kind: type, plan: RoundPlan | None, client: str) -> int | None
     fixed = fixed_size(kind)
     if fixed is not None:
         return HEADER + fixed
-    if plan is None or kind not in _SIZES:
+    ciphers = kind in (m.CipherUpload, m.CipherSum)
+    if plan is None or kind not in _SIZES or (ciphers and not plan.encrypted):
         return None
     return HEADER + _SIZES[kind](plan, client)
 

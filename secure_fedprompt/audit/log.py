@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import json
+import itertools
+import os
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
+from secure_fedprompt.audit import records
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.codec import decode_fields
-from secure_fedprompt.protocol.errors import CodecError, ConfigError
+from secure_fedprompt.protocol.errors import CodecError, ConfigError, SecureFedPromptError
 from secure_fedprompt.protocol.plan import RoundPlan
 from secure_fedprompt.protocol.recorder import (
-    FORMAT,
     MALFORMED,
     START,
-    Record,
     frame_digest,
     link,
     run_and_round,
@@ -66,21 +66,22 @@ class Log:
     """A log that was read to its end, whatever was found.
 
     Attributes:
-        name, role, mode: of its owner, as the log says.
+        name, role: of its owner, as the log says; modes: that it was written in.
         roster: name -> (role, identity key in hex).
         entries: the frames, in order.
         faults: what contradicts the chain, with places.
-        plans: by run (hex) and round.
+        plans: by run (hex) and round, sound ones only; conflicts: rounds with a second, other one.
         chains: chain before record n, for every n that is there, and after the last.
         first: number of the first record; above 0 if older segments were dropped.
         closed: whether the log ends with a closing record.
-        opened: how often a process began to write.
+        opened: how often a process began to write; cut: bytes of torn lines that were removed then.
+        torn: whether the last line is unfinished.
     """
 
     folder: Path
     name: str = ""
     role: str = ""
-    mode: str = ""
+    modes: set[str] = field(default_factory=set)
     roster: dict[str, tuple[str, str]] = field(default_factory=dict)
     entries: list[Entry] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
@@ -88,7 +89,9 @@ class Log:
     chains: dict[int, str] = field(default_factory=dict)
     first: int = 0
     closed: bool = False
+    conflicts: list[tuple[str, int]] = field(default_factory=list)
     opened: int = 0
+    cut: int = 0
     torn: bool = False
 
     @classmethod
@@ -109,6 +112,11 @@ class Log:
         _Reader(log).read(numbers)
         return log
 
+    def kept(self, run: str) -> bool:
+        """Whether the log holds every frame of a run, and any at all."""
+        frames = [entry for entry in self.entries if entry.run == run]
+        return bool(frames) and all(entry.place is not None for entry in frames)
+
     @property
     def runs(self) -> list[str]:
         """Runs that the frames name, in order."""
@@ -119,12 +127,7 @@ class Log:
         if entry.place is None:
             return None
         segment, offset = entry.place
-        try:
-            with (self.folder / f"frames-{segment:04d}.bin").open("rb") as file:
-                file.seek(offset)
-                return file.read(entry.size)
-        except OSError:
-            return b""
+        return _content(self.folder / f"frames-{segment:04d}.bin", offset, entry.size)
 
     def messages(self, run: str = "") -> Iterator[tuple[Entry, m.Message]]:
         """Kept frames that decode, of one run or of all."""
@@ -174,84 +177,115 @@ class _Reader:
         log = self.log
         for segment in numbers:
             name = f"audit-{segment:04d}.jsonl"
-            data = (log.folder / name).read_bytes()
-            *lines, rest = data.split(b"\n")
+            *lines, rest = _content(log.folder / name).split(b"\n")
             for number, line in enumerate(lines, start=1):
-                self._line(line, segment, f"{name}, line {number}")
+                self._line(line, segment, number, f"{name}, line {number}")
             log.torn = bool(rest)
             if rest and segment != numbers[-1]:
-                log.faults.append(Fault(name, self.next, "the segment ends within a record"))
+                self._fault(name, self.next, "the segment ends within a record")
         log.chains[self.next] = self.chain.hex()
-        missing = set(range(self.dropped + 1, numbers[-1])) - set(numbers)
-        for segment in sorted(missing):
-            what = f"segment {segment} is missing and no record says that it was dropped"
-            log.faults.append(Fault(f"audit-{segment:04d}.jsonl", -1, what))
+        if not log.name:
+            self._fault("audit-*.jsonl", -1, "no record says whose log this is")
+        for before, after in itertools.pairwise([self.dropped, *numbers]):
+            if after > max(before, self.dropped) + 1:
+                what = f"segments {max(before, self.dropped) + 1} to {after - 1} are missing"
+                self._fault(f"audit-{after:04d}.jsonl", -1, what)
 
-    def _line(self, line: bytes, segment: int, where: str) -> None:
+    def _fault(self, where: str, record: int, what: str) -> None:
+        self.log.faults.append(Fault(where, record, what))
+
+    def _line(self, line: bytes, segment: int, number: int, where: str) -> None:
         log = self.log
         text, _, stored = line.partition(b"\t")
-        record = _parse(text)
+        record = records.parse(text)
         if record is None:
-            log.faults.append(Fault(where, self.next, "not a record"))
+            self._fault(where, self.next, "not a record")
             self.next += 1
             return
-        n = record["n"]
-        if record["kind"] == "segment" and not log.chains:  # earlier ones were dropped
-            self.chain, self.next, log.first = bytes.fromhex(record["previous"]), n, n
-        chain = link(self.chain, text)
+        n = record.n
+        first = isinstance(record, records.Segment)
+        if isinstance(record, records.Segment) and not log.chains and segment:
+            self.chain, self.next, log.first = bytes.fromhex(record.previous), n, n
+        if first != (number == 1 and segment > 0):
+            self._fault(where, n, "a segment begins here that should not, or none where it should")
         if n != self.next:
             what = (
                 f"records {self.next} to {n - 1} are missing"
                 if n > self.next
                 else f"record {n} comes after record {self.next - 1}: moved or added"
             )
-            log.faults.append(Fault(where, n, what))
-        elif chain.hex().encode() != stored:
-            log.faults.append(Fault(where, n, f"record {n} or its chain value was altered"))
+            self._fault(where, n, what)
+        elif link(self.chain, text).hex().encode() != stored:
+            self._fault(where, n, f"record {n} or its chain value was altered")
         log.chains[n] = self.chain.hex()
-        try:
-            self.chain = bytes.fromhex(stored.decode())
-        except ValueError:
-            self.chain = chain
+        self.chain = _chain(stored) or link(self.chain, text)
         self.next = n + 1
-        try:
-            self._take(record, segment)
-        except (KeyError, TypeError, ValueError, CodecError) as error:
-            log.faults.append(Fault(where, n, f"record {n} lacks or garbles the field {error}"))
+        self._take(record, segment, where)
 
-    def _take(self, record: Record, segment: int) -> None:
+    def _take(self, record: records.Record, segment: int, where: str) -> None:
         log = self.log
-        log.closed = record["kind"] == "close"
-        match record["kind"]:
-            case "open" | "segment":
-                if record["format"] != FORMAT:
-                    raise ConfigError(
-                        f"audit log {log.folder} is of format {record['format']!r}; this program "
-                        f"reads {FORMAT!r}"
-                    )
-                log.name, log.role, log.mode = (str(record[k]) for k in ("name", "role", "mode"))
-                log.roster = {
-                    str(x["name"]): (str(x["role"]), str(x["identity"])) for x in record["roster"]
-                }
-                log.opened += record["kind"] == "open"
-            case "frame":
-                place = (segment, int(record["offset"])) if "offset" in record else None
+        log.closed = isinstance(record, records.Close)
+        match record:
+            case records.Open() | records.Segment():
+                self._owner(record, where)
+                if isinstance(record, records.Open):
+                    log.opened += 1
+                    log.cut += record.cut
+                elif record.segment != segment:
+                    self._fault(where, record.n, f"segment {record.segment} in another's file")
+            case records.Frame():
+                place = None if record.offset is None else (segment, record.offset)
                 log.entries.append(Entry(
-                    record["n"], float(record["at"]), str(record["way"]), str(record["peer"]),
-                    str(record["type"]), str(record["run"]), int(record["round"]),
-                    int(record["size"]), str(record["digest"]), place,
+                    record.n, record.at, record.way, record.peer, record.type, record.run,
+                    record.round, record.size, record.digest, place,
                 ))  # fmt: skip
-            case "plan":
-                plan = decode_fields(RoundPlan, bytes.fromhex(record["plan"]))
-                log.plans[plan.run.hex(), plan.round] = plan
-            case "dropped":
-                self.dropped = max(self.dropped, int(record["segment"]))
+            case records.Plan():
+                self._plan(record, where)
+            case records.Dropped():
+                self.dropped = max(self.dropped, record.segment)
+
+    def _owner(self, record: records.Open | records.Segment, where: str) -> None:
+        log = self.log
+        roster = {party.name: (party.role, party.identity) for party in record.roster}
+        owner = record.name, record.role, roster
+        if log.name and owner != (log.name, log.role, log.roster):
+            self._fault(where, record.n, "the log changes its owner or roster")
+        elif record.name not in roster or roster[record.name][0] != record.role:
+            self._fault(where, record.n, f"{record.name} is not a {record.role} on its own roster")
+        log.name, log.role, log.roster = owner
+        log.modes.add(record.mode)
+
+    def _plan(self, record: records.Plan, where: str) -> None:
+        log = self.log
+        try:
+            plan = decode_fields(RoundPlan, bytes.fromhex(record.plan))
+            plan.check()
+        except (SecureFedPromptError, ValueError) as error:
+            self._fault(where, record.n, f"record {record.n} is no sound plan: {error}")
+            return
+        key = plan.run.hex(), plan.round
+        if key in log.plans and log.plans[key].digest != plan.digest:
+            log.conflicts.append(key)
+        log.plans.setdefault(key, plan)
 
 
-def _parse(text: bytes) -> dict[str, Any] | None:
+def _chain(stored: bytes) -> bytes:
+    """A chain value, or none."""
     try:
-        record = json.loads(text)
+        value = bytes.fromhex(stored.decode())
     except ValueError:
-        return None
-    sound = isinstance(record, dict) and isinstance(record.get("n"), int) and "kind" in record
-    return record if sound else None
+        return b""
+    return value if len(value) == 32 else b""
+
+
+def _content(path: Path, offset: int = 0, size: int = -1) -> bytes:
+    """Bytes of a plain file; nothing if it is something else, or not there."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return b""
+    with os.fdopen(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return b""
+        file.seek(offset)
+        return file.read(size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
@@ -28,65 +29,90 @@ ALLOWED = {
     "ckks": COMMON | KEYING | {"CipherUpload"},
     "none": COMMON | {"PlainUpload"},
 }
+TYPES = {cls.__name__: cls for cls in m.CATALOGUE.types.values()}
 SEAL_HEADER = b"\x5e\xa1\x10"  # magic number, and 16 bytes of header
 Decoded = Sequence[tuple[Entry, m.Message]]
 
 
 def check_promises(log: Log, run: str) -> Iterator[Finding]:
-    """All checks of one log for one run; those that need the frames only if they were kept."""
-    entries = [entry for entry in log.entries if entry.run == run]
+    """All checks of one log for one run; payloads as far as they were kept."""
+    entries = [entry for entry in log.entries if entry.run in ("", run)]
     decoded = list(log.messages(run))
-    yield from _catalogue(log)
-    yield from _plans(log, run, decoded)
+    yield from _labels(log, entries)
+    yield from _plans(log, run, entries, decoded)
     yield from _protection(log, run, entries)
-    if log.mode == "full":
-        yield from _masks(log, run, decoded)
-        yield from _keys(log, run, decoded)
-        yield from _uniform(log, run, decoded)
+    yield from _masks(log, run, decoded)
+    yield from _keys(log, run, decoded)
+    yield from _uniform(log, run, decoded)
+    yield from _kept(log, run)
+
+
+def _kept(log: Log, run: str) -> Iterator[Finding]:
+    """What was not kept was not looked at; a log that says it is full must be."""
+    lacking = [entry for entry in log.entries if entry.run == run and entry.place is None]
+    if not lacking:
+        return
+    kinds = ", ".join(sorted({entry.kind for entry in lacking}))
+    if log.modes == {"full"}:
+        text = f"{len(lacking)} frames were not kept ({kinds}): nothing is known of their content"
+        yield failed("frames", f"{log.name}: record {lacking[0].n}", text)
     else:
-        yield warned(
-            "uniformity", log.name, 'the log holds headers only: payloads, keys and lists were not '
-            'looked at (set audit = "full")',
-        )  # fmt: skip
+        text = f"{len(lacking)} frames are known by their headers only (set audit = 'full')"
+        for check in ("frames", "keys", "uniformity"):
+            yield warned(check, log.name, text)
 
 
-def _catalogue(log: Log) -> Iterator[Finding]:
-    known = {cls.__name__ for cls in m.CATALOGUE.types.values()}
-    for entry in log.entries:
-        if entry.kind == MALFORMED or entry.kind not in known:
+def _labels(log: Log, entries: list[Entry]) -> Iterator[Finding]:
+    """Types of the catalogue, from members, each with the run and round that it carries."""
+    for entry in entries:
+        where = f"{log.name}: record {entry.n}"
+        if entry.kind == MALFORMED:
             text = f"{entry.size} bytes from {entry.peer} are no message of the catalogue"
-            if entry.kind != MALFORMED:
-                text = f"message type {entry.kind!r} is not in the catalogue"
-            yield failed("catalogue", f"{log.name}: record {entry.n}", text)
+            yield failed("catalogue", where, text)
+        elif entry.kind not in TYPES:
+            text = f"message type {entry.kind!r} is not in the catalogue"
+            yield failed("catalogue", where, text)
+        else:
+            fields = {field.name for field in dataclasses.fields(TYPES[entry.kind])}
+            of_round = "round" in fields or "plan" in fields
+            if ("run" in fields or of_round) != bool(entry.run) or (
+                entry.kind != "LogHead" and of_round != bool(entry.round)
+            ):
+                text = f"{entry.kind} of run {entry.run[:8] or 'none'}, round {entry.round}"
+                yield failed("catalogue", where, f"{text}: that type says it otherwise")
+        role = log.roster.get(entry.peer, ("", ""))[0]
+        if (role == "server") == (log.role == "server") or not role:
+            text = f"{entry.peer} is nobody that {log.name} talks to, by its roster"
+            yield failed("catalogue", where, text)
 
 
-def _plans(log: Log, run: str, decoded: Decoded) -> Iterator[Finding]:
+def _plans(log: Log, run: str, entries: list[Entry], decoded: Decoded) -> Iterator[Finding]:
     sent: dict[int, set[bytes]] = defaultdict(set)
     for _, message in decoded:
         if isinstance(message, m.Plan | m.HelperPlan):
             sent[message.plan.round].add(message.plan.digest)
+    plans = {number: plan for (of, number), plan in log.plans.items() if of == run}
     for number, digests in sent.items():
-        if len(digests) > 1:
-            text = f"{len(digests)} different plans of one round"
+        if number not in plans or plans[number].digest not in digests:
+            text = "the plan on record is not the one that was sent"
             yield failed("plans", f"{log.name}: round {number}", text)
-    for (of, number), plan in log.plans.items():
-        if of != run:
-            continue
-        try:
-            plan.check()
-        except SecureFedPromptError as error:
-            yield failed("plans", f"{log.name}: round {number}", str(error))
+    for number in sorted({n for of, n in log.conflicts if of == run}):
+        yield failed("plans", f"{log.name}: round {number}", "two different plans of one round")
+    for number in sorted({entry.round for entry in entries if entry.run == run} - {0, *plans}):
+        text = "frames of a round whose plan is not on record"
+        yield failed("plans", f"{log.name}: round {number}", text)
+    for number, plan in plans.items():
         if len(plan.cohort) < 3 or plan.quorum < 2:
             text = (
                 f"cohort of {len(plan.cohort)}, quorum {plan.quorum}: a sum is a subtraction away"
             )
             yield failed("plans", f"{log.name}: round {number}", text)
-    protections = {plan.protection for (of, _), plan in log.plans.items() if of == run}
+    protections = {plan.protection for plan in plans.values()}
     if len(protections) > 1:
         text = f"the run changed its protection: {', '.join(sorted(protections))}"
         yield failed("plans", log.name, text)
     if not protections:
-        yield warned("plans", log.name, "no plan of this run is on record")
+        yield failed("plans", log.name, "no plan of this run is on record")
 
 
 def _protection(log: Log, run: str, entries: list[Entry]) -> Iterator[Finding]:
@@ -95,20 +121,19 @@ def _protection(log: Log, run: str, entries: list[Entry]) -> Iterator[Finding]:
     for entry in entries:
         plan = log.plans.get((run, entry.round))
         where = f"{log.name}: record {entry.n}, round {entry.round}"
+        who = entry.peer if entry.way == "in" else log.name
         if entry.kind in UPLOADS.values():
-            who = entry.peer if entry.way == "in" else log.name
             uploads[entry.round, who] += 1
-            if plan is None:
-                yield warned("protection", where, f"{entry.kind} in a round without a plan")
+            if plan is not None and who not in plan.cohort:
+                yield failed("protection", where, f"an upload of {who}, who is not in the cohort")
+        if entry.kind == "PlainUpload":
+            text = f"update, image count and metrics of {who} in the clear"
+            yield failed("protection", where, text)
         if plan is None or not entry.round:
             continue
         allowed = ALLOWED[plan.protection] | (SELECTING if plan.selecting else set())
         if entry.kind not in allowed:
             text = f"{entry.kind} has no place in a round under {plan.protection}"
-            yield failed("protection", where, text)
-        if entry.kind == "PlainUpload":
-            who = entry.peer if entry.way == "in" else log.name
-            text = f"update, image count and metrics of {who} in the clear"
             yield failed("protection", where, text)
     for (number, who), count in uploads.items():
         if count > 1:
@@ -148,11 +173,29 @@ def _keys(log: Log, run: str, decoded: Decoded) -> Iterator[Finding]:
         frame = log.frame(entry) or b""
         if isinstance(message, m.KeyGrant):
             context = bytes(message.context)
-            frame = frame.replace(context, b"")
+            frame = frame.replace(context, b"", 1)
             yield from _context(where, plan, context, entry.peer)
-        if not isinstance(message, m.CipherUpload | m.CipherSum) and _holds_seal(frame):
+        if isinstance(message, m.CipherUpload | m.CipherSum):
+            for data in message.ciphertexts:
+                yield from _ciphertext(where, plan, bytes(data))
+                frame = frame.replace(bytes(data), b"", 1)
+        if _holds_seal(frame):
             text = f"{type(message).__name__} holds a SEAL object, and should hold none: a key?"
             yield failed("keys", where, text)
+
+
+def _ciphertext(where: str, plan: RoundPlan | None, data: bytes) -> Iterator[Finding]:
+    """One ciphertext of the plan's parameter set, and nothing behind it."""
+    if plan is None or not plan.encrypted:
+        yield failed("keys", where, "a ciphertext in a round without encryption")
+        return
+    try:
+        homomorphic.scheme(plan.protection, plan.parameters).ciphertext(data)
+    except SecureFedPromptError as error:
+        yield failed("keys", where, f"no ciphertext: {error}")
+        return
+    if int.from_bytes(data[8:16], "little") != len(data):
+        yield failed("keys", where, f"a ciphertext with something behind it, {len(data)} bytes")
 
 
 def _holds_seal(frame: bytes) -> bool:
@@ -193,12 +236,9 @@ def _uniform(log: Log, run: str, decoded: Decoded) -> Iterator[Finding]:
 
 def check_pooled(logs: Sequence[Log]) -> Iterator[Finding]:
     """What logs must not lie together."""
-    roles = {log.role for log in logs if log.mode == "full"}
-    helps = any(plan.selecting for log in logs for plan in log.plans.values())
-    helpers = {p.selection.helper for log in logs for p in log.plans.values()} & {
-        log.name for log in logs if log.mode == "full"
-    }
-    if helps and "server" in roles and helpers:
+    full = {log.name: log.role for log in logs if "full" in log.modes}
+    plans = [plan for log in logs for plan in log.plans.values() if plan.selecting]
+    if "server" in full.values() and {plan.selection.helper for plan in plans} & set(full):
         text = (
             "server and helper logs with frames in one place open every selection share: audit "
             "them apart, or delete one"

@@ -19,6 +19,7 @@ from secure_fedprompt.audit.private import Private, check_private
 from secure_fedprompt.audit.promises import check_pooled, check_promises, row_of
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.errors import ConfigError, SecureFedPromptError
+from secure_fedprompt.protocol.roster import Roster
 
 TYPES = {cls.__name__: cls for cls in m.CATALOGUE.types.values()}
 COLOURS = {Level.FAIL: "red", Level.WARN: "yellow", Level.NOTE: "dim"}
@@ -64,8 +65,19 @@ class Audit:
         return "fail" not in self.checks.values()
 
 
-def audit(log: Log, peers: Sequence[Log], run: str, private: Private | None) -> Audit:
+def audit(
+    log: Log,
+    peers: Sequence[Log],
+    run: str,
+    private: Private | None,
+    roster: Roster | None = None,
+) -> Audit:
     """Check one run in one log, against the logs of other ends if they are given.
+
+    Args:
+        run: first digits of its id; empty for the last.
+        private: what a client alone knows, to look for it.
+        roster: the federation's, from another source than the logs.
 
     Raises:
         ConfigError: the log does not hold the run.
@@ -79,17 +91,21 @@ def audit(log: Log, peers: Sequence[Log], run: str, private: Private | None) -> 
         )
     (run,) = chosen
     findings: list[Finding] = []
+    whole = log.kept(run)
     ran = {"chain", "heads", "catalogue", "plans", "protection"}
-    ran |= {"frames", "keys", "uniformity"} if log.mode == "full" else set()
+    ran |= {"frames", "keys"} if whole else set()
     for one in (log, *peers):
-        findings += check_log(one)
+        findings += check_log(one, run)
         if run in one.runs:
             findings += check_promises(one, run)
         else:
             findings.append(failed("cross-check", one.name, f"the log does not hold run {run[:8]}"))
-    for other in peers:
-        findings += check_pair(log, other)
+    for server, other in _pairs([log, *peers]):
+        findings += check_pair(server, other, run)
         ran.add("cross-check")
+    if whole and any(f.check == "uniformity" and "tests of" in f.text for f in findings):
+        ran.add("uniformity")
+    findings += _against(roster, [log, *peers]) if roster is not None else ()
     if not peers:
         text = "one log alone is internally consistent at best: --peer holds it against another end"
         findings.append(noted("cross-check", log.name, text))
@@ -102,7 +118,8 @@ def audit(log: Log, peers: Sequence[Log], run: str, private: Private | None) -> 
     checks = {}
     for check in CHECKS:
         levels = {finding.level for finding in findings if finding.check == check}
-        unsure = "warn" if Level.WARN in levels else "pass" if check in ran else "not run"
+        passed = "pass" if whole or check not in _BY_LABEL else "labels only"
+        unsure = "warn" if Level.WARN in levels else passed if check in ran else "not run"
         checks[check] = "fail" if Level.FAIL in levels else unsure
     order = list(Level)
     findings.sort(key=lambda finding: order.index(finding.level))
@@ -110,6 +127,33 @@ def audit(log: Log, peers: Sequence[Log], run: str, private: Private | None) -> 
     protection = plans[-1].protection if plans else ""
     return Audit(run, [x.name for x in (log, *peers)], protection, traffic(log, run), checks,
                  findings)  # fmt: skip
+
+
+_BY_LABEL = ("catalogue", "plans", "protection")
+
+
+def _pairs(logs: Sequence[Log]) -> list[tuple[Log, Log]]:
+    """The server's log with each of the others.
+
+    Raises:
+        ConfigError: two logs of one owner, or none of the server.
+    """
+    names = [log.name for log in logs]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"--peer: two logs of one owner ({', '.join(names)})")
+    servers = [log for log in logs if log.role == "server"]
+    if len(logs) > 1 and len(servers) != 1:
+        raise ConfigError(
+            f"--peer: {', '.join(names)} do not talk to each other; one log must be the server's"
+        )
+    return [(server, log) for server in servers for log in logs if log is not server]
+
+
+def _against(roster: Roster, logs: Sequence[Log]) -> list[Finding]:
+    """The rosters that the logs name, against one that the auditor trusts."""
+    trusted = {x.name: (x.role, x.identity.hex()) for x in roster.members}
+    text = "its roster is not the one that was given"
+    return [failed("heads", log.name, text) for log in logs if log.roster != trusted]
 
 
 def traffic(log: Log, run: str) -> list[Traffic]:
@@ -181,8 +225,10 @@ def verdict(result: Audit) -> str:
         return f"NOT KEPT: {broken}"
     alone = "; internally consistent only, since no other end's log was given"
     others = f"; in agreement with {', '.join(result.logs[1:])}"
+    labels = "labels only" in result.checks.values()
+    seen = ", by the frames' labels only" if labels else ""
     return (
-        f"kept, as far as this log shows: the promises of {result.protection}"
+        f"kept, as far as this log shows{seen}: the promises of {result.protection}"
         f"{others if len(result.logs) > 1 else alone}"
     )
 

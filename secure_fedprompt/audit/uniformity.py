@@ -4,12 +4,13 @@ A masked word, a residue of a ciphertext, and the difference of two of them, is 
 mask is fresh. Leading bits are put into 16 or 256 equal classes and counted: an unmasked vector
 keeps to a few of them, and so does the difference of two vectors under one mask, where an update
 is small against its ring. Chi-square, with a family-wise error of 1e-6 over all tests of an audit
-(Bonferroni). Payloads below 80 words are not tested.
+(Bonferroni). Fields below 80 words are tested together.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -20,12 +21,15 @@ from scipy.stats import chi2
 from secure_fedprompt.audit.findings import Finding, failed, noted
 from secure_fedprompt.protocol import homomorphic
 from secure_fedprompt.protocol import messages as m
-from secure_fedprompt.protocol.layout import Layout
+from secure_fedprompt.protocol.errors import FieldError
+from secure_fedprompt.protocol.fixedpoint import wire_size
+from secure_fedprompt.protocol.layout import Field, Layout
 from secure_fedprompt.protocol.plan import RoundPlan
 from secure_fedprompt.protocol.ring import packed_size, unpack
 
 ALPHA = 1e-6
 FEWEST = 80  # five expected in each of 16 classes
+MOST = 64  # payloads of which all pairs are compared
 Words = NDArray[np.uint64]
 
 
@@ -48,32 +52,31 @@ def payloads(message: m.Message, plan: RoundPlan, client: str) -> Iterator[Paylo
     """What should be uniform in an upload.
 
     Raises:
-        SecureFedPromptError: ciphertexts are not of the plan's parameter set.
+        SecureFedPromptError: it is not what the plan says.
     """
     match message:
-        case m.MaskedUpload():
+        case m.MaskedUpload() if plan.protection == "masks":
+            if len(message.vector) != wire_size(plan.layout):
+                raise FieldError(f"{len(message.vector)} bytes, not {wire_size(plan.layout)}")
             for field, words in _fields(plan.layout, message.vector):
-                part = f"{field}, {len(words)} words"
-                yield Payload(client, plan.round, part, words, 1 << _bits(plan.layout, field))
-        case m.CipherUpload():
+                yield Payload(client, plan.round, field.name, words, 1 << field.bits)
+        case m.CipherUpload() if plan.encrypted:
             scheme = homomorphic.scheme(plan.protection, plan.parameters)
-            modulus = scheme.settings.coeff_modulus()[0].value()
+            modulus, degree = scheme.settings.coeff_modulus()[0].value(), plan.parameters.degree
             for i, data in enumerate(message.ciphertexts):
                 found = scheme.ciphertext(data)
-                words = np.array([found[k] for k in range(plan.parameters.degree)], np.uint64)
-                yield Payload(client, plan.round, f"ciphertext {i}", words, modulus)
+                for half in (0, 1):
+                    places = range(half * degree, (half + 1) * degree)
+                    words = np.array([found[k] for k in places], np.uint64)
+                    yield Payload(client, plan.round, f"ciphertext {i}.{half}", words, modulus)
 
 
-def _fields(layout: Layout, vector: bytes | memoryview) -> Iterator[tuple[str, Words]]:
+def _fields(layout: Layout, vector: bytes | memoryview) -> Iterator[tuple[Field, Words]]:
     at = 0
     for field in layout:
         size = packed_size(field.size, field.bits)
-        yield field.name, unpack(vector[at : at + size], field.size, field.bits).astype(np.uint64)
+        yield field, unpack(vector[at : at + size], field.size, field.bits).astype(np.uint64)
         at += size
-
-
-def _bits(layout: Layout, name: str) -> int:
-    return next(field.bits for field in layout if field.name == name)
 
 
 def p_value(words: Words, modulus: int) -> float:
@@ -87,8 +90,19 @@ def p_value(words: Words, modulus: int) -> float:
 
 
 def check_uniformity(found: Sequence[Payload]) -> Iterator[Finding]:
-    """Each payload, its difference from the same client's last one, and from its neighbour's."""
-    tests = list(_tests([payload for payload in found if len(payload.words) >= FEWEST]))
+    """Each payload, and its differences from the same client's others and from other clients'."""
+    large = [payload for payload in found if len(payload.words) >= FEWEST]
+    small = defaultdict[int, list[Words]](list)
+    for payload in found:
+        if len(payload.words) < FEWEST:
+            small[payload.modulus].append(payload.words)
+    pooled = {modulus: np.concatenate(words) for modulus, words in small.items()}
+    tests = list(_tests(large))
+    for modulus, words in pooled.items():
+        if len(words) >= FEWEST:
+            tests.append(("", f"{len(words)} words of small fields: not uniform", words, modulus))
+        else:
+            yield noted("uniformity", "", f"{len(words)} words of small fields are too few to test")
     limit = ALPHA / max(1, len(tests))
     for where, what, words, modulus in tests:
         p = p_value(words, modulus)
@@ -99,21 +113,25 @@ def check_uniformity(found: Sequence[Payload]) -> Iterator[Finding]:
 
 
 def _tests(found: list[Payload]) -> Iterator[tuple[str, str, Words, int]]:
+    """All pairs of a group of up to ``MOST`` payloads; of a larger one, neighbours by value."""
     for payload in found:
         where = f"round {payload.round}, {payload.client}"
-        yield where, f"{payload.part}: not uniform", payload.words, payload.modulus
-    by_client = sorted(found, key=lambda p: (p.client, p.part, p.round))
-    by_round = sorted(found, key=lambda p: (p.round, p.part, p.client))
-    for order, what in (
-        (by_client, "differs too little from round {0.round}: a mask was used twice?"),
-        (by_round, "differs too little from {0.client}'s: one mask for both?"),
-    ):
-        for one, two in itertools.pairwise(order):
-            same = one.client == two.client if order is by_client else one.round == two.round
-            if same and (one.part, one.modulus) == (two.part, two.modulus):
-                where = f"round {two.round}, {two.client}"
-                text = f"{two.part} {what.format(one)}"
-                yield where, text, _difference(one, two), two.modulus
+        text = f"{payload.part}, {len(payload.words)} words: not uniform"
+        yield where, text, payload.words, payload.modulus
+    groups = defaultdict[tuple[object, ...], list[Payload]](list)
+    for payload in found:
+        same = payload.part, payload.modulus, len(payload.words)
+        groups["client", payload.client, *same].append(payload)
+        groups["round", payload.round, *same].append(payload)
+    for key, group in groups.items():
+        pairs = itertools.combinations(group, 2)
+        if len(group) > MOST:
+            pairs = itertools.pairwise(sorted(group, key=lambda p: int(p.words[0])))  # type: ignore[assignment]
+        for one, two in pairs:
+            twice = f"from round {one.round}: a mask was used twice?"
+            both = f"from {one.client}'s: one mask for both?"
+            text = f"{two.part} differs too little {twice if key[0] == 'client' else both}"
+            yield f"round {two.round}, {two.client}", text, _difference(one, two), two.modulus
 
 
 def _difference(one: Payload, two: Payload) -> Words:

@@ -9,7 +9,10 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta
 
 from secure_fedprompt import show
 from secure_fedprompt.audit import summary
@@ -101,7 +104,8 @@ def gather(
 
 def _history(path: Path) -> dict[str, dict[str, float]]:
     try:
-        history: dict[str, dict[str, float]] = json.loads(path.read_text())["history"]
+        form = dict[str, dict[str, Annotated[float, Meta(ge=0, le=1e12)]]]
+        history = msgspec.convert(msgspec.json.decode(path.read_bytes())["history"], form)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"--client-json {path}: not what a client's --json writes ({error})"
