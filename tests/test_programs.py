@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import os
@@ -21,6 +22,7 @@ from safetensors.numpy import load_file
 
 from secure_fedprompt import cli, demo
 from secure_fedprompt.__main__ import main
+from secure_fedprompt.protocol.keys import Identity
 from secure_fedprompt.protocol.roster import Roster
 
 LONG = 150.0
@@ -93,6 +95,17 @@ def test_the_demo_passes_its_audit_held_against_every_client(finished: Path) -> 
     assert logged == counted
     values = [json.loads(line) for line in record.read_text().splitlines()][1]["values"]
     assert set(values) == {"ctx", "weighted ctx", "local prompt", "seen", "correct", "loss"}
+
+
+def test_no_key_is_in_an_audit_log(finished: Path) -> None:
+    logs = b"".join(p.read_bytes() for p in (finished / "d").rglob("audit/*"))
+    assert len(logs) > 100_000
+    for path in (finished / "d").glob("*/*.pem"):
+        key = Identity.from_pem(path.read_bytes(), str(path), 0o600)
+        assert key.public().hex().encode() in logs  # the roster
+        for secret in (key.signing.private_bytes_raw(), key.curve.private_bytes_raw()):
+            for form in (secret, secret.hex().encode(), base64.b64encode(secret)[:40]):
+                assert form not in logs
 
 
 def test_every_frame_was_counted(finished: Path) -> None:
