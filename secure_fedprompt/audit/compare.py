@@ -108,16 +108,14 @@ def _cross_check(sender: Log, receiver: Log, run: str) -> Iterator[Finding]:
         where = f"{sender.name} to {receiver.name}"
         yield failed("cross-check", where, "frames of a run arrived in another order than sent")
         return
-    spoke: dict[int, int] = {}  # latest round that the receiver spoke of, by connection
-    for connection, entry in _passed(receiver, run, "out", sender.name):
-        number = 1 << 32 if entry.kind == "Finish" else entry.round
-        spoke[connection] = max(spoke.get(connection, 0), number)
-    if len({c for c, _ in sent}) < 2:  # one connection, whatever the receiver makes of it
-        spoke = dict.fromkeys({c for c, _ in sent}, max(spoke.values(), default=0))
+    heard = _passed(sender, run, "in", receiver.name)
     last = {connection: i for i, (connection, _) in enumerate(sent) if i in rows}
     lost = [(i, c, e) for i, (c, e) in enumerate(sent) if i not in rows]
     hidden = [e for i, c, e in lost if i < last.get(c, -1)]
-    answered = [e for i, c, e in lost if i >= last.get(c, -1) and e.round < spoke.get(c, 0)]
+    answered = [
+        e for i, c, e in lost
+        if i >= last.get(c, -1) and any(_went_on(e, f) for d, f in heard if d == c)
+    ]  # fmt: skip
     excused = [e for _, _, e in lost if e not in hidden and e not in answered]
     for entries, why in (
         (hidden, "never arrived, though later frames of the same connection did"),
@@ -130,6 +128,11 @@ def _cross_check(sender: Log, receiver: Log, run: str) -> Iterator[Finding]:
         where = f"{sender.name}: record {excused[0].n}"
         text = f"{_kinds(excused)} to {receiver.name} never arrived: a connection had ended"
         yield warned("cross-check", where, text)
+
+
+def _went_on(lost: Entry, heard: Entry) -> bool:
+    """Whether a frame that the sender got later, on the same connection, is of a later round."""
+    return heard.n > lost.n and (heard.round > lost.round or heard.kind == "Finish")
 
 
 def _kinds(entries: list[Entry]) -> str:
