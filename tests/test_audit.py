@@ -459,6 +459,31 @@ def test_a_forged_rotation_does_not_erase_a_run(good: dict[str, Path], tmp_path:
     assert any("no signed head" in text or "this log begins at" in text for _, text in found)
 
 
+def test_plans_that_protect_nobody_and_sums_below_their_quorum_show(good: dict[str, Path]) -> None:
+    (log,) = read(good, "server")
+    (key, plan) = next(iter(log.plans.items()))
+    found = {}
+    for name, changes in {
+        "small cohort": {"cohort": ("c001", "c002"), "quorum": 2, "threshold": 2},
+        "larger quorum": {"quorum": 5},
+        "other cohort": {"cohort": ("c001", "c003", "c004")},
+        "other protection": {"protection": "none"},
+    }.items():
+        log.plans[key] = dataclasses.replace(plan, **changes)
+        found[name] = [text for _, text in failures(summary.audit(log, [], "", None))]
+    assert "cohort of 2, quorum 2: a sum is a subtraction away" in found["small cohort"]
+    assert "a sum over 4 clients, the quorum is 5" in found["larger quorum"]
+    assert "an upload of c002, who is not in the cohort" in found["other cohort"]
+    assert "the run changed its protection: masks, none" in found["other protection"]
+
+
+def test_heads_of_records_that_are_gone_show(good: dict[str, Path]) -> None:
+    log, other = read(good, "server", VICTIM)
+    log.first = 10**6
+    found = failures(summary.audit(log, [other], "", None))
+    assert any("this log begins at 1000000" in text for check, text in found if check == "heads")
+
+
 def test_payloads_are_judged_whatever_mode_a_log_claims(tmp_path: Path) -> None:
     _, folders = federate(tmp_path, Spoiler("unmasked"), max_attempts=2)
     (log,) = read(folders, "server")

@@ -44,6 +44,8 @@ def mean(values: list[float]) -> dict[str, float]:
 def main() -> int:
     made = parser(__doc__)
     made.add_argument("--seeds", type=int, default=3)
+    made.add_argument("--kinds", nargs="*", choices=("sample", "client"),
+                      default=["sample", "client"])  # fmt: skip
     made.add_argument("--clients", type=int, default=4, help="of the sample rows")
     made.add_argument("--many", type=int, default=50, help="clients of the client rows")
     made.add_argument("--rounds", type=int, default=4)
@@ -88,17 +90,17 @@ def main() -> int:
               f"(start {100 * row['zero_shot']['mean']:.1f})  "
               f"{(time.monotonic() - begin) / args.seeds:.0f} s a run", flush=True)  # fmt: skip
         save(args, rows)
+        axis = f"epsilon at delta {args.delta:g} (dashed: without noise)"
+        plots.lines(args.json, rows, "epsilon", "accuracy", "kind", (axis, "accuracy"))
 
-    for target in [None, *sorted(args.epsilons, reverse=True)]:
+    for target in [None, *sorted(args.epsilons, reverse=True)] if "sample" in args.kinds else ():
         lr = args.lr if target is None else args.dp_lr
         measure("sample", target, {"lr": lr, "clip": 4.0}, args.clients)
-    for z in [0.0, *args.noises]:
+    for z in [0.0, *args.noises] if "client" in args.kinds else ():
         settings = {"lr": args.lr, "clip": 4.0}
         if z:
             settings |= {"dp_noise": z, "dp_clip": args.dp_clip, "clip": args.dp_clip}
         measure("client", None, settings, args.many)
-    axis = f"epsilon at delta {args.delta:g} (dashed: without noise)"
-    plots.lines(args.json, rows, "epsilon", "accuracy", "kind", (axis, "accuracy"))
     return 0
 
 
