@@ -23,7 +23,9 @@ def project() -> dict[str, object]:
 
 def test_package_list_is_complete() -> None:
     listed = set(project()["tool"]["setuptools"]["packages"])  # type: ignore[index]
-    found = {"secure_fedprompt", "secure_fedprompt.bundled_clip"}
+    own = [p for p in (ROOT / "secure_fedprompt").iterdir() if not p.is_symlink()]
+    found = {"secure_fedprompt"}
+    found |= {f"secure_fedprompt.{p.name}" for p in own if (p / "__init__.py").exists()}
     for folder in FOLDERS:
         for init in (ROOT / folder).rglob("__init__.py"):
             found.add("secure_fedprompt." + ".".join(init.parent.relative_to(ROOT).parts))
