@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from rounds import identity, make_encrypted_plan, make_plan, roster
 
 from secure_fedprompt.__main__ import main
-from secure_fedprompt.audit import fields, private, summary, uniformity
+from secure_fedprompt.audit import fields, private, promises, summary, uniformity
 from secure_fedprompt.audit.findings import CHECKS, Level
 from secure_fedprompt.audit.log import Log
 from secure_fedprompt.audit.private import Private
@@ -24,6 +24,7 @@ from secure_fedprompt.protocol import errors, fixedpoint, homomorphic
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.codec import MAX_FRAME, encode_fields
 from secure_fedprompt.protocol.recorder import Recorder, link
+from secure_fedprompt.protocol.selection.task import Selection
 
 VICTIM = "c002"
 
@@ -548,6 +549,35 @@ def test_a_client_that_took_part_in_two_runs_is_audited_for_each(tmp_path: Path)
     assert not failures(summary.audit(monday, [other], "", None))
 
 
+def test_server_and_helper_logs_in_one_place_are_warned_of(good: dict[str, Path]) -> None:
+    log, other = read(good, "server", VICTIM)
+    assert not list(promises.check_pooled([log, other]))
+    chosen = Selection(1, 1, 5, 2, 0, 0, VICTIM, bytes(32), bytes(64))
+    key = next(iter(log.plans))
+    log.plans[key] = dataclasses.replace(log.plans[key], selection=chosen)
+    (found,) = promises.check_pooled([log, other])
+    assert found.level is Level.WARN
+    assert "open every selection share" in found.text
+    other.modes.clear()
+    assert not list(promises.check_pooled([log, other]))
+
+
+def test_differences_are_taken_modulo_q() -> None:
+    q = 18014398504409161
+    one, two = (
+        uniformity.Payload("c", r, "x", np.array([w], np.uint64), q) for r, w in ((1, 5), (2, 3))
+    )
+    assert uniformity._difference(one, two).tolist() == [q - 2]
+
+
+def test_many_tests_together_give_few_false_alarms(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(uniformity, "p_value", lambda words, modulus: 4e-7)
+    one = uniformity.Payload("c", 1, "x", np.zeros(100, np.uint64), 1 << 32)
+    two = uniformity.Payload("d", 1, "x", np.zeros(100, np.uint64), 1 << 32)
+    assert [f.level for f in uniformity.check_uniformity([one])] == [Level.FAIL, Level.NOTE]
+    assert [f.level for f in uniformity.check_uniformity([one, two])] == [Level.NOTE]  # three tests
+
+
 def test_small_fields_are_tested_together() -> None:
     zeros = [
         uniformity.Payload(f"c{i}", 1, "weight", np.zeros(20, np.uint64), 1 << 32) for i in range(4)
@@ -584,6 +614,9 @@ def forms() -> dict[str, bytes]:
         "float16": FLOATS[2:8].astype("<f2").tobytes(),
         "bfloat16": (single[2:8].view(np.uint32) >> 16).astype(">u2").tobytes(),
         "float64 at a bit's offset": bits.to_bytes(25, "big"),
+        "float64 at a bit's offset, least significant first": (
+            int.from_bytes(FLOATS[:3].tobytes(), "little") << 3
+        ).to_bytes(25, "little"),
         "class name": b"LightHouse",
         "class name in UTF-16": "lighthouse".encode("utf-16-le"),
     }

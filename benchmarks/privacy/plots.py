@@ -61,7 +61,7 @@ def lines(
     json_path: Path | None, rows: Rows, x: str, y: str, by: str, labels: tuple[str, str]
 ) -> None:
     """Means with one standard deviation over a logarithmic axis; infinity is a dashed line."""
-    if json_path is None:
+    if json_path is None or all(row[x] is None for row in rows):
         return
     plt = _pyplot()
     kinds = list(dict.fromkeys(row[by] for row in rows))
