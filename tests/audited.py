@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,12 +13,15 @@ import numpy as np
 from federation import Toy, World
 from rounds import identity, names
 
+from secure_fedprompt.audit import summary
+from secure_fedprompt.audit.findings import Level
 from secure_fedprompt.audit.log import Log
 from secure_fedprompt.clients.session import Work
+from secure_fedprompt.protocol import fixedpoint
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.averaging import Prompt
 from secure_fedprompt.protocol.layout import TensorSpec, Values
-from secure_fedprompt.protocol.recorder import Recorder
+from secure_fedprompt.protocol.recorder import Recorder, link
 
 Tap = Callable[[str, str, m.Message], m.Message]
 WIDTH = 160  # values of an update: enough to test for uniformity
@@ -101,3 +106,76 @@ def federate(
 
 def read(folders: dict[str, Path], *which: str) -> list[Log]:
     return [Log.read(folders[name]) for name in which]
+
+
+VICTIM = "c002"
+
+
+def audited(
+    folder: Path, tap: Tap = untouched, *, peers: tuple[str, ...] = (VICTIM,), **changes: Any
+) -> summary.Audit:
+    """The server's log of a run, held against those of clients."""
+    _, folders = federate(folder, tap, **changes)
+    log, *others = read(folders, "server", *peers)
+    return summary.audit(log, others, "", None)
+
+
+def failures(result: summary.Audit) -> list[tuple[str, str]]:
+    return [(f.check, f.text) for f in result.findings if f.level is Level.FAIL]
+
+
+def words_of(plan: Any, message: m.MaskedUpload) -> np.ndarray:
+    total = np.zeros(sum(f.size for f in plan.layout), np.uint32)
+    fixedpoint.add_wire(plan.layout, message.vector, total)
+    return total
+
+
+class Spoiler:
+    """Replaces the victim's masked upload."""
+
+    def __init__(self, how: str) -> None:
+        self.how, self.plan, self.first, self.masks = how, None, None, None
+
+    def __call__(self, sender: str, recipient: str, message: m.Message) -> m.Message:
+        if isinstance(message, m.Plan):
+            self.plan = message.plan
+        if not isinstance(message, m.MaskedUpload) or not self.plan.training:
+            return message
+        rng = np.random.default_rng(self.plan.round)
+        steps = rng.normal(0, 2.0**14, WIDTH + 6).astype(np.int64)  # an update in fixed point
+        match self.how:
+            case "unmasked" if sender == VICTIM:
+                words = steps.astype(np.uint32)
+            case "mask of two rounds" if sender == VICTIM:
+                if self.masks is None:
+                    self.masks = words_of(self.plan, message)
+                words = self.masks + steps.astype(np.uint32)
+            case "mask of two clients" if sender in ("c001", VICTIM):
+                if self.masks is None:
+                    self.masks = words_of(self.plan, message)
+                words = self.masks + steps.astype(np.uint32) * np.uint32(sender == VICTIM)
+            case "mask of far clients" if sender in ("c001", "c003"):
+                if self.masks is None:
+                    self.masks = words_of(self.plan, message)
+                words = self.masks + steps.astype(np.uint32) * np.uint32(sender == "c003")
+            case _:
+                return message
+        return dataclasses.replace(message, vector=fixedpoint.to_wire(self.plan.layout, words))
+
+
+def relabel(folder: Path, old: bytes, new: bytes) -> None:
+    """Rewrite records and the chain with them, as an owner could."""
+    path, chain, lines = folder / "audit-0000.jsonl", bytes(32), []
+    content = path.read_bytes()
+    assert old in content
+    for line in content.splitlines():
+        text = line.partition(b"\t")[0].replace(old, new)
+        chain = link(chain, text)
+        lines.append(text + b"\t" + chain.hex().encode() + b"\n")
+    path.write_bytes(b"".join(lines))
+
+
+def copied(good: dict[str, Path], tmp_path: Path) -> dict[str, Path]:
+    for name, folder in good.items():
+        shutil.copytree(folder, tmp_path / name)
+    return {name: tmp_path / name for name in good}
