@@ -98,7 +98,9 @@ def _plans(log: Log, run: str, entries: list[Entry], decoded: Decoded) -> Iterat
             yield failed("plans", f"{log.name}: round {number}", text)
     for number in sorted({n for of, n in log.conflicts if of == run}):
         yield failed("plans", f"{log.name}: round {number}", "two different plans of one round")
-    for number in sorted({entry.round for entry in entries if entry.run == run} - {0, *plans}):
+    # The end of a round also reaches who lost its plan with a connection.
+    used = {e.round for e in entries if e.run == run and e.kind not in ("LogHead", "RoundEnd")}
+    for number in sorted(used - {0, *plans}):
         text = "frames of a round whose plan is not on record"
         yield failed("plans", f"{log.name}: round {number}", text)
     for number, plan in plans.items():
