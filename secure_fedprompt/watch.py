@@ -40,7 +40,15 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.every <= 0:
         parser.error(f"--every {args.every}: must be above 0")
-    return command.guard(lambda: follow(args.run_dir, args.once, args.every), args.debug)
+
+    def body() -> int:
+        try:
+            return follow(args.run_dir, args.once, args.every)
+        finally:
+            if (args.run_dir / "run.sqlite").exists():
+                command.write_json(args.json, look(args.run_dir).summary)
+
+    return command.guard(body, args.debug)
 
 
 @dataclass(frozen=True)

@@ -153,7 +153,11 @@ def test_the_command_writes_a_file_or_one_line(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "r.html"
-    assert main(["report", str(run), "-o", str(out)]) == 0
+    json_path = tmp_path / "r.json"
+    assert main(["report", str(run), "-o", str(out), "--json", str(json_path)]) == 0
+    assert json.loads(json_path.read_text())["audit"]["checks"]["chain"] == "pass"
+    assert main(["watch", str(run), "--once", "--json", str(json_path)]) == 0
+    assert len(json.loads(json_path.read_text())["rounds"]) == 3
     assert out.read_text().startswith("<!doctype html>")
     assert out.stat().st_size < 100_000
     assert main(["report", str(tmp_path), "-o", str(out)]) == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 from rich.console import Console
@@ -49,6 +50,7 @@ def main(argv: list[str] | None = None) -> int:
         except OSError as error:
             raise ConfigError(f"--out {args.out} cannot be written: {error.strerror}") from None
         Console(highlight=False).print(f"{args.out}, {args.out.stat().st_size / 1000:.0f} kB")
+        command.write_json(args.json, dataclasses.asdict(report))
         return 0
 
     return command.guard(body, args.debug)
