@@ -10,11 +10,12 @@ import msgspec
 import numpy as np
 import pytest
 from federation import World
-from rounds import names
+from rounds import identity, names
 
 from secure_fedprompt.clients.journal import FileJournal
 from secure_fedprompt.protocol import errors
 from secure_fedprompt.protocol import messages as m
+from secure_fedprompt.protocol.expand import Purpose
 from secure_fedprompt.protocol.layout import TensorSpec
 from secure_fedprompt.server.coordinator import Stage
 from secure_fedprompt.server.planning import RunState
@@ -331,3 +332,42 @@ def test_a_peers_bad_box_costs_a_round_and_not_the_run(tmp_path: Path) -> None:
     session._withdrawn = 0
     with pytest.raises(errors.PolicyError):  # the plan itself: not a matter of one round
         session.withdraw(errors.PolicyError("plan has a cohort of 2"))
+
+
+def signed_head(name: str, by: str, run: bytes) -> m.LogHead:
+    head = m.LogHead(run, 1, 7, b"h" * 32, bytes(64))
+    return dataclasses.replace(head, signature=identity(by).sign(Purpose.LOG_HEAD, head.body(name)))
+
+
+@pytest.mark.parametrize(("by", "good"), [("c002", True), ("c003", False)])
+def test_a_log_head_must_be_signed_by_its_sender(tmp_path: Path, by: str, good: bool) -> None:
+    world = World(tmp_path, n=4)
+    for name in names(4):
+        world.join(name)
+    sent: list[bool] = []
+
+    def until(world: World, message: m.Message) -> bool:
+        if isinstance(message, m.Advert) and not sent:
+            sent.append(True)
+            world.queue.append(("c002", "", signed_head("c002", by, world.run.state.run)))
+        return False
+
+    world.pump(until)
+    assert sent
+    faults = [text for kind, text in world.events if kind == "fault"]
+    told = "c002: SignatureError: signature of c002 on its log head does not verify"
+    assert (told in faults) is not good
+    assert world.run.error is None
+
+
+@pytest.mark.parametrize(("by", "good"), [("server", True), ("c003", False)])
+def test_a_servers_log_head_must_be_signed_by_it(tmp_path: Path, by: str, good: bool) -> None:
+    world = World(tmp_path, n=4, helpers=("notary",))
+    head = signed_head("server", by, b"r" * 16)
+    for name in ("c001", "notary"):
+        world.join(name)
+        if good:
+            assert world.sessions[name].on(head) == []
+        else:
+            with pytest.raises(errors.SignatureError, match="server on its log head"):
+                world.sessions[name].on(head)
