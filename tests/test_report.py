@@ -134,6 +134,19 @@ def test_an_unprotected_run_is_shown_as_broken(tmp_path: Path) -> None:
     assert "The server saw every client&#x27;s update" in text
 
 
+def test_an_aborted_round_is_shown_with_its_reason(tmp_path: Path) -> None:
+    def tap(sender: str, recipient: str, message: m.Message) -> m.Message:
+        if isinstance(message, m.Consistent) and message.round == 1:
+            return m.Withdraw(message.run, message.round, "PolicyError", "too few")
+        return message
+
+    report = gather(run_folder(tmp_path, tap), [], [], None)
+    assert report.labels == ["1 (aborted)", "1", "2", "final"]
+    reason = "0 of 4 clients answered while consistency, 3 are needed"
+    assert ("1 (aborted)", "", reason) in report.dropouts
+    assert reason in page(report)
+
+
 def test_client_noise_and_ledgers_are_spent(tmp_path: Path) -> None:
     folder = run_folder(tmp_path, dp_noise=2.0, dp_clip=1.0, weights="uniform", metrics=False, n=5)
     spent = gather(folder, [], [], None).spent
