@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from secure_fedprompt.protocol.errors import ConfigError, ReplayError, UpdateReusedError
+from secure_fedprompt.protocol.locking import lock
 
 Record = dict[str, object]
 
@@ -83,7 +84,15 @@ class FileJournal(MemoryJournal):
                 f"state_dir {path.parent} cannot be written ({error.strerror}): choose another"
             ) from None
         self._file = os.fdopen(descriptor, "r+b")
-        self._lock(path)
+        try:
+            lock(
+                descriptor,
+                f"journal {path} is in use by another client process: stop it, or use another "
+                "state_dir and key",
+            )
+        except ConfigError:
+            self._file.close()
+            raise
         whole = 0
         for number, line in enumerate(self._file, start=1):
             if not line.endswith(b"\n"):
@@ -99,20 +108,6 @@ class FileJournal(MemoryJournal):
             whole += len(line)
         self._file.seek(whole)
         self._file.truncate()
-
-    def _lock(self, path: Path) -> None:
-        try:
-            import fcntl
-        except ImportError:  # no such locks on this system
-            return
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._file.close()
-            raise ConfigError(
-                f"journal {path} is in use by another client process: stop it, or use another "
-                "state_dir and key"
-            ) from None
 
     def _apply(self, record: Record) -> None:
         begin = self._file.tell()

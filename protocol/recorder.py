@@ -34,6 +34,7 @@ from secure_fedprompt.protocol.codec import encode_fields
 from secure_fedprompt.protocol.errors import ConfigError
 from secure_fedprompt.protocol.expand import Purpose
 from secure_fedprompt.protocol.keys import Identity, Member
+from secure_fedprompt.protocol.locking import lock
 from secure_fedprompt.protocol.roster import Roster
 
 FORMAT = "secure-fedprompt/audit/1"
@@ -109,7 +110,17 @@ class Recorder:
         self._begun = 0  # bytes that the first record of the segment takes
         with _named(folder):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            cut = self._resume()
+            self._folder = os.open(folder, os.O_RDONLY)
+        try:
+            lock(
+                self._folder,
+                f"audit log {folder} is in use by another process: stop it, or use another folder",
+            )
+            with _named(folder):
+                cut = self._resume()
+        except ConfigError:
+            os.close(self._folder)
+            raise
         members = [
             {"name": x.name, "role": x.role, "identity": x.identity.hex()} for x in roster.members
         ]
@@ -154,6 +165,7 @@ class Recorder:
         if self._lines is not None and self._whole:
             self._write("close")
         self._close_files()
+        os.close(self._folder)
 
     # -- writing ---------------------------------------------------------------------------------
 

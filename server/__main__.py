@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
@@ -77,18 +78,17 @@ def serve(settings: ServerSettings, json_path: str | None) -> int:
             store.count(state.round, peer, direction, kind, size)
 
         log = recorder(folder, settings.audit, settings.audit_mb, identity, me, roster)
-        hub = Hub(settings.bind, identity, roster, denied, count, log)
-        try:
+        with contextlib.ExitStack() as stack:
+            if log is not None:
+                stack.callback(log.close)
+            hub = Hub(settings.bind, identity, roster, denied, count, log)
+            stack.callback(hub.close)
             where = "resuming" if state.run else "waiting for"
             console.print(
                 f"[bold]{me.name}[/] on {hub.address}, {where} {run.expected} clients; "
                 f"run folder {folder}"
             )
             loop(hub, run)
-        finally:
-            hub.close()
-            if log is not None:
-                log.close()
         if run.error:
             raise run.error
         summary = store.summary()

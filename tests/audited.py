@@ -60,7 +60,6 @@ def federate(
     n: int = 4,
     mode: str = "full",
     until: Any = lambda world, message: False,
-    close: bool = True,
     start: float = 0.0,
     **changes: Any,
 ) -> tuple[World, dict[str, Path]]:
@@ -100,7 +99,7 @@ def federate(
     with contextlib.suppress(AssertionError):  # a spoilt run may come to a standstill
         world.pump(until)
     for log in logs.values():
-        log.close() if close else log._close_files()
+        log.close()
     return world, {name: folder / name for name in logs}
 
 

@@ -39,6 +39,12 @@ def put(log: Recorder, *messages: m.Message, way: str = "out") -> None:
         log.record(way, "server", message, m.CATALOGUE.encode(message))
 
 
+def killed(log: Recorder) -> None:
+    """Let go of the files without a closing record."""
+    log._whole = False
+    log.close()
+
+
 def upload(number: int, size: int = 40) -> m.MaskedUpload:
     return m.MaskedUpload(RUN, number, hashlib.shake_128(bytes([number % 256])).digest(size))
 
@@ -175,7 +181,7 @@ def test_a_kill_while_a_segment_begins_is_survived(tmp_path: Path) -> None:
     log = made(tmp_path, limit=1 << 16)
     for i in range(20):
         put(log, upload(i, 1000))
-    log._close_files()
+    killed(log)
     last = max(int(path.stem[-4:]) for path in tmp_path.glob("audit-*"))
     assert last > 0
     for torn in (b"", b'{"kind":"segm'):
@@ -183,7 +189,7 @@ def test_a_kill_while_a_segment_begins_is_survived(tmp_path: Path) -> None:
         (tmp_path / f"frames-{last + 1:04d}.bin").write_bytes(b"")
         again = made(tmp_path, limit=1 << 16)
         put(again, upload(99, 1000))
-        again._close_files()
+        killed(again)
         assert not Log.read(tmp_path).faults
 
 
@@ -412,3 +418,33 @@ def test_a_log_without_an_owner_is_a_fault(folder: Path) -> None:
     chain = hashlib.blake2b(bytes(32) + text, digest_size=32).hexdigest().encode()
     (fault,) = rewrite(folder, [text + b"\t" + chain + b"\n"]).faults
     assert fault.what == "no record says whose log this is"
+
+
+def test_two_processes_do_not_write_one_log(tmp_path: Path) -> None:
+    first = made(tmp_path)
+    with pytest.raises(errors.ConfigError, match="in use by another process"):
+        made(tmp_path)
+    put(first, upload(1))
+    first.close()
+    made(tmp_path).close()
+    assert not Log.read(tmp_path).faults
+
+
+def test_a_roster_may_grow_between_runs_and_an_owner_not_change(tmp_path: Path) -> None:
+    put(log := made(tmp_path), upload(1))
+    log.close()
+    wider, member = roster(4), roster(4).by_name["c001"]
+    log = Recorder(tmp_path, "full", 1 << 24, identity("c001"), member, wider)
+    other = m.MaskedUpload(b"s" * 16, 1, b"")
+    put(log, other)
+    log.close()
+    read = Log.read(tmp_path)
+    assert not read.faults
+    assert [len(read.rosters[run]) for run in read.runs] == [4, 5]
+    put(log := made(tmp_path), upload(2), other)
+    log.close()
+    assert [fault.what for fault in Log.read(tmp_path).faults] == [
+        "the roster changed within a run"
+    ]
+    made(tmp_path, name="c002").close()
+    assert Log.read(tmp_path).faults[-1].what == "the log changes its owner"

@@ -14,6 +14,8 @@ from secure_fedprompt.protocol.layout import total_size
 from secure_fedprompt.protocol.packing import Packing
 from secure_fedprompt.protocol.plan import RoundPlan
 
+TYPES = {cls.__name__: cls for cls in m.CATALOGUE.types.values()}
+SEALED_PROMPT = "AES-256-SIV under the cohort key"
 AEAD = "AES-256-GCM to the recipient"
 SHARE = "a share that is uniform without the other one"
 PROTECTED: dict[type, dict[str, str]] = {
@@ -24,7 +26,7 @@ PROTECTED: dict[type, dict[str, str]] = {
     m.KeyBox: {"grant": AEAD},
     m.CipherUpload: {"ciphertexts": "homomorphic encryption"},
     m.CipherSum: {"ciphertexts": "homomorphic encryption"},
-    m.SealedPrompt: {"box": "AES-256-SIV under the cohort key"},
+    m.SealedPrompt: {"box": SEALED_PROMPT},
     m.KeyShares: {"share": SHARE, "box": AEAD},
     m.HelperOffer: {"offer": "oblivious transfer"},
     m.HelperAnswer: {"answer": "oblivious transfer"},
@@ -34,7 +36,6 @@ PROTECTED: dict[type, dict[str, str]] = {
     m.HelperOutcome: {"boxes": AEAD},
     m.Outcome: {"share": SHARE, "box": AEAD},
 }
-SEALED_PROMPT = "AES-256-SIV under the cohort key"
 HEADER = 2
 
 
@@ -55,9 +56,9 @@ def in_the_clear(message: m.Message, plan: RoundPlan | None) -> list[str]:
     return [f.name for f in dataclasses.fields(message) if f.name not in hidden]  # type: ignore[arg-type]
 
 
-def leaves(message: m.Message, plan: RoundPlan | None) -> Iterator[tuple[str, Any]]:
+def leaves(message: m.Message) -> Iterator[tuple[str, Any]]:
     """Every value in the clear, however deep, with its path: numbers, strings and bytes."""
-    for name in in_the_clear(message, plan):
+    for name in in_the_clear(message, None):
         yield from _leaves(name, getattr(message, name))
 
 

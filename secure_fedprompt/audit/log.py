@@ -67,7 +67,7 @@ class Log:
 
     Attributes:
         name, role: of its owner, as the log says; modes: that it was written in.
-        roster: name -> (role, identity key in hex).
+        roster: name -> (role, identity key in hex), the last one; rosters: by run.
         entries: the frames, in order.
         faults: what contradicts the chain, with places.
         plans: by run (hex) and round, sound ones only; conflicts: rounds with a second, other one.
@@ -83,6 +83,7 @@ class Log:
     role: str = ""
     modes: set[str] = field(default_factory=set)
     roster: dict[str, tuple[str, str]] = field(default_factory=dict)
+    rosters: dict[str, dict[str, tuple[str, str]]] = field(default_factory=dict)
     entries: list[Entry] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
     plans: dict[tuple[str, int], RoundPlan] = field(default_factory=dict)
@@ -129,10 +130,11 @@ class Log:
         segment, offset = entry.place
         return _content(self.folder / f"frames-{segment:04d}.bin", offset, entry.size)
 
-    def messages(self, run: str = "") -> Iterator[tuple[Entry, m.Message]]:
-        """Kept frames that decode, of one run or of all."""
+    def messages(self, run: str = "", kind: str = "") -> Iterator[tuple[Entry, m.Message]]:
+        """Kept frames that decode, of one run and one type, or of all."""
         for entry in self.entries:
-            frame = self.frame(entry) if not run or entry.run == run else None
+            wanted = (not run or entry.run == run) and (not kind or entry.kind == kind)
+            frame = self.frame(entry) if wanted else None
             if frame and entry.kind != MALFORMED:
                 try:
                     yield entry, m.CATALOGUE.decode(frame)
@@ -234,6 +236,8 @@ class _Reader:
                 elif record.segment != segment:
                     self._fault(where, record.n, f"segment {record.segment} in another's file")
             case records.Frame():
+                if record.run and log.rosters.setdefault(record.run, log.roster) != log.roster:
+                    self._fault(where, record.n, "the roster changed within a run")
                 place = None if record.offset is None else (segment, record.offset)
                 log.entries.append(Entry(
                     record.n, record.at, record.way, record.peer, record.type, record.run,
@@ -247,12 +251,12 @@ class _Reader:
     def _owner(self, record: records.Open | records.Segment, where: str) -> None:
         log = self.log
         roster = {party.name: (party.role, party.identity) for party in record.roster}
-        owner = record.name, record.role, roster
-        if log.name and owner != (log.name, log.role, log.roster):
-            self._fault(where, record.n, "the log changes its owner or roster")
+        before = log.roster.get(log.name)
+        if log.name and (record.name, roster.get(record.name)) != (log.name, before):
+            self._fault(where, record.n, "the log changes its owner")
         elif record.name not in roster or roster[record.name][0] != record.role:
             self._fault(where, record.n, f"{record.name} is not a {record.role} on its own roster")
-        log.name, log.role, log.roster = owner
+        log.name, log.role, log.roster = record.name, record.role, roster
         log.modes.add(record.mode)
 
     def _plan(self, record: records.Plan, where: str) -> None:

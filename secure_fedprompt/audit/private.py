@@ -27,6 +27,7 @@ from secure_fedprompt.protocol.errors import ConfigError
 FORMAT = "secure-fedprompt/private/1"
 WINDOW = 8
 SHORTEST_NAME = 4
+_CHUNK = 1 << 20  # bytes of a frame that are searched at a time
 _DISTINCT = 5  # bytes of a window, or zeros and ones would be found everywhere
 _HALVES = 2  # hits that count for 16-bit floats, whose windows are likelier to coincide
 _LITTLE: Literal["<"] = "<"
@@ -73,7 +74,6 @@ class Private:
 
 def write_head(path: Path, name: str, classes: tuple[str, ...], counts: dict[str, int]) -> None:
     """Begin a record; only its owner can read the file."""
-    path.unlink(missing_ok=True)
     path.touch(mode=0o600)
     head = {"format": FORMAT, "name": name, "classes": classes, "counts": counts}
     path.write_text(json.dumps(head) + "\n")
@@ -121,7 +121,8 @@ def _needles(private: Private) -> list[tuple[str, Keys, int]]:
     found = []
     for form, (hits, windows) in forms.items():
         rows = np.concatenate(windows) if windows else np.zeros((0, WINDOW), np.uint8)
-        rows = rows[[len(np.unique(row)) >= _DISTINCT for row in rows]]
+        distinct = 1 + (np.diff(np.sort(rows, axis=1), axis=1) != 0).sum(axis=1)
+        rows = rows[distinct >= _DISTINCT]
         keys = np.unique(np.ascontiguousarray(rows).view("<u8").reshape(-1))
         found.append((f"a private value as {form}", keys, hits))
     return found
@@ -156,8 +157,11 @@ def _shifted(data: Bytes) -> Iterator[Bytes]:
 
 def _found(frame: bytes, needles: list[tuple[str, Keys, int]]) -> list[str]:
     hits: dict[str, set[int]] = {what: set() for what, _, _ in needles}
-    if len(frame) > WINDOW:
-        for data in _shifted(np.frombuffer(frame, np.uint8)):
+    for start in range(0, len(frame) - WINDOW, _CHUNK):
+        part = frame[start : start + _CHUNK + WINDOW + 1]  # windows at every bit reach so far
+        for data in _shifted(np.frombuffer(part, np.uint8)):
+            if len(data) < WINDOW:
+                continue
             windows = np.lib.stride_tricks.sliding_window_view(data, WINDOW)
             words = np.ascontiguousarray(windows).view("<u8").reshape(-1)
             for what, keys, _ in needles:
@@ -179,7 +183,7 @@ def _counts(
     where: str, entry: Entry, message: m.Message, private: Private, log: Log
 ) -> Iterator[Finding]:
     """Counts in text, and numbers that are not what the field is for."""
-    for path, value in leaves(message, None):
+    for path, value in leaves(message):
         if isinstance(value, str) and value not in log.roster:
             numbers = set(re.findall(r"\d+", value))
             for what, count in private.counts.items():

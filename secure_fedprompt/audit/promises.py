@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 from secure_fedprompt.audit import uniformity
+from secure_fedprompt.audit.fields import TYPES
 from secure_fedprompt.audit.findings import Finding, failed, noted, warned
 from secure_fedprompt.audit.log import Entry, Log
 from secure_fedprompt.protocol import homomorphic
@@ -29,7 +30,6 @@ ALLOWED = {
     "ckks": COMMON | KEYING | {"CipherUpload"},
     "none": COMMON | {"PlainUpload"},
 }
-TYPES = {cls.__name__: cls for cls in m.CATALOGUE.types.values()}
 SEAL_HEADER = b"\x5e\xa1\x10"  # magic number, and 16 bytes of header
 Decoded = Sequence[tuple[Entry, m.Message]]
 
@@ -38,7 +38,7 @@ def check_promises(log: Log, run: str) -> Iterator[Finding]:
     """All checks of one log for one run; payloads as far as they were kept."""
     entries = [entry for entry in log.entries if entry.run in ("", run)]
     decoded = list(log.messages(run))
-    yield from _labels(log, entries)
+    yield from _labels(log, entries, log.rosters[run])
     yield from _plans(log, run, entries, decoded)
     yield from _protection(log, run, entries)
     yield from _masks(log, run, decoded)
@@ -62,8 +62,11 @@ def _kept(log: Log, run: str) -> Iterator[Finding]:
             yield warned(check, log.name, text)
 
 
-def _labels(log: Log, entries: list[Entry]) -> Iterator[Finding]:
+def _labels(
+    log: Log, entries: list[Entry], roster: dict[str, tuple[str, str]]
+) -> Iterator[Finding]:
     """Types of the catalogue, from members, each with the run and round that it carries."""
+    members = {**log.roster, **roster}
     for entry in entries:
         where = f"{log.name}: record {entry.n}"
         if entry.kind == MALFORMED:
@@ -80,7 +83,7 @@ def _labels(log: Log, entries: list[Entry]) -> Iterator[Finding]:
             ):
                 text = f"{entry.kind} of run {entry.run[:8] or 'none'}, round {entry.round}"
                 yield failed("catalogue", where, f"{text}: that type says it otherwise")
-        role = log.roster.get(entry.peer, ("", ""))[0]
+        role = members.get(entry.peer, ("", ""))[0]
         if (role == "server") == (log.role == "server") or not role:
             text = f"{entry.peer} is nobody that {log.name} talks to, by its roster"
             yield failed("catalogue", where, text)

@@ -12,16 +12,14 @@ from rich.table import Table
 
 from secure_fedprompt import __version__
 from secure_fedprompt.audit.compare import check_log, check_pair
-from secure_fedprompt.audit.fields import expected_size, in_the_clear, protected
+from secure_fedprompt.audit.fields import TYPES, expected_size, in_the_clear, protected
 from secure_fedprompt.audit.findings import CHECKS, Finding, Level, failed, noted
 from secure_fedprompt.audit.log import Log
 from secure_fedprompt.audit.private import Private, check_private
 from secure_fedprompt.audit.promises import check_pooled, check_promises, row_of
-from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.errors import ConfigError, SecureFedPromptError
 from secure_fedprompt.protocol.roster import Roster
 
-TYPES = {cls.__name__: cls for cls in m.CATALOGUE.types.values()}
 COLOURS = {Level.FAIL: "red", Level.WARN: "yellow", Level.NOTE: "dim"}
 
 
@@ -105,7 +103,7 @@ def audit(
         ran.add("cross-check")
     if whole and any(f.check == "uniformity" and "tests of" in f.text for f in findings):
         ran.add("uniformity")
-    findings += _against(roster, [log, *peers]) if roster is not None else ()
+    findings += _against(roster, [log, *peers], run) if roster is not None else ()
     if not peers:
         text = "one log alone is internally consistent at best: --peer holds it against another end"
         findings.append(noted("cross-check", log.name, text))
@@ -149,11 +147,11 @@ def _pairs(logs: Sequence[Log]) -> list[tuple[Log, Log]]:
     return [(server, log) for server in servers for log in logs if log is not server]
 
 
-def _against(roster: Roster, logs: Sequence[Log]) -> list[Finding]:
+def _against(roster: Roster, logs: Sequence[Log], run: str) -> list[Finding]:
     """The rosters that the logs name, against one that the auditor trusts."""
     trusted = {x.name: (x.role, x.identity.hex()) for x in roster.members}
     text = "its roster is not the one that was given"
-    return [failed("heads", log.name, text) for log in logs if log.roster != trusted]
+    return [failed("heads", log.name, text) for log in logs if log.rosters.get(run) != trusted]
 
 
 def traffic(log: Log, run: str) -> list[Traffic]:
@@ -175,10 +173,11 @@ def traffic(log: Log, run: str) -> list[Traffic]:
                 expected = None
         unknown = row.expected is None or expected is None
         row.expected = None if unknown else (row.expected or 0) + (expected or 0)
+    some = next((plan for (of, _), plan in log.plans.items() if of == run), None)
     for entry, message in log.messages():
         if entry.run in ("", run):
             row = rows[entry.kind, entry.way]
-            plan = log.plans.get((run, entry.round)) or next(iter(log.plans.values()), None)
+            plan = log.plans.get((run, entry.round)) or some
             row.hidden = row.hidden | protected(message, plan)
             row.clear = tuple(n for n in in_the_clear(message, plan) if n not in row.hidden)
     return sorted(rows.values(), key=lambda row: -row.bytes)

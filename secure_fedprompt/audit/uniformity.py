@@ -13,6 +13,7 @@ import itertools
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,7 +31,7 @@ from secure_fedprompt.protocol.ring import packed_size, unpack
 ALPHA = 1e-6
 FEWEST = 80  # five expected in each of 16 classes
 MOST = 64  # payloads of which all pairs are compared
-Words = NDArray[np.uint64]
+Words = NDArray[np.unsignedinteger[Any]]
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def _fields(layout: Layout, vector: bytes | memoryview) -> Iterator[tuple[Field,
     at = 0
     for field in layout:
         size = packed_size(field.size, field.bits)
-        yield field, unpack(vector[at : at + size], field.size, field.bits).astype(np.uint64)
+        yield field, unpack(vector[at : at + size], field.size, field.bits)
         at += size
 
 
@@ -83,7 +84,11 @@ def p_value(words: Words, modulus: int) -> float:
     """Of the leading bits' counts, if words were uniform below ``modulus``."""
     classes = 256 if len(words) >= 5 * 256 and modulus >= 1 << 16 else 16
     shift = max(0, modulus.bit_length() - 32)  # 32 leading bits are plenty, and fit a product
-    place = (words >> np.uint64(shift)) * np.uint64(classes) // np.uint64((modulus >> shift) or 1)
+    place = (
+        (words.astype(np.uint64) >> np.uint64(shift))
+        * np.uint64(classes)
+        // np.uint64((modulus >> shift) or 1)
+    )
     counts = np.bincount(np.minimum(place, classes - 1).astype(np.int64), minlength=classes)
     expected = len(words) / classes
     return float(chi2.sf(((counts - expected) ** 2 / expected).sum(), classes - 1))
@@ -100,24 +105,28 @@ def check_uniformity(found: Sequence[Payload]) -> Iterator[Finding]:
     tests = list(_tests(large))
     for modulus, words in pooled.items():
         if len(words) >= FEWEST:
-            tests.append(("", f"{len(words)} words of small fields: not uniform", words, modulus))
+            pool = Payload("", 0, "small fields", words, modulus)
+            tests.append(("", f"{len(words)} words of small fields: not uniform", pool, None))
         else:
             yield noted("uniformity", "", f"{len(words)} words of small fields are too few to test")
     limit = ALPHA / max(1, len(tests))
-    for where, what, words, modulus in tests:
-        p = p_value(words, modulus)
+    for where, what, one, two in tests:
+        p = p_value(one.words if two is None else _difference(two, one), one.modulus)
         if p < limit:
             yield failed("uniformity", where, f"{what} (p = {p:.1g}, limit {limit:.1g})")
     if tests:
         yield noted("uniformity", "", f"{len(tests)} tests of uploads and of their differences")
 
 
-def _tests(found: list[Payload]) -> Iterator[tuple[str, str, Words, int]]:
-    """All pairs of a group of up to ``MOST`` payloads; of a larger one, neighbours by value."""
+def _tests(found: list[Payload]) -> Iterator[tuple[str, str, Payload, Payload | None]]:
+    """Each payload, and what is subtracted from it.
+
+    All pairs of a group of up to ``MOST`` payloads; of a larger one, neighbours by value.
+    """
     for payload in found:
         where = f"round {payload.round}, {payload.client}"
         text = f"{payload.part}, {len(payload.words)} words: not uniform"
-        yield where, text, payload.words, payload.modulus
+        yield where, text, payload, None
     groups = defaultdict[tuple[object, ...], list[Payload]](list)
     for payload in found:
         same = payload.part, payload.modulus, len(payload.words)
@@ -131,9 +140,9 @@ def _tests(found: list[Payload]) -> Iterator[tuple[str, str, Words, int]]:
             twice = f"from round {one.round}: a mask was used twice?"
             both = f"from {one.client}'s: one mask for both?"
             text = f"{two.part} differs too little {twice if key[0] == 'client' else both}"
-            yield f"round {two.round}, {two.client}", text, _difference(one, two), two.modulus
+            yield f"round {two.round}, {two.client}", text, two, one
 
 
 def _difference(one: Payload, two: Payload) -> Words:
     q = np.uint64(one.modulus)
-    return (two.words + (q - one.words)) % q
+    return (two.words.astype(np.uint64) + (q - one.words)) % q
