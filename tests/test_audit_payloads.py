@@ -79,6 +79,18 @@ def test_private_values_are_found_in_every_form(tmp_path: Path, form: str) -> No
     assert len(found) <= 2
 
 
+def test_values_across_two_pieces_of_a_frame_are_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needles = private._needles(record_of(tmp_path, {"ctx": FLOATS}))
+    noise = np.random.default_rng(2).bytes(64)
+    for chunk in (1, 7, 16):
+        monkeypatch.setattr(private, "_CHUNK", chunk)
+        for at in range(40):
+            frame = noise[:at] + forms()["float64"] + noise[at:]
+            assert private._found(frame, needles) == ["a private value as float64"]
+
+
 def test_counts_in_text_and_in_the_wrong_field_show(tmp_path: Path) -> None:
     def tap(sender: str, recipient: str, message: m.Message) -> m.Message:
         if isinstance(message, m.Leave) and sender == VICTIM:
