@@ -132,7 +132,7 @@ class Bench:
         few = split == "dirichlet" or len(train.class_names) < CLIENTS
         shares = partitions.dirichlet(*labels, 0.3) if few else partitions.pathological(*labels)
         server = ServerSettings(
-            rounds=10 if args.full else args.rounds, seed=seed, metrics=False, **settings
+            rounds=10 if args.full else args.rounds, seed=seed, metrics="off", **settings
         )
         method = server.method_settings()
         needs = build(method, self.backbone, train.class_names).needs

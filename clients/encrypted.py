@@ -2,33 +2,39 @@
 
     begin -> [Granting | Receiving ->] EncryptedReady -> Sent -> Opening -> Reported
 
-The first two exist only in a round in which somebody lacks the cohort key: its maker seals it to
-each of them. Everybody decrypts the sum and computes the next global prompt, which the server keeps
-only in a sealed form.
+The first two exist only in a round in which somebody lacks the cohort key: its maker seals it to a
+fresh key of each of them. A grant that does not open ends the attempt, as a bad box does. Everybody
+decrypts the sum and computes the next global prompt, which the server keeps only in a sealed form.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Annotated
+
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from secure_fedprompt.clients.cohort_key import CohortKey
-from secure_fedprompt.clients.state import Party, Ready, State, Step
+from secure_fedprompt.clients.state import Complained, Party, Ready, State, Step, words_of
 from secure_fedprompt.protocol import client_noise, fixedpoint, homomorphic, layout, masking
 from secure_fedprompt.protocol import messages as m
+from secure_fedprompt.protocol.codec import MAX_FRAME, Digest, UpTo, decode_fields, encode_fields
 from secure_fedprompt.protocol.errors import (
     AdvertMismatchError,
     DecryptionError,
     KeyMismatchError,
+    ReplayError,
+    SealError,
 )
-from secure_fedprompt.protocol.expand import Purpose, derive, digest
+from secure_fedprompt.protocol.expand import Purpose, digest
 from secure_fedprompt.protocol.keys import agree, seal, unseal, verify
 from secure_fedprompt.protocol.layout import Vector
 from secure_fedprompt.protocol.packing import Integers, Packing
 from secure_fedprompt.protocol.plan import NO_KEY, RoundPlan
 
 
-def begin(party: Party, plan: RoundPlan) -> State:
-    """The first state of a checked plan.
+def begin(party: Party, plan: RoundPlan) -> Step:
+    """The first state of a checked plan, and what to send.
 
     Raises:
         KeyMismatchError: the plan goes on under a cohort key that this client does not hold.
@@ -36,21 +42,20 @@ def begin(party: Party, plan: RoundPlan) -> State:
     """
     scheme = homomorphic.scheme(plan.protection, plan.parameters)
     if party.name in plan.grants:
-        return Receiving(party, plan)
+        secret = X25519PrivateKey.generate()
+        public = secret.public_key().public_bytes_raw()
+        ask = m.KeyAsk(plan.run, plan.round, party.name, public, bytes(64))
+        signature = party.identity.sign(Purpose.KEY_ASK, ask.body(plan))
+        return Receiving(party, plan, secret), [replace(ask, signature=signature)]
     held = party.keyring.cohort
     if plan.key == NO_KEY:  # hence we are the maker; the prompt stays readable under the next key
         kept = held.prompt_key if held else b""
-        return Granting(party, plan, CohortKey.make(scheme, party.entropy, kept))
+        return Granting(party, plan, CohortKey.make(scheme, party.entropy, kept)), []
     if held is None or held.digest != plan.key:
         ours = held.digest.hex()[:16] if held else "none"
         raise KeyMismatchError(f"plan is under cohort key {plan.key.hex()[:16]}, we hold {ours}")
     grants = plan.grants and party.name == plan.maker
-    return Granting(party, plan, held) if grants else EncryptedReady(party, plan, held)
-
-
-def _seal_key(plan: RoundPlan, recipient: str, shared: bytes) -> bytes:
-    names = plan.maker.encode(), recipient.encode()
-    return derive(shared, Purpose.KEY_GRANT, plan.digest, *names)
+    return (Granting if grants else EncryptedReady)(party, plan, held), []
 
 
 @dataclass(frozen=True, repr=False)
@@ -61,21 +66,25 @@ class Granting(State):
 
     def _on_KeyRequest(self, message: m.KeyRequest) -> Step:
         plan, party = self.plan, self.party
-        if tuple(r.name for r in message.recipients) != plan.grants:
+        names = [ask.name for ask in message.recipients]
+        if names != sorted(set(names)) or not set(names) <= set(plan.grants) or not names:
             raise AdvertMismatchError("key is not requested for those whom the plan names")
-        if len({r.seal_key for r in message.recipients}) != len(message.recipients):
-            raise AdvertMismatchError("two run keys are the same")
-        for ready in message.recipients:
-            party.check_run_key(plan, ready, ready.name)
+        if len({ask.seal_key for ask in message.recipients}) != len(names):
+            raise AdvertMismatchError("two clients ask with the same key")
         grants = []
-        for ready in message.recipients:
-            shared = agree(party.keyring.secret, ready.seal_key, ready.name)
-            context = masking.seal_context(plan, party.name, ready.name)
-            box = seal(_seal_key(plan, ready.name, shared), self.key.to_bytes(), context)
-            grant = m.Grant(ready.name, box, bytes(64))
+        for ask in message.recipients:
+            if (ask.run, ask.round) != (plan.run, plan.round):
+                raise ReplayError(f"{ask.name} asks for the key of another round")
+            identity = party.roster.identity_of(ask.name)
+            verify(identity, Purpose.KEY_ASK, ask.body(plan), ask.signature, ask.name)
+            shared = agree(party.keyring.secret, ask.seal_key, ask.name)
+            context = masking.seal_context(plan, party.name, ask.name)
+            key = masking.grant_key(plan, ask.name, shared)
+            box = seal(key, self.key.to_bytes(), context)
+            grant = m.Grant(ask.name, box, bytes(64))
             body = grant.body(plan, self.key.digest)
             signature = party.identity.sign(Purpose.KEY_GRANT, body)
-            grants.append(m.Grant(ready.name, box, signature))
+            grants.append(m.Grant(ask.name, box, signature))
         public = self.key.scheme.public
         reply = m.KeyGrant(plan.run, plan.round, self.key.digest, public, tuple(grants), bytes(64))
         signature = party.identity.sign(Purpose.KEY_GRANT, reply.body(plan))
@@ -86,7 +95,9 @@ class Granting(State):
 
 @dataclass(frozen=True, repr=False)
 class Receiving(State):
-    """Waits for the cohort key."""
+    """Waits for the cohort key, to be sealed to a key of this round alone."""
+
+    secret: X25519PrivateKey
 
     def _on_KeyBox(self, message: m.KeyBox) -> Step:
         plan, party, grant = self.plan, self.party, message.grant
@@ -98,11 +109,17 @@ class Receiving(State):
         identity = party.roster.identity_of(plan.maker)
         body = grant.body(plan, message.key)
         verify(identity, Purpose.KEY_GRANT, body, grant.signature, plan.maker)
-        shared = agree(party.keyring.secret, message.maker.seal_key, plan.maker)
-        context = masking.seal_context(plan, plan.maker, party.name)
-        data = unseal(_seal_key(plan, party.name, shared), bytes(grant.box), context, plan.maker)
         scheme = homomorphic.scheme(plan.protection, plan.parameters)
-        key = CohortKey.from_bytes(scheme, data, message.key)
+        try:
+            shared = agree(self.secret, message.maker.seal_key, plan.maker)
+            context = masking.seal_context(plan, plan.maker, party.name)
+            sealed = masking.grant_key(plan, party.name, shared)
+            data = unseal(sealed, bytes(grant.box), context, plan.maker)
+            key = CohortKey.from_bytes(scheme, data, message.key)
+        except (SealError, KeyMismatchError):
+            secret = self.secret.private_bytes_raw()
+            complaint = m.Complaint(plan.run, plan.round, plan.maker, secret)
+            return Complained(party, plan, plan.maker), [complaint]
         party.keyring.cohort = key
         return EncryptedReady(party, plan, key), []
 
@@ -113,12 +130,14 @@ class EncryptedReady(Ready):
 
     key: CohortKey
 
-    def _send(self, vector: Vector) -> Step:
+    def _encode(self, vector: Vector) -> bytes:
+        layout, noise, entropy = self.plan.layout, self.plan.noise, self.party.entropy
+        words = client_noise.encode(layout, noise, vector, entropy(32), entropy)
+        return words.astype("<u4").tobytes()
+
+    def _send(self, data: bytes) -> Step:
         plan, party = self.plan, self.party
-        words = client_noise.encode(
-            plan.layout, plan.noise, vector, party.entropy(32), party.entropy
-        )
-        integers = fixedpoint.to_integers(plan.layout, words)
+        integers = fixedpoint.to_integers(plan.layout, words_of(plan, data))
         ciphertexts = self.key.encrypt(_packing(plan, self.key).pack(integers))
         body = m.CipherUpload(plan.run, plan.round, self.key.digest, ciphertexts, bytes(64)).body(
             plan
@@ -141,13 +160,13 @@ class Sent(State):
     def _on_CipherSum(self, message: m.CipherSum) -> Step:
         plan, party, survivors = self.plan, self.party, message.survivors
         self.check_survivors(survivors)
-        party.policy.check_survivors(survivors, party.journal.survivor_lists(plan.run))
-        party.journal.record_survivors(plan.run, plan.round, survivors)
+        party.journal.record_survivors(plan, survivors, b"")
         packing = _packing(plan, self.key)
         ciphertexts = tuple(bytes(data) for data in message.ciphertexts)
         slots = self.key.decrypt(ciphertexts, packing.slots, plan.digest)
         integers = packing.unpack(slots)
         check_sum(plan, integers, len(survivors))
+        party.journal.record_reveal(plan)
         total = layout.unflatten(plan.layout, fixedpoint.decode(plan.layout, integers))
         return Opening(party, plan, self.key, integers, total), []
 
@@ -198,12 +217,46 @@ class Opening(State):
         if prompt:
             box = self.key.seal_prompt(plan.run, plan.learning_round + 1, prompt)
             announced = digest(Purpose.BASE, box)
-        return Reported(self.party, plan, box), [m.Opened(plan.run, plan.round, announced)]
+        after = Reported(self.party, plan, announced, box)
+        self.party.journal.keep_opening(plan, after.to_bytes())
+        return after, [after.opened()]
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """A ``Reported`` on the disk."""
+
+    plan: RoundPlan
+    announced: Digest
+    box: Annotated[bytes | memoryview, UpTo(MAX_FRAME)]
 
 
 @dataclass(frozen=True, repr=False)
 class Reported(State):
+    """The sum is open. What is sent about it from here on is always the same.
+
+    Attributes:
+        announced: digest of ``box``, the sealed next prompt.
+    """
+
+    announced: bytes
     box: bytes
+
+    def to_bytes(self) -> bytes:
+        """What the journal keeps, so that a restarted client can still tell."""
+        return encode_fields(_Kept(self.plan, self.announced, self.box))
+
+    @classmethod
+    def from_bytes(cls, party: Party, data: bytes) -> Reported:
+        """Inverse of ``to_bytes``."""
+        kept = decode_fields(_Kept, data)
+        return cls(party, kept.plan, kept.announced, bytes(kept.box))
+
+    def opened(self) -> m.Opened:
+        return m.Opened(self.plan.run, self.plan.round, self.announced)
+
+    def _on_CipherSum(self, message: m.CipherSum) -> Step:
+        return self, [self.opened()]  # after a reconnection; no second sum is opened
 
     def _on_SealedRequest(self, message: m.SealedRequest) -> Step:
         return self, [m.SealedPrompt(self.plan.run, self.plan.round, self.box)]

@@ -1,68 +1,279 @@
-"""A client's memory across crashes: which rounds it entered, uploaded and helped to open."""
+"""A client's memory across crashes: terms, rounds, uploads, survivor lists and what it opened.
+
+Its rules are promises to the client's own user, so nothing that a server says resets them:
+
+- (run, round) and (learning round, attempt) only grow.
+- One opened sum per base: who has revealed for a learning round, or for its base in the same run,
+  takes part in nothing else for it. It can only repeat the very frame that it sent.
+- Until then an upload is repeated bit by bit, under fresh masks.
+- Lists whose sums may be open are remembered with the base, so that near bases can be told.
+
+Records are JSON lines; vectors, frames and bases are files beside them, mode 0600.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from secure_fedprompt.protocol.errors import ConfigError, ReplayError, UpdateReusedError
+import numpy as np
+
+from secure_fedprompt.protocol.averaging import Prompt
+from secure_fedprompt.protocol.errors import (
+    ConfigError,
+    OpenedError,
+    ReplayError,
+    UpdateReusedError,
+)
 from secure_fedprompt.protocol.locking import lock
+from secure_fedprompt.protocol.plan import UNSHARED, RoundPlan
 
-Record = dict[str, object]
+Record = dict[str, Any]
+Names = tuple[str, ...]
+
+
+@dataclass
+class _Base:
+    """What was done for one global prompt."""
+
+    revealed_in: set[str] = field(default_factory=set)  # runs
+    lists: list[tuple[str, int, Names]] = field(default_factory=list)  # run, round, survivors
+
+
+@dataclass
+class _Run:
+    """What was done in one run."""
+
+    terms: bytes = b""
+    round: int = 0
+    learning_round: int = 0
+    attempt: int = 0
+    base: str = ""
+    uploaded: int = 0
+    vectors: dict[int, tuple[str, str, str]] = field(default_factory=dict)  # terms, base, file
+    opened: dict[int, int] = field(default_factory=dict)  # learning round -> round
 
 
 class MemoryJournal:
     """The rules, without the disk: for simulations and tests."""
 
     def __init__(self) -> None:
-        self._last: dict[str, int] = {}
-        self._uploaded: set[tuple[str, int]] = set()
-        self._updates: set[str] = set()
-        self._survivors: dict[str, list[tuple[str, ...]]] = {}
+        self._runs: dict[str, _Run] = {}
+        self._bases: dict[str, _Base] = {}
+        self._starts: dict[str, set[str]] = {}  # own starting prompt -> bounds of its runs
+        self._near: tuple[str, ...] = ()  # bases near the present one, itself included
+        self._blobs: dict[str, bytes] = {}
 
-    def begin_round(self, run: bytes, round: int) -> None:
-        last = self._last.get(run.hex(), 0)
-        if round <= last:
-            raise ReplayError(
-                f"round {round} of run {run.hex()[:8]} is not after round {last}, "
-                "which this client has entered already"
-            )
-        self._apply({"event": "round", "run": run.hex(), "round": round})
-
-    def claim_upload(self, run: bytes, round: int, update: bytes | None) -> None:
-        if (run.hex(), round) in self._uploaded:
-            raise UpdateReusedError(f"round {round} of run {run.hex()[:8]} was uploaded already")
-        digest = update.hex() if update else ""
-        if digest and digest in self._updates:
-            raise UpdateReusedError("this very update was uploaded before: train again")
-        self._apply({"event": "upload", "run": run.hex(), "round": round, "update": digest})
-
-    def record_survivors(self, run: bytes, round: int, survivors: tuple[str, ...]) -> None:
-        record = {"event": "survivors", "run": run.hex(), "round": round}
-        self._apply({**record, "survivors": list(survivors)})
-
-    def survivor_lists(self, run: bytes) -> Iterable[tuple[str, ...]]:
-        return tuple(self._survivors.get(run.hex(), ()))
+    # -- terms -----------------------------------------------------------------------------------
 
     def knows(self, run: bytes) -> bool:
         """Whether this client has entered a round of the run before."""
-        return run.hex() in self._last
+        return self._runs.get(run.hex(), _Run()).round > 0
+
+    def terms_of(self, run: bytes) -> bytes:
+        """The terms that were accepted last, encoded; empty if none were."""
+        return self._runs.get(run.hex(), _Run()).terms
+
+    def bounds_of(self, start: bytes, other_than: bytes) -> set[bytes]:
+        """Bounds of other runs that began from this starting prompt, and were taken part in."""
+        found = self._starts.get(start.hex(), set())
+        return {
+            bytes.fromhex(bounds)
+            for run, _, bounds in (entry.partition(" ") for entry in found)
+            if run != other_than.hex() and self._runs[run].round > 0
+        }
+
+    def accept_terms(self, run: bytes, terms: bytes, start: bytes, bounds: bytes) -> None:
+        """Remember terms; ``start`` is the digest of this client's own starting prompt."""
+        self._apply({"event": "terms", "run": run.hex(), "terms": terms.hex(),
+                     "start": start.hex(), "bounds": bounds.hex()})  # fmt: skip
+
+    # -- a round ---------------------------------------------------------------------------------
+
+    def progress(self, run: bytes) -> int:
+        """The last learning round that was entered, or 0."""
+        return self._runs.get(run.hex(), _Run()).learning_round
+
+    def begin_round(self, plan: RoundPlan) -> None:
+        """Enter a round.
+
+        Raises:
+            ReplayError: it is no later attempt or learning round than the last.
+            OpenedError: this client has opened a sum of this learning round or base.
+        """
+        run = self._runs.get(plan.run.hex(), _Run())
+        short = plan.run.hex()[:8]
+        if plan.round <= run.round:
+            raise ReplayError(
+                f"round {plan.round} of run {short} is not after round {run.round}, "
+                "which this client has entered already"
+            )
+        place, last = (plan.learning_round, plan.attempt), (run.learning_round, run.attempt)
+        if place <= last:
+            raise ReplayError(
+                f"learning round {place[0]}, attempt {place[1]} of run {short} is not after "
+                f"learning round {last[0]}, attempt {last[1]}"
+            )
+        if plan.learning_round in run.opened:
+            raise OpenedError(
+                f"a sum of learning round {plan.learning_round} of run {short} was opened in round "
+                f"{run.opened[plan.learning_round]}: a second one could be subtracted from it"
+            )
+        opened_in = self._bases.get(plan.base_digest.hex(), _Base()).revealed_in
+        again = plan.run.hex() in opened_in or (opened_in and plan.learning_round > 1)
+        if again and plan.method not in UNSHARED:
+            raise OpenedError(
+                f"a sum of the global prompt of learning round {plan.learning_round} was opened "
+                "before: a second one could be subtracted from it"
+            )
+        if run.learning_round == plan.learning_round and run.base != plan.base_digest.hex():
+            raise ReplayError(
+                f"learning round {plan.learning_round} begins from another prompt than before"
+            )
+        self._apply({"event": "round", "run": plan.run.hex(), "round": plan.round,
+                     "learning_round": plan.learning_round, "attempt": plan.attempt,
+                     "base": plan.base_digest.hex()})  # fmt: skip
+
+    def note_base(self, plan: RoundPlan, prompt: Prompt, tolerance: float) -> None:
+        """Remember the prompt of a round, and find those that are near it.
+
+        Args:
+            prompt: flat float32; of learning round 1 the client's own, which no server can nudge.
+            tolerance: largest difference between values of near prompts.
+        """
+        name, data = plan.base_digest.hex(), prompt.astype("<f4").tobytes()
+        near = [name]
+        for other in self._bases:
+            kept = self._get(f"base-{other[:32]}") if other != name else None
+            if kept is not None and len(kept) == len(data):
+                apart = np.abs(np.frombuffer(kept, "<f4") - np.frombuffer(data, "<f4"))
+                if not len(apart) or float(apart.max()) <= tolerance:
+                    near.append(other)
+        self._near = tuple(near)
+        if self._get(f"base-{name[:32]}") is None:
+            self._put(f"base-{name[:32]}", data)
+
+    def near_lists(self, plan: RoundPlan) -> list[Names]:
+        """Survivor lists, of other rounds, whose sums may be open for a base near the plan's."""
+        if not plan.telling:
+            return []
+        own = plan.base_digest.hex()
+        names = {own, *self._near} if own in self._near else {own}
+        found = []
+        for name in sorted(names & set(self._bases)):
+            for run, number, survivors in self._bases[name].lists:
+                other = (run, number) != (plan.run.hex(), plan.round)
+                opened = number in self._runs[run].opened.values()
+                if other and (opened or name != own):
+                    found.append(survivors)
+        return found
+
+    # -- an upload -------------------------------------------------------------------------------
+
+    def keep_vector(self, plan: RoundPlan, data: bytes) -> None:
+        """Keep what is uploaded for a learning round, before it leaves."""
+        name = f"vector-{plan.run.hex()[:16]}"
+        self._put(name, data)
+        self._apply({"event": "vector", "run": plan.run.hex(), "terms": plan.terms.hex(),
+                     "base": plan.base_digest.hex(), "learning_round": plan.learning_round,
+                     "file": name})  # fmt: skip
+
+    def vector(self, plan: RoundPlan) -> bytes | None:
+        """What was uploaded for this learning round and base before, or None."""
+        run = self._runs.get(plan.run.hex(), _Run())
+        *of, name = run.vectors.get(plan.learning_round, ("", "", ""))
+        return self._get(name) if of == [plan.terms.hex(), plan.base_digest.hex()] else None
+
+    def claim_upload(self, run: bytes, round: int) -> None:
+        """Raises UpdateReusedError if something was uploaded in this round: its masks are used."""
+        if round <= self._runs.get(run.hex(), _Run()).uploaded:
+            raise UpdateReusedError(f"round {round} of run {run.hex()[:8]} was uploaded already")
+        self._apply({"event": "upload", "run": run.hex(), "round": round})
+
+    # -- opening ---------------------------------------------------------------------------------
+
+    def record_survivors(self, plan: RoundPlan, survivors: Sequence[str], opening: bytes) -> None:
+        """Keep a survivor list, and what this client can send to open its sum, before it signs.
+
+        Lists of sums that tell nothing are not remembered beyond that.
+        """
+        self._put(f"opening-{plan.run.hex()[:16]}", opening)
+        if not plan.telling:
+            return
+        self._apply({"event": "list", "run": plan.run.hex(), "round": plan.round,
+                     "base": plan.base_digest.hex(), "survivors": list(survivors)})  # fmt: skip
+
+    def keep_opening(self, plan: RoundPlan, opening: bytes) -> None:
+        """Keep what this client tells of a sum that it has opened."""
+        self._put(f"opening-{plan.run.hex()[:16]}", opening)
+
+    def opening(self, run: bytes) -> bytes | None:
+        """What was kept with the last survivor list of a run, until the learning round is over."""
+        return self._get(f"opening-{run.hex()[:16]}")
+
+    def record_reveal(self, plan: RoundPlan) -> None:
+        """Note, before it is sent, that a sum is being opened.
+
+        Raises:
+            OpenedError: another one of this learning round was.
+        """
+        before = self._runs.get(plan.run.hex(), _Run()).opened.get(plan.learning_round)
+        if before == plan.round:
+            return
+        if before is not None:
+            raise OpenedError(
+                f"a sum of learning round {plan.learning_round} was opened in round {before}"
+            )
+        self._apply({"event": "reveal", "run": plan.run.hex(), "round": plan.round,
+                     "learning_round": plan.learning_round,
+                     "base": plan.base_digest.hex()})  # fmt: skip
+
+    def forget(self, run: bytes) -> None:
+        """A learning round is over: its vector and its opening are not needed any more."""
+        self._drop(f"vector-{run.hex()[:16]}")
+        self._drop(f"opening-{run.hex()[:16]}")
+
+    # -- storage ---------------------------------------------------------------------------------
+
+    def _put(self, name: str, data: bytes) -> None:
+        self._blobs[name] = data
+
+    def _get(self, name: str) -> bytes | None:
+        return self._blobs.get(name)
+
+    def _drop(self, name: str) -> None:
+        self._blobs.pop(name, None)
 
     def _apply(self, record: Record) -> None:
-        run, number = str(record["run"]), int(str(record["round"]))
+        run = self._runs.setdefault(str(record["run"]), _Run())
         match record["event"]:
+            case "terms":
+                run.terms = bytes.fromhex(record["terms"])
+                entry = f"{record['run']} {record['bounds']}"
+                self._starts.setdefault(record["start"], set()).add(entry)
             case "round":
-                self._last[run] = number
+                run.round, run.attempt = int(record["round"]), int(record["attempt"])
+                run.learning_round, run.base = int(record["learning_round"]), str(record["base"])
+            case "vector":
+                number = int(record["learning_round"])
+                of = str(record["terms"]), str(record["base"])
+                run.vectors[number] = (*of, str(record["file"]))
             case "upload":
-                self._uploaded.add((run, number))
-                self._updates.add(str(record["update"]))
-            case "survivors":
-                names = record["survivors"]
-                assert isinstance(names, list)
-                self._survivors.setdefault(run, []).append(tuple(names))
+                run.uploaded = int(record["round"])
+            case "list":
+                made = self._bases.setdefault(str(record["base"]), _Base())
+                names = tuple(str(name) for name in record["survivors"])
+                made.lists.append((str(record["run"]), int(record["round"]), names))
+            case "reveal":
+                run.opened[int(record["learning_round"])] = int(record["round"])
+                made = self._bases.setdefault(str(record["base"]), _Base())
+                made.revealed_in.add(str(record["run"]))
             case event:
                 raise ValueError(f"unknown event {event!r}")
 
@@ -76,6 +287,7 @@ class FileJournal(MemoryJournal):
 
     def __init__(self, path: Path) -> None:
         super().__init__()
+        self._folder = path.parent
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
@@ -99,7 +311,7 @@ class FileJournal(MemoryJournal):
                 break
             try:
                 super()._apply(json.loads(line))
-            except (ValueError, KeyError, TypeError, AssertionError):
+            except (ValueError, KeyError, TypeError, AttributeError):
                 self._file.close()
                 raise ConfigError(
                     f"journal {path}, line {number} is damaged: restore it from a backup, or give "
@@ -123,6 +335,38 @@ class FileJournal(MemoryJournal):
                 f"journal cannot be written ({error.strerror}): free the disk"
             ) from None
         super()._apply(record)
+
+    def _path(self, name: str) -> Path:
+        if not re.fullmatch(r"[a-z]+-[0-9a-f]{16,32}", name):
+            raise ConfigError(f"journal names a file {name!r}: it is damaged")
+        return self._folder / "kept" / name
+
+    def _put(self, name: str, data: bytes) -> None:
+        path = self._path(name)
+        partial = path.with_suffix(".partial")
+        try:
+            path.parent.mkdir(exist_ok=True, mode=0o700)
+            descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        except OSError as error:
+            raise ConfigError(
+                f"{path} cannot be written ({error.strerror}): free the disk"
+            ) from None
+
+    def _get(self, name: str) -> bytes | None:
+        try:
+            return self._path(name).read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise ConfigError(f"{self._path(name)} cannot be read ({error.strerror})") from None
+
+    def _drop(self, name: str) -> None:
+        self._path(name).unlink(missing_ok=True)
 
     def close(self) -> None:
         self._file.close()

@@ -1,6 +1,7 @@
 """A client in one round, as a state machine without I/O.
 
     start(party, plan) -> Advertised -> Shared -> MaskedReady -> Uploaded -> Agreed -> Revealed
+                                          |-> Complained
 
 ``state.on(message)`` returns the next state and the frames to send, or raises a named error and
 changes nothing. Randomness and the journal (what must survive a crash) are arguments. A state
@@ -12,17 +13,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 from secure_fedprompt.clients import encrypted
 from secure_fedprompt.clients.selecting import check_helper
-from secure_fedprompt.clients.state import Party, Ready, State, Step
+from secure_fedprompt.clients.state import Complained, Party, Ready, State, Step, words_of
 from secure_fedprompt.protocol import client_noise, fixedpoint, masking, shamir
 from secure_fedprompt.protocol import messages as m
+from secure_fedprompt.protocol.codec import UpTo, decode_fields, encode_fields
 from secure_fedprompt.protocol.errors import (
     AdvertMismatchError,
     OverlapError,
     ReplayError,
     RosterMismatchError,
+    SealError,
     SecondUnmaskError,
     SurvivorError,
     ThresholdError,
@@ -31,7 +35,7 @@ from secure_fedprompt.protocol.errors import (
 from secure_fedprompt.protocol.expand import Purpose, add_masks
 from secure_fedprompt.protocol.keys import agree, seal, unseal, verify
 from secure_fedprompt.protocol.layout import Vector
-from secure_fedprompt.protocol.plan import RoundPlan
+from secure_fedprompt.protocol.plan import MAX_COHORT, RoundPlan
 
 
 def start(party: Party, plan: RoundPlan) -> Step:
@@ -50,14 +54,14 @@ def start(party: Party, plan: RoundPlan) -> Step:
         party.roster.identity_of(name)
     if party.name not in plan.cohort:
         raise UnexpectedMessageError(f"plan's cohort does not contain {party.name!r}")
-    party.policy.check_plan(plan)
+    party.policy.check_plan(plan, party.roster_clients)
     if plan.selecting:
         check_helper(party, plan)
-    party.journal.begin_round(plan.run, plan.round)
+    party.journal.begin_round(plan)
     if plan.protection == "none":
         return PlainReady(party, plan), []
     if plan.encrypted:
-        return encrypted.begin(party, plan), []
+        return encrypted.begin(party, plan)
     secrets = masking.RoundSecrets.fresh(party.entropy)
     advert = m.Advert(
         plan.run,
@@ -77,10 +81,12 @@ def start(party: Party, plan: RoundPlan) -> Step:
 class PlainReady(Ready):
     """No protection."""
 
-    def _send(self, vector: Vector) -> Step:
+    def _encode(self, vector: Vector) -> bytes:
+        return vector.astype("<f8").tobytes()
+
+    def _send(self, data: bytes) -> Step:
         plan = self.plan
-        upload = m.PlainUpload(plan.run, plan.round, vector.astype("<f8").tobytes())
-        return Revealed(self.party, plan), [upload]
+        return Revealed(self.party, plan), [m.PlainUpload(plan.run, plan.round, data)]
 
 
 @dataclass(frozen=True, repr=False)
@@ -126,7 +132,9 @@ class Advertised(State):
             incoming[peer] = masking.seal_key(plan, peer, own, shared)
         listed = m.adverts_digest(message.adverts)
         mask_keys = {peer: by_name[peer].mask_key for peer in incoming}
-        reply = m.Shares(plan.run, plan.round, b"".join(boxes))
+        reply = m.Shares(plan.run, plan.round, b"".join(boxes), bytes(64))
+        signature = self.party.identity.sign(Purpose.BOXES, reply.body(plan))
+        reply = replace(reply, signature=signature)
         after = Shared(
             self.party, plan, self.secrets, own_shares, incoming, mask_keys, listed, tuple(names)
         )
@@ -159,7 +167,12 @@ class Shared(State):
         for i, peer in enumerate(senders):
             box = bytes(message.boxes[m.BOX * i : m.BOX * (i + 1)])
             context = masking.seal_context(plan, peer, own)
-            shares[peer] = unseal(self.incoming[peer], box, context, peer)
+            try:
+                shares[peer] = unseal(self.incoming[peer], box, context, peer)
+            except SealError:
+                secret = self.secrets.seal.private_bytes_raw()
+                complaint = m.Complaint(plan.run, plan.round, peer, secret)
+                return Complained(self.party, plan, peer), [complaint]
         pairs = {
             peer: self.secrets.pair_key(plan, own, peer, self.mask_keys[peer]) for peer in senders
         }
@@ -175,12 +188,15 @@ class MaskedReady(Ready):
     adverts: bytes
     shares: Mapping[str, bytes]
 
-    def _send(self, vector: Vector) -> Step:
+    def _encode(self, vector: Vector) -> bytes:
+        layout, noise, rounding = self.plan.layout, self.plan.noise, self.secrets.rounding
+        words = client_noise.encode(layout, noise, vector, rounding, self.party.entropy)
+        return words.astype("<u4").tobytes()
+
+    def _send(self, data: bytes) -> Step:
         plan = self.plan
         own = self.party.name
-        words = client_noise.encode(
-            plan.layout, plan.noise, vector, self.secrets.rounding, self.party.entropy
-        )
+        words = words_of(plan, data)
         plus = [masking.self_key(plan, own, self.secrets.self_seed)]
         plus += [key for peer, key in self.pairs.items() if peer > own]
         minus = [key for peer, key in self.pairs.items() if peer < own]
@@ -202,27 +218,57 @@ class Uploaded(State):
             raise SurvivorError(
                 f"survivor list names {sorted(strangers)}, who shared no keys with us"
             )
-        party.policy.check_survivors(survivors, party.journal.survivor_lists(plan.run))
         body = m.survivors_body(plan, self.adverts, survivors)
-        party.journal.record_survivors(plan.run, plan.round, survivors)
+        alive = set(survivors)
+        shares = b"".join(
+            share[32:] if name in alive else share[:32]
+            for name, share in sorted(self.shares.items())
+        )
+        dropped = tuple(sorted(set(self.shares) - alive))
+        after = Agreed(party, plan, survivors, dropped, body, shares)
+        party.journal.record_survivors(plan, survivors, after.to_bytes())
         signature = party.identity.sign(Purpose.SURVIVORS, body)
-        after = Agreed(party, plan, self.shares, survivors, body)
         return after, [m.Consistent(plan.run, plan.round, signature)]
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """An ``Agreed`` on the disk."""
+
+    plan: RoundPlan
+    survivors: m.Names
+    dropped: m.Names
+    body: Annotated[bytes | memoryview, UpTo(1 << 12)]
+    shares: Annotated[bytes | memoryview, UpTo(32 * MAX_COHORT)]
 
 
 @dataclass(frozen=True, repr=False)
 class Agreed(State):
-    shares: Mapping[str, bytes]
+    """The survivor list is signed. ``shares`` can open this sum, and nothing else."""
+
     survivors: tuple[str, ...]
+    dropped: tuple[str, ...]
     body: bytes
+    shares: bytes
+
+    def to_bytes(self) -> bytes:
+        """What the journal keeps, so that a restarted client can still help to open the sum."""
+        return encode_fields(_Kept(self.plan, self.survivors, self.dropped, self.body, self.shares))
+
+    @classmethod
+    def from_bytes(cls, party: Party, data: bytes) -> Agreed:
+        """Inverse of ``to_bytes``."""
+        kept = decode_fields(_Kept, data)
+        return cls(
+            party, kept.plan, kept.survivors, kept.dropped, bytes(kept.body), bytes(kept.shares)
+        )
 
     def _on_UnmaskRequest(self, message: m.UnmaskRequest) -> Step:
         plan, party = self.plan, self.party
         if both := set(message.dropped) & set(self.survivors):
             raise OverlapError(f"{sorted(both)} asked for as dropped, but on the survivor list")
-        dropped = set(self.shares) - set(self.survivors)
         near = set(masking.neighbourhoods(plan)[party.name])
-        if set(message.dropped) & near != dropped:
+        if set(message.dropped) & near != set(self.dropped):
             raise SurvivorError("dropped clients are not those that shared keys and then vanished")
         names = [s.name for s in message.signers]
         if len(set(names)) != len(names) or not set(names) <= set(self.survivors):
@@ -232,12 +278,8 @@ class Agreed(State):
         for signed in message.signers:
             identity = party.roster.identity_of(signed.name)
             verify(identity, Purpose.SURVIVORS, self.body, signed.signature, signed.name)
-        parts = [
-            share[:32] if name in dropped else share[32:]
-            for name, share in sorted(self.shares.items())
-        ]
-        reply = m.Reveal(plan.run, plan.round, b"".join(parts))
-        return Revealed(party, plan), [reply]
+        party.journal.record_reveal(plan)
+        return Revealed(party, plan), [m.Reveal(plan.run, plan.round, self.shares)]
 
 
 @dataclass(frozen=True, repr=False)

@@ -26,7 +26,9 @@ def check_helper(party: Party, plan: RoundPlan) -> None:
         RosterError, SignatureError
     """
     chosen = plan.selection
-    ready = m.Ready(plan.run, chosen.helper, chosen.helper_key, bytes(32), chosen.helper_signature)
+    ready = m.Ready(
+        plan.run, chosen.helper, chosen.helper_key, bytes(32), bytes(32), chosen.helper_signature
+    )
     party.check_run_key(plan, ready, chosen.helper)
 
 
@@ -91,5 +93,8 @@ class Chosen(Ready):
     def choice(self) -> Choice:
         return self.opened
 
-    def _send(self, vector: Vector) -> Step:
-        return self.ready._send(vector)
+    def _encode(self, vector: Vector) -> bytes:
+        return self.ready._encode(vector)
+
+    def _send(self, data: bytes) -> Step:
+        return self.ready._send(data)

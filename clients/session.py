@@ -6,19 +6,23 @@ plan and the global prompt; the caller trains and hands the result to ``trained`
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from secure_fedprompt.clients import participant
-from secure_fedprompt.clients.encrypted import Opening
+from secure_fedprompt.clients.encrypted import Opening, Reported, Sent
 from secure_fedprompt.clients.helper import Helper
+from secure_fedprompt.clients.participant import Agreed, Revealed
 from secure_fedprompt.clients.selecting import share_keys
 from secure_fedprompt.clients.state import Party, Ready, Replies, State
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.averaging import Prompt, averaged, metrics_of, prompt_bytes
+from secure_fedprompt.protocol.codec import decode_fields, encode_fields
 from secure_fedprompt.protocol.errors import (
+    AcceptanceError,
     AdvertMismatchError,
     FieldError,
     HomomorphicError,
@@ -33,13 +37,23 @@ from secure_fedprompt.protocol.errors import (
     SignatureError,
     SurvivorError,
     UnexpectedMessageError,
+    UpdateError,
 )
 from secure_fedprompt.protocol.expand import Purpose, digest
-from secure_fedprompt.protocol.layout import TensorSpec, Values
+from secure_fedprompt.protocol.homomorphic import SCHEMES
+from secure_fedprompt.protocol.layout import (
+    CLIPPED,
+    CONTRIBUTORS,
+    FILLED,
+    WEIGHT,
+    TensorSpec,
+    Values,
+)
 from secure_fedprompt.protocol.plan import RoundPlan
 from secure_fedprompt.protocol.selection.shares import Keys
 from secure_fedprompt.protocol.selection.task import Choice
 from secure_fedprompt.protocol.settings import MethodSettings
+from secure_fedprompt.protocol.terms import RunTerms
 
 MAX_WITHDRAWN = 3  # rounds in a row
 ROUND_ERRORS = (  # a peer's doing
@@ -47,6 +61,7 @@ ROUND_ERRORS = (  # a peer's doing
 )  # fmt: skip
 SEAL_BYTES = 16  # that sealing a prompt adds
 _SAME_START = 1e-5  # initial prompts of two machines may differ by this much
+_NEAR = 1e-4  # prompts that differ by less, in initial standard deviations, count as one
 
 
 class Workload(Protocol):
@@ -54,7 +69,7 @@ class Workload(Protocol):
 
     model_fingerprint: bytes
     classes_digest: bytes
-    class_count: int
+    weight: float  # n_k
 
     def prepare(self, settings: MethodSettings) -> None:
         """Build the method of the run."""
@@ -86,13 +101,35 @@ class Session:
         work: the round to train for, or None.
         final: the last global prompt, once the run has ended well.
         history: aggregate metrics by learning round, where clients and not the server open sums.
+        terms: of the run, once accepted.
+        failed_because: the first reason why training failed, for this client's own user.
     """
 
-    def __init__(self, party: Party, workload: Workload, method: str = "") -> None:
+    def __init__(
+        self,
+        party: Party,
+        workload: Workload,
+        method: str = "",
+        accept: Collection[str] = (),
+        exempt: bool = False,
+    ) -> None:
+        """
+        Args:
+            accept: first hex digits of terms that the operator accepts by name.
+            exempt: simulation: every client is one's own.
+        """
         self.party, self.workload, self.method = party, workload, method
-        self.nonce = party.entropy(32)
+        self._accept, self._exempt = accept, exempt
+        self._nonce, self._opened_nonce = party.entropy(32), False
+        self._greetings = -1  # since the last plan of this process, but for the first
+        self._planned = False
+        self._commitments: tuple[m.Nonce, ...] = ()
         self.run = b""
         self.settings: MethodSettings | None = None
+        self.terms: RunTerms | None = None
+        self._parked: State | None = None  # an opening that a reconnection interrupted
+        self._kept: _Result | None = None  # of training, for another attempt
+        self._failing: _Place | None = None  # where training failed
         self.round: State | None = None
         self.work: Work | None = None
         self.history: dict[int, dict[str, float]] = {}
@@ -103,22 +140,26 @@ class Session:
         self._made: tuple[int, bytes] | None = None  # the next prompt, as we computed it
         self._agreed: tuple[int, bytes] | None = None  # the same, once the round is over
         self._withdrawn = 0
-        self._progress = (1, 0)  # learning round, rounds of the run
         self._helper = Helper(party)
         self.final: Prompt | None = None
         self.over = False
+        self.failed_because: SecureFedPromptError | None = None  # told to nobody but our user
 
     def hello(self) -> m.Hello:
-        """The first frame of each connection; anything under way is given up."""
+        """The first frame of each connection. What is under way is given up, but for openings."""
+        if isinstance(self.round, Agreed | Revealed | Sent | Reported):
+            self._parked = self.round
         self.round = self.work = self._entered = None
+        self._greetings += 1
         self._helper.reset()
+        if self._opened_nonce and self.terms is None:  # it is known: the next run needs another
+            self._nonce, self._opened_nonce, self.run = self.party.entropy(32), False, b""
         w = self.workload
         return m.Hello(
-            self.nonce,
+            m.commitment(self.party.name, self._nonce),
             self.method,
             w.model_fingerprint,
             w.classes_digest,
-            w.class_count,
             self.party.roster.digest,
         )
 
@@ -133,6 +174,8 @@ class Session:
                 raise _refusal(message)
             case m.Welcome():
                 return self._welcome(message)
+            case m.Terms():
+                return self._terms(message)
             case m.Finish():
                 return self._finish(message)
             case m.Plan():
@@ -151,23 +194,70 @@ class Session:
                     self._agreed = self._agreed if message.reason else self._made or self._agreed
                     self._conclude(done=not message.reason)
                 return []
+            case m.UnmaskRequest() | m.CipherSum() | m.SealedRequest() if self.round is None:
+                return self._resume(message)
         if self.round is None:
             return []  # a frame of a round that a reconnection ended
         self.round, replies = self.round.on(message)
         return self._ready(replies)
 
     def trained(self, work: Work, result: tuple[Values, float] | Keys) -> Replies:
-        """Send the result of ``work``, an update or selection keys, unless the round has ended."""
-        state = self.round
-        if not isinstance(state, Ready) or state.plan is not work.plan:
-            return []
+        """Send the result of ``work``, an update or selection keys.
+
+        If its round has ended, it is kept for another attempt. An update that cannot be sent
+        becomes a zero one.
+        """
+        plan, state = work.plan, self.round
+        if not isinstance(result, tuple) or not plan.selecting:
+            self._kept = _Result(_place(plan), result)
+        if not isinstance(state, Ready) or state.plan is not plan:
+            now = self.work  # of another attempt, perhaps: it need not train again
+            if now is None or not isinstance(state, Ready) or _place(now.plan) != _place(plan):
+                return []
+            self.work = None
+            return self._again(state, now)
         self.work = None
-        if isinstance(result, tuple):
-            self._withdrawn = 0
-            self.round, replies = state.upload(*result)
-        else:
+        if not isinstance(result, tuple):
             self.round, replies = share_keys(state, result)
+            return replies
+        try:
+            data = state.encode(*result)
+        except UpdateError as error:
+            self.failed_because = self.failed_because or error
+            data = state.encode(*self._nothing(work))
+        self._withdrawn = 0
+        self.party.journal.keep_vector(plan, _choice_bytes(work.choice) + data)
+        self.round, replies = state.send(data)
         return replies
+
+    def failed(self, work: Work, error: SecureFedPromptError) -> Replies:
+        """Training failed: what is sent looks like any other contribution, and holds nothing.
+
+        The server must not learn of it, since it chose what was trained.
+        """
+        self.failed_because = self.failed_because or error
+        plan = work.plan
+        self._failing = _place(plan)
+        if plan.selecting and work.choice is None:
+            shape = plan.selection.modalities, plan.selection.groups
+            drawn = self.party.entropy(4 * shape[0] * shape[1])
+            return self.trained(work, np.frombuffer(drawn, "<u4").astype(np.uint32).reshape(shape))
+        return self.trained(work, self._nothing(work))
+
+    def _nothing(self, work: Work) -> tuple[dict[str, Any], float]:
+        """A zero update at this client's usual weight."""
+        values: dict[str, Any] = {}
+        for field in work.plan.layout:
+            if field.name in (WEIGHT, CONTRIBUTORS, CLIPPED):
+                continue
+            values[field.name] = np.zeros(field.shape)
+            if field.name.startswith(FILLED):
+                assert work.choice is not None
+                tensors = [f.name for f in work.plan.layout if f.update]
+                chosen = work.choice[tensors.index(field.name.removeprefix(FILLED))]
+                filled = np.arange(field.size) < len(chosen)
+                values[field.name] = filled.astype(np.float64)
+        return values, 1.0 if work.plan.uniform else self.workload.weight
 
     def _help(self, message: m.Message) -> Replies:
         """A frame for the helper that this client was elected to be."""
@@ -199,9 +289,10 @@ class Session:
         return m.Leave(type(error).__name__ if told else "Stopped", m.line(error) if told else "")
 
     def _welcome(self, message: m.Welcome) -> Replies:
-        if message.run != m.run_id(message.server_nonce, message.nonces):
+        if message.run != m.run_id(message.server_nonce, message.commitments):
             raise ReplayError("run id is not the digest of the run's nonces")
-        ours = m.Nonce(self.party.name, self.nonce) in message.nonces
+        own = m.Nonce(self.party.name, m.commitment(self.party.name, self._nonce))
+        ours = own in message.commitments
         if not (ours or self.party.journal.knows(message.run) or self.party.policy.allow_late_join):
             raise PolicyError(
                 "run began without this client's nonce, and policy.allow_late_join is false"
@@ -219,53 +310,114 @@ class Session:
         if self.settings is None:
             self.workload.prepare(settings)
         self.settings, self.run = settings, message.run
-        ready = self.party.ready(self.run)
+        self._commitments = message.commitments
+        self._opened_nonce = True
+        ready = self.party.ready(self.run, self._nonce)
         if not message.need_initial:
             return [ready]
         vector = prompt_bytes(self.workload.initial())
         return [m.Initial(self.run, self.workload.tensors(), vector), ready]
 
-    def _plan(self, message: m.Plan) -> Replies:
-        plan, settings = message.plan, self.settings
-        if settings is None or plan.run != self.run:
-            raise UnexpectedMessageError("plan of a run that did not welcome us")
-        if digest(Purpose.BASE, message.base) != plan.base_digest:
-            raise MismatchError("global prompt is not the one that the plan names")
+    def _terms(self, message: m.Terms) -> Replies:
+        """Judge the terms of the run, once."""
+        settings, journal = self.settings, self.party.journal
+        if settings is None or message.run != self.run or message.terms.run != self.run:
+            raise UnexpectedMessageError("terms of a run that did not welcome us")
+        terms = self.party.check_terms(message, self._commitments)
+        accept = m.Accept(self.run, terms.digest)
+        if self.terms is not None and terms.digest == self.terms.digest:
+            return [accept]
         expected: dict[str, tuple[str | bytes, str | bytes]] = {
-            "method": (plan.method, settings.method),
-            "settings": (plan.settings_digest, digest(Purpose.SETTINGS, settings.to_bytes())),
-            "model": (plan.model_fingerprint, self.workload.model_fingerprint),
-            "classes": (plan.classes_digest, self.workload.classes_digest),
+            "settings": (bytes(terms.settings), settings.to_bytes()),
+            "model": (terms.model_fingerprint, self.workload.model_fingerprint),
+            "classes": (terms.classes_digest, self.workload.classes_digest),
         }
         for what, (theirs, ours) in expected.items():
             if theirs != ours:
-                raise MismatchError(f"plan's {what} is {_show(theirs)}, ours is {_show(ours)}")
-        updates = [(f.name, tuple(f.shape)) for f in plan.layout if f.update]
-        own = [(t.name, tuple(t.shape)) for t in self.workload.tensors()]
-        if plan.training and updates != own:
-            raise MismatchError(f"plan wants the tensors {updates}, our method uploads {own}")
-        chosen, o = plan.selection, settings.fedmgp
-        if plan.selecting and (chosen.groups, chosen.slots, chosen.modalities) != (
-            o.groups, o.slots, len(own)
-        ):  # fmt: skip
-            raise MismatchError(
-                f"plan selects {chosen.slots} of {chosen.groups} groups, settings say {o.slots} "
-                f"of {o.groups}"
-            )
-        if plan.learning_round < self._progress[0] or plan.rounds != (
-            self._progress[1] or plan.rounds
+                raise MismatchError(f"terms' {what} is {_show(theirs)}, ours is {_show(ours)}")
+        start = self.workload.initial()
+        try:
+            given = self._floats(message.start)
+            same = np.allclose(given, start, rtol=0, atol=_SAME_START)
+        except SecureFedPromptError:
+            same = False
+        if not same or terms.tensors != self.workload.tensors():
+            return [m.Contest(self.run, terms.digest)]
+        before = journal.terms_of(self.run)
+        if before and before != encode_fields(terms):
+            terms.succeed(decode_fields(RunTerms, before))
+        self.party.policy.check_terms(terms, self.party.roster_clients)
+        self._check_seen(terms, start)
+        if before != encode_fields(terms):
+            digest_ = digest(Purpose.BASE, prompt_bytes(start))
+            journal.accept_terms(self.run, encode_fields(terms), digest_, terms.bounds)
+        self.terms = terms
+        return [accept]
+
+    def _check_seen(self, terms: RunTerms, start: Prompt) -> None:
+        """Refuse other bounds for a prompt that this client has trained from before, unless its
+        operator accepts them: two sums of one prompt that are cut off in different places tell
+        what lies between."""
+        if self._exempt or any(
+            word and terms.digest.hex().startswith(word) for word in self._accept
         ):
-            raise ReplayError(
-                f"plan is for learning round {plan.learning_round} of {plan.rounds}, "
-                f"after {self._progress[0]} of {self._progress[1]}"
+            return
+        seen = self.party.journal.bounds_of(digest(Purpose.BASE, prompt_bytes(start)), self.run)
+        if seen and terms.bounds not in seen:
+            raise AcceptanceError(
+                "this client took part in a run from the same starting prompt under other bounds "
+                "or training settings: if that is meant, start it again with "
+                f"--accept {terms.digest.hex()[:16]}"
             )
+
+    def _plan(self, message: m.Plan) -> Replies:
+        plan, terms = message.plan, self.terms
+        if plan.run != self.run or not self.run:
+            raise UnexpectedMessageError("plan of a run that did not welcome us")
+        if terms is None:
+            raise UnexpectedMessageError("a plan before the terms of its run")
+        if digest(Purpose.BASE, message.base) != plan.base_digest:
+            raise MismatchError("global prompt is not the one that the plan names")
+        terms.admit(plan)
+        before, late = self.party.journal.progress(plan.run), self.party.policy.allow_late_join
+        if plan.learning_round > before + 1 and not (late and self._away):
+            raise ReplayError(
+                f"plan is for learning round {plan.learning_round} after {before}, and this client "
+                "was never away"
+            )
+        if plan.learning_round == 1 and plan.base_digest != terms.start:
+            raise MismatchError("starting prompt is not the one of the terms")
+        if plan.learning_round > before:
+            self.party.journal.forget(plan.run)
+            self._parked = self._kept = None
         self.work, self._entered, self._made, self._sealed = None, plan, None, plan.encrypted
-        self._conclude(done=plan.learning_round > self._progress[0])  # if its end was lost
+        self._conclude(done=plan.learning_round > before)  # if its end was lost
         self._raw = bytes(message.base)
         if not (plan.encrypted and plan.learning_round > 1):
             self._prompt(plan, self._raw)  # refused before anything is done
         self.round, replies = participant.start(self.party, plan)
-        self._progress = plan.learning_round, plan.rounds
+        self._greetings, self._planned = 0, True
+        return self._ready(replies)
+
+    @property
+    def _away(self) -> bool:
+        """Whether rounds may have passed without this client: it came late, or came back."""
+        if not self._planned and self.party.journal.knows(self.run):
+            return True  # another process
+        committed = m.Nonce(self.party.name, m.commitment(self.party.name, self._nonce))
+        return self._greetings > 0 or committed not in self._commitments
+
+    def _resume(self, message: m.Message) -> Replies:
+        """Help to finish an opening that a lost connection or a crash interrupted."""
+        state = self._parked
+        data = self.party.journal.opening(self.run) if self.run else None
+        if data and not isinstance(state, Sent):
+            encrypted_ = self.terms is not None and self.terms.protection in SCHEMES
+            state = (Reported if encrypted_ else Agreed).from_bytes(self.party, data)
+        if state is None or (message.run, message.round) != (state.plan.run, state.plan.round):  # type: ignore[attr-defined]
+            return []
+        state, replies = state.on(message)
+        self.round, self._entered, self._parked = state, state.plan, None
         return self._ready(replies)
 
     def _conclude(self, *, done: bool) -> None:
@@ -274,20 +426,28 @@ class Session:
             self.history[self._opened[0]] = self._opened[1]
         self._opened = None
 
-    def _prompt(self, plan: RoundPlan, data: bytes) -> Prompt:
-        """The global prompt in the clear, checked as far as it can be."""
+    def _floats(self, data: bytes | memoryview) -> Prompt:
+        """A global prompt in the clear.
+
+        Raises:
+            MismatchError, FieldError
+        """
         size = sum(tensor.size for tensor in self.workload.tensors())
         if len(data) != 4 * size:
             raise MismatchError(f"global prompt has {len(data)} bytes, our method {4 * size}")
         base = np.frombuffer(data, "<f4").astype(np.float32)
         if not np.isfinite(base).all():
             raise FieldError("global prompt holds NaN or infinity")
-        if plan.learning_round == 1 and not np.allclose(
-            base, self.workload.initial(), rtol=0, atol=_SAME_START
-        ):
-            raise MismatchError("starting prompt is not what our model and the settings give")
+        return base
+
+    def _prompt(self, plan: RoundPlan, data: bytes) -> Prompt:
+        """The global prompt in the clear, checked as far as it can be, and remembered."""
+        base = self._floats(data)
         if self._agreed and self._agreed[0] == plan.learning_round and self._agreed[1] != data:
             raise MismatchError("global prompt is not the one that the last sum gives")
+        start = self.workload.initial()
+        noted = start if plan.learning_round == 1 else base
+        self.party.journal.note_base(plan, noted, _NEAR * float(start.std()))
         return base
 
     def _open(self, plan: RoundPlan) -> bytes:
@@ -302,9 +462,10 @@ class Session:
         """Take up what the new state asks the caller or us to do."""
         state = self.round
         if isinstance(state, Ready) and self.work is None:
+            plan = state.plan
             if state.choice is None:
-                self._base = self._prompt(state.plan, self._open(state.plan))
-            self.work = Work(state.plan, self._base, state.choice)
+                self._base = self._prompt(plan, self._open(plan))
+            replies = replies + self._again(state, Work(plan, self._base, state.choice))
         if isinstance(state, Opening):
             plan = state.plan
             self._opened = plan.learning_round, metrics_of(state.total)
@@ -316,6 +477,27 @@ class Session:
             replies = replies + more
         return replies
 
+    def _again(self, state: Ready, work: Work) -> Replies:
+        """What was made for an aborted attempt is sent again, bit by bit; else there is work."""
+        plan, kept = work.plan, self._kept
+        waits = plan.selecting and work.choice is None
+        mine = kept is not None and kept.place == _place(plan)
+        if waits and mine and not isinstance(kept.result, tuple):  # type: ignore[union-attr]
+            self.round, replies = share_keys(state, kept.result)  # type: ignore[union-attr]
+            return replies
+        stored = None if waits else self.party.journal.vector(plan)
+        chosen = _choice_bytes(work.choice)
+        if stored is not None and stored.startswith(chosen):
+            self._withdrawn = 0
+            self.round, replies = state.send(stored[len(chosen) :])
+            return replies
+        self.work = work
+        if not waits and self._failing == _place(plan):
+            return self.trained(work, self._nothing(work))
+        if not waits and mine and isinstance(kept.result, tuple):  # type: ignore[union-attr]
+            return self.trained(work, kept.result)  # type: ignore[union-attr]
+        return []
+
     def _finish(self, message: m.Finish) -> Replies:
         if not self.run:
             raise RunFailedError("the run ended before this client could take part")
@@ -323,11 +505,13 @@ class Session:
             return []
         self.over = True
         self._conclude(done=not message.reason)
+        self.party.journal.forget(self.run)
         if message.reason:
             raise RunFailedError(f"server ended the run: {message.reason}")
         size, data = sum(t.size for t in self.workload.tensors()), bytes(message.vector)
         if self._sealed and (cohort := self.party.keyring.cohort):
-            last = self._progress[1] + 1  # the round that the final prompt would be the start of
+            assert self.terms is not None
+            last = self.terms.rounds + 1  # the round that the final prompt would be the start of
             data = cohort.open_prompt(self.run, last, data)
         if len(data) != 4 * size:
             if len(data) == 4 * size + SEAL_BYTES:
@@ -341,6 +525,29 @@ class Session:
             raise FieldError("final prompt holds NaN or infinity")
         self.final = final
         return []
+
+
+_Place = tuple[bytes, int, bytes]
+
+
+def _place(plan: RoundPlan) -> _Place:
+    """What all attempts at a learning round have in common."""
+    return plan.run, plan.learning_round, plan.base_digest
+
+
+@dataclass(frozen=True)
+class _Result:
+    """What training gave."""
+
+    place: _Place
+    result: tuple[Values, float] | Keys
+
+
+def _choice_bytes(choice: Choice | None) -> bytes:
+    """A prefix that tells for which outcome of a selection a vector was made."""
+    if choice is None:
+        return b""
+    return digest(Purpose.SELECTION, *(part.astype("<i8").tobytes() for part in choice))
 
 
 def _show(value: str | bytes) -> str:

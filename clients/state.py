@@ -2,56 +2,43 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+import functools
+import math
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
+from secure_fedprompt.clients.journal import MemoryJournal
 from secure_fedprompt.protocol import fixedpoint
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.errors import (
     AdvertMismatchError,
     ReplayError,
+    RosterMismatchError,
     SurvivorError,
+    TermsError,
     ThresholdError,
     UnexpectedMessageError,
+    UpdateError,
 )
-from secure_fedprompt.protocol.expand import Purpose
+from secure_fedprompt.protocol.expand import Purpose, digest
 from secure_fedprompt.protocol.keys import Identity, verify
-from secure_fedprompt.protocol.layout import CONTRIBUTORS, WEIGHT, Values, Vector
+from secure_fedprompt.protocol.layout import CONTRIBUTORS, WEIGHT, Values, Vector, total_size
 from secure_fedprompt.protocol.plan import NO_KEY, RoundPlan
-from secure_fedprompt.protocol.policy import Policy
+from secure_fedprompt.protocol.policy import Policy, check_isolation
+from secure_fedprompt.protocol.ring import Words
 from secure_fedprompt.protocol.roster import Roster
 from secure_fedprompt.protocol.selection.task import Choice
 from secure_fedprompt.protocol.shamir import Entropy
+from secure_fedprompt.protocol.terms import RunTerms, nonces_digest, tolerated
 
 if TYPE_CHECKING:
     from secure_fedprompt.clients.cohort_key import CohortKey
 
 Replies = list[m.Message]
 Step = tuple["State", Replies]
-
-
-class Journal(Protocol):
-    """What a client must not forget. Every method returns only after the record is durable."""
-
-    def begin_round(self, run: bytes, round: int) -> None:
-        """Raises ReplayError unless (run, round) grows."""
-
-    def claim_upload(self, run: bytes, round: int, update: bytes | None) -> None:
-        """Raises UpdateReusedError if this round or this update (a digest) was uploaded before."""
-
-    def record_survivors(self, run: bytes, round: int, survivors: tuple[str, ...]) -> None:
-        """Store a survivor list before its signature leaves."""
-
-    def survivor_lists(self, run: bytes) -> Iterable[tuple[str, ...]]:
-        """All lists of this run so far."""
-
-    def knows(self, run: bytes) -> bool:
-        """Whether a round of this run was entered before."""
 
 
 @dataclass
@@ -73,17 +60,22 @@ class Party:
     identity: Identity
     roster: Roster
     policy: Policy
-    journal: Journal
+    journal: MemoryJournal
     entropy: Entropy
     keyring: Keyring = field(default_factory=Keyring)
 
-    def ready(self, run: bytes) -> m.Ready:
-        """The signed key of this run, and which cohort key is held."""
+    @functools.cached_property
+    def roster_clients(self) -> int:
+        """How many clients are on this party's own roster."""
+        return len(self.roster.with_role("client"))
+
+    def ready(self, run: bytes, nonce: bytes = bytes(32)) -> m.Ready:
+        """The signed key of this run, which cohort key is held, and the committed nonce."""
         held = self.keyring.cohort.digest if self.keyring.cohort else NO_KEY
         public = self.keyring.secret.public_key().public_bytes_raw()
-        unsigned = m.Ready(run, self.name, public, held, bytes(64))
+        unsigned = m.Ready(run, self.name, public, held, nonce, bytes(64))
         signature = self.identity.sign(Purpose.RUN_KEY, unsigned.body(self.roster.digest))
-        return m.Ready(run, self.name, public, held, signature)
+        return replace(unsigned, signature=signature)
 
     def check_run_key(self, plan: RoundPlan, ready: m.Ready, name: str) -> None:
         """Refuse another member's run key unless its identity signed it for this run.
@@ -98,6 +90,37 @@ class Party:
         identity = self.roster.identity_of(name, "client", "helper")
         body = ready.body(plan.roster_digest)
         verify(identity, Purpose.RUN_KEY, body, ready.signature, name)
+
+    def check_terms(self, message: m.Terms, commitments: tuple[m.Nonce, ...]) -> RunTerms:
+        """Terms that the server signed for the nonces of this run.
+
+        Args:
+            commitments: of the Welcome.
+
+        Raises:
+            SignatureError, TermsError, RosterMismatchError
+        """
+        terms, server = message.terms, self.roster.with_role("server")[0]
+        verify(server.identity, Purpose.TERMS, terms.digest, message.signature, server.name)
+        committed = {n.name: n.nonce for n in commitments}
+        names = [n.name for n in message.nonces]
+        if names != sorted(set(names)) or any(
+            committed.get(n.name) != m.commitment(n.name, n.nonce) for n in message.nonces
+        ):
+            raise TermsError("terms: a nonce is not the one that its client committed to")
+        if terms.regular and set(names) != set(committed):
+            raise TermsError("terms: nonces of a regular graph were left out")
+        if terms.nonces != nonces_digest(message.nonces):
+            raise TermsError("terms: digest of other nonces than those that were sent")
+        if digest(Purpose.BASE, message.start) != terms.start:
+            raise TermsError("terms: starting prompt is not the one that they name")
+        if terms.roster_digest != self.roster.digest:
+            raise RosterMismatchError(
+                f"server's roster {terms.roster_digest.hex()[:16]} is not ours "
+                f"{self.roster.digest.hex()[:16]}: copy the same roster file to every machine"
+            )
+        terms.check()
+        return terms
 
     def check_head(self, head: m.LogHead) -> None:
         """Refuse a log head that the server's identity did not sign.
@@ -134,10 +157,11 @@ class State:
         return step
 
     def check_survivors(self, survivors: tuple[str, ...]) -> None:
-        """Refuse a list that is not one of this cohort with us in it, or too short.
+        """Refuse a list that is not one of this cohort with us in it, too short, or too near to
+        lists whose sums may be open.
 
         Raises:
-            SurvivorError, ThresholdError
+            SurvivorError, ThresholdError, PolicyError; IsolationError: see ``check_isolation``.
         """
         plan, own = self.plan, self.party.name
         if list(survivors) != sorted(set(survivors)) or not set(survivors) <= set(plan.cohort):
@@ -146,9 +170,22 @@ class State:
             raise SurvivorError(f"survivor list leaves out {own!r}, who uploaded")
         if len(survivors) < plan.quorum:
             raise ThresholdError(f"{len(survivors)} survivors, quorum is {plan.quorum}")
+        self.party.policy.check_survivors(survivors)
+        c = tolerated(plan.protection, bool(plan.degree), plan.members, plan.quorum)
+        check_isolation(survivors, self.party.journal.near_lists(plan), c)
 
     def __repr__(self) -> str:
         return f"round {self.plan.round} of run {self.plan.run.hex()[:8]}"
+
+
+@dataclass(frozen=True, repr=False)
+class Complained(State):
+    """A box did not open: this attempt is over for us, and should be for everybody."""
+
+    dealer: str
+
+    def on(self, message: m.Message) -> Step:
+        return self, []
 
 
 @dataclass(frozen=True, repr=False)
@@ -161,7 +198,11 @@ class Ready(State):
         return None
 
     def upload(self, values: Values, weight: float) -> Step:
-        """Encode, protect and send a contribution, once.
+        """Encode, protect and send a contribution, once: ``send(encode(...))``."""
+        return self.send(self.encode(values, weight))
+
+    def encode(self, values: Values, weight: float) -> bytes:
+        """A contribution as it will be protected: ring words, with noise if the plan adds any.
 
         Args:
             values: update tensors and metric counters by field name; ``weight``,
@@ -169,26 +210,41 @@ class Ready(State):
             weight: n_k, or 1 under uniform weights.
 
         Raises:
-            UpdateError: NaN, out of bounds, wrong shape; UpdateReusedError: sent before.
-            UnexpectedMessageError: server and helper have not chosen yet.
+            UpdateError: NaN, or a wrong shape.
         """
-        plan, journal = self.plan, self.party.journal
-        if plan.selecting and self.choice is None:
-            raise UnexpectedMessageError("an upload before the selection")
+        plan = self.plan
+        if plan.bucket:
+            weight = 2.0 ** math.floor(math.log2(max(weight, 1)))
         values = {**values, WEIGHT: np.float64(weight), CONTRIBUTORS: np.float64(1)}
         vector = fixedpoint.weighted(plan.layout, values, weight=weight, clip=plan.clip)
-        journal.claim_upload(plan.run, plan.round, _fingerprint(plan, values))
-        return self._send(vector)
+        return self._encode(vector)
 
-    def _send(self, vector: Vector) -> Step:
+    def send(self, data: bytes) -> Step:
+        """Protect and send what ``encode`` gave, in this round or in an aborted attempt at it.
+
+        Raises:
+            UpdateReusedError: something was sent in this round.
+            UnexpectedMessageError: server and helper have not chosen yet.
+        """
+        if self.plan.selecting and self.choice is None:
+            raise UnexpectedMessageError("an upload before the selection")
+        self.party.journal.claim_upload(self.plan.run, self.plan.round)
+        return self._send(data)
+
+    def _encode(self, vector: Vector) -> bytes:
+        raise NotImplementedError
+
+    def _send(self, data: bytes) -> Step:
         raise NotImplementedError
 
 
-def _fingerprint(plan: RoundPlan, values: Values) -> bytes | None:
-    """Digest of the update tensors, or None if the round carries counters only, or nothing that
-    a second sum could tell more about: methods that share nothing upload zeros in every round."""
-    updates = [field.name for field in plan.layout if field.update and np.any(values[field.name])]
-    h = hashlib.sha256()
-    for name in updates:
-        h.update(np.ascontiguousarray(values[name], "<f4").data)
-    return h.digest() if updates else None
+def words_of(plan: RoundPlan, data: bytes) -> Words:
+    """Encoded ring words, to be protected.
+
+    Raises:
+        UpdateError: not of this plan's size.
+    """
+    words = np.frombuffer(data, "<u4").astype(np.uint32)
+    if len(words) != total_size(plan.layout):
+        raise UpdateError(f"{len(words)} stored words, the plan has {total_size(plan.layout)}")
+    return words

@@ -221,7 +221,7 @@ class LocalTrainer:
         self.class_names = train.class_names
         self.model_fingerprint = backbone.fingerprint
         self.classes_digest = classes_digest(train.class_names)
-        self.class_count = len(train.class_names)
+        self.weight = float(len(train))
         self._sets = train, test
         self._features = {features[0].needs: features} if features else {}
         self.keep: Path | None = None  # folder for what the method must not forget
@@ -385,7 +385,7 @@ class LocalTrainer:
                     assert work.choice is not None
                     filled = np.arange(spec.shape[0]) < len(work.choice[i])
                     values[lay.FILLED + spec.name] = filled.astype(np.float64)
-        return values, 1.0 if plan.uniform else float(len(self._sets[0]))
+        return values, 1.0 if plan.uniform else self.weight
 
     def _train(self, images: Features, seed: list[int]) -> None:
         """Local SGD; optimiser and momentum are new in each round."""
@@ -398,14 +398,16 @@ class LocalTrainer:
         optimiser = torch.optim.SGD(
             method.parameters(), lr=s.lr, momentum=s.momentum, weight_decay=s.weight_decay
         )
-        steps = s.epochs * -(-len(images) // s.batch_size)
+        # A batch of everything would make training a function of the prompt alone.
+        size = min(s.batch_size, max(1, len(images) // 4))
+        steps = s.epochs * -(-len(images) // size)
         done = 0
         with torch.random.fork_rng(devices=[]):  # torchvision draws from torch's generator
             torch.manual_seed(int(rng.integers(2**62)))
             for _ in range(s.epochs):
                 order = rng.permutation(len(images))
-                batches = images.batches(s.batch_size, order)
-                for batch in self._augmented(order, s.batch_size) if self.augment else batches:
+                batches = images.batches(size, order)
+                for batch in self._augmented(order, size) if self.augment else batches:
                     if self.cancelled.is_set():
                         raise UpdateError("training was cancelled")
                     optimiser.zero_grad()

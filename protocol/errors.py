@@ -16,7 +16,7 @@
     ├── RunFailedError                       8   the run cannot go on
     │   └── TooFewClientsError               8
     ├── UpdateError                          9   an update may not be sent: NaN, wrong size
-    │   ├── UpdateReusedError                    the same update twice
+    │   ├── UpdateReusedError                    a second upload in one round
     │   └── BudgetError                      11  the privacy budget is spent
     ├── AuditError                           12  an audit log or a promise is broken
     └── ProtocolError                        10  a peer broke the protocol
@@ -42,13 +42,17 @@
         │   ├── SessionError                         a frame of another session
         │   ├── TweakError                           a frame replayed or out of order
         │   └── GarblingError                        tables altered, swapped or cut
-        ├── PolicyError                          the plan is outside this client's policy
+        ├── TermsError                           a plan bends the run's terms, or they changed
+        ├── PolicyError                          terms or plan are outside this client's policy
+        │   └── AcceptanceError                      terms that the operator must accept by name
         ├── ReplayError                          (run, round) did not grow
+        │   └── OpenedError                          a sum of this base was opened already
         ├── SignatureError
         ├── SealError                            a sealed box does not open
         ├── RosterMismatchError                  the peer's roster is another
         ├── AdvertMismatchError                  an advert is missing, doubled or altered
         ├── SurvivorError                        survivor list not ours, too short, unsigned
+        │   ├── IsolationError                       a list that, with others, would isolate a few
         │   ├── OverlapError                     a peer both alive and dropped
         │   └── ThresholdError                   fewer than t
         └── BadShareError                        a share does not reconstruct; names the sender
@@ -229,11 +233,23 @@ class GarblingError(SelectionError):
     pass
 
 
+class TermsError(ProtocolError):
+    pass
+
+
 class PolicyError(ProtocolError):
     pass
 
 
+class AcceptanceError(PolicyError):
+    pass
+
+
 class ReplayError(ProtocolError):
+    pass
+
+
+class OpenedError(ReplayError):
     pass
 
 
@@ -254,6 +270,10 @@ class AdvertMismatchError(ProtocolError):
 
 
 class SurvivorError(ProtocolError):
+    pass
+
+
+class IsolationError(SurvivorError):
     pass
 
 

@@ -59,6 +59,12 @@ class Purpose(IntEnum):
     SHARE = 26
     OUTCOME_BOX = 27
     LOG_HEAD = 28
+    TERMS = 29
+    BOUNDS = 30
+    NONCE = 31
+    NONCES = 32
+    BOXES = 33
+    KEY_ASK = 34
 
 
 _TAGS = {purpose: TAG + purpose.name.lower().encode() + b"\0" for purpose in Purpose}

@@ -198,18 +198,23 @@ def wire_size(layout: Layout) -> int:
 
 
 def add_wire(layout: Layout, data: bytes | memoryview, total: Words) -> None:
-    """Add a packed vector to ``total`` in place: one pass over the data.
+    """Add a packed vector to ``total`` in place, all of it or nothing.
 
     Raises:
         FieldError: wrong length, or bits set behind a field's last value.
     """
     if len(data) != wire_size(layout):
         raise FieldError(f"upload of {len(data)} bytes, the layout has {wire_size(layout)}")
-    view, at, byte = memoryview(data), 0, 0
+    view, byte, parts = memoryview(data), 0, list[Words]()
     for field in layout:
-        size, part = packed_size(field.size, field.bits), total[at : at + field.size]
-        np.add(part, unpack(view[byte : byte + size], field.size, field.bits), out=part)
-        at, byte = at + field.size, byte + size
+        size = packed_size(field.size, field.bits)
+        parts.append(unpack(view[byte : byte + size], field.size, field.bits))
+        byte += size
+    at = 0
+    for words in parts:
+        part = total[at : at + len(words)]
+        np.add(part, words, out=part)
+        at += len(words)
 
 
 def to_integers(layout: Layout, words: Words) -> NDArray[np.int64]:

@@ -140,6 +140,12 @@ def seal_context(plan: RoundPlan, sender: str, recipient: str) -> bytes:
     return plan.run + plan.round.to_bytes(4, "little") + names
 
 
+def grant_key(plan: RoundPlan, recipient: str, shared: bytes) -> bytes:
+    """Key of the box in which the maker sends the cohort key to ``recipient`` in this round."""
+    names = plan.maker.encode(), recipient.encode()
+    return derive(shared, Purpose.KEY_GRANT, plan.digest, *names)
+
+
 def private_key(entropy: Entropy) -> tuple[bytes, X25519PrivateKey]:
     """A fresh X25519 key whose bytes are a field element: bit 255, which X25519 ignores, is 0."""
     raw = bytearray(entropy(32))

@@ -1,14 +1,17 @@
 """The message catalogue: every frame that may cross the wire, in the order of a run.
 
     client                          server
-      Hello            ->                            who I am, which model and classes I hold
+      Hello            ->                            a nonce's commitment, model and classes
                        <-           Welcome          run id, settings
       Ready            ->                            or Initial, one client: the starting prompt
+                       <-           Terms            of the run, signed
+      Accept           ->                            or Contest: the start is not what I compute
                        <-           Plan             round plan, global prompt
       Advert           ->                            fresh public keys, signed
                        <-           Adverts
       Shares           ->                            sealed key shares for each peer
                        <-           Inbox
+     (Complaint        ->                            a box does not open: ends the attempt)
       MaskedUpload     ->                            (PlainUpload without protection)
                        <-           SurvivorList
       Consistent       ->                            signature on the list
@@ -17,8 +20,9 @@
                        <-           RoundEnd         or the next Plan
                        <-           Finish           final prompt
 
-Under ``bfv`` and ``ckks`` a round goes like this, the first three only if somebody lacks the key:
+Under ``bfv`` and ``ckks`` a round goes like this, the first four only if somebody lacks the key:
 
+      KeyAsk           ->                            who lacks the cohort key, with a fresh key
                        <-           KeyRequest       to the maker: who needs the cohort key
       KeyGrant         ->                            the key, sealed to each of them
                        <-           KeyBox           to each of them
@@ -76,6 +80,7 @@ from secure_fedprompt.protocol.expand import Purpose, digest
 from secure_fedprompt.protocol.layout import TensorSpec
 from secure_fedprompt.protocol.plan import MAX_COHORT, RoundPlan
 from secure_fedprompt.protocol.selection import parties
+from secure_fedprompt.protocol.terms import RunTerms
 
 Vector = Annotated[Blob, UpTo(MAX_FRAME)]
 Names = Annotated[tuple[Name, ...], Many(MAX_COHORT)]
@@ -88,18 +93,23 @@ BOX = 80  # two 32-byte shares and a 16-byte tag
 
 @dataclass(frozen=True, repr=False)
 class Hello(Printable):
-    """``method`` is empty if the client takes the run's."""
+    """``method`` is empty if the client takes the run's.
 
-    nonce: Digest
+    Attributes:
+        commitment: to a nonce that ``Ready`` opens: nobody can choose one for what others chose.
+    """
+
+    commitment: Digest
     method: Annotated[str, Text(32)]
     model_fingerprint: Digest
     classes_digest: Digest
-    class_count: U32
     roster_digest: Digest
 
 
 @dataclass(frozen=True, repr=False)
 class Nonce(Printable):
+    """Of a client: its nonce, or the commitment to it."""
+
     name: Name
     nonce: Digest
 
@@ -110,7 +120,7 @@ class Welcome(Printable):
 
     run: RunId
     server_nonce: Digest
-    nonces: Annotated[tuple[Nonce, ...], Many(MAX_COHORT)]
+    commitments: Annotated[tuple[Nonce, ...], Many(MAX_COHORT)]
     settings: Annotated[Blob, UpTo(1 << 16)]
     need_initial: U8
 
@@ -132,6 +142,7 @@ class Ready(Printable):
         name: of the sender.
         seal_key: X25519, for this run; whatever is sealed to the client goes under it.
         key: digest of the cohort key that the client holds, or zeros.
+        nonce: that ``Hello`` committed to.
         signature: of the identity on run, roster, name and ``seal_key``.
     """
 
@@ -139,10 +150,44 @@ class Ready(Printable):
     name: Name
     seal_key: PublicKey
     key: Digest
+    nonce: Digest
     signature: Signature
 
     def body(self, roster: bytes) -> bytes:
         return b"".join((self.run, roster, self.seal_key, self.name.encode()))
+
+
+@dataclass(frozen=True, repr=False)
+class Terms(Printable):
+    """The terms of the run.
+
+    Attributes:
+        start: the prompt that it starts from, as in ``Initial``.
+        nonces: opened ones, of which the terms hold the digest.
+        signature: of the server's identity on the terms.
+    """
+
+    run: RunId
+    terms: RunTerms
+    start: Vector
+    nonces: Annotated[tuple[Nonce, ...], Many(MAX_COHORT)]
+    signature: Signature
+
+
+@dataclass(frozen=True, repr=False)
+class Accept(Printable):
+    """The terms with this digest are within the sender's policy."""
+
+    run: RunId
+    terms: Digest
+
+
+@dataclass(frozen=True, repr=False)
+class Contest(Printable):
+    """The terms' start is not what the sender's settings and model give."""
+
+    run: RunId
+    terms: Digest
 
 
 @dataclass(frozen=True, repr=False)
@@ -180,11 +225,16 @@ class Adverts(Printable):
 
 @dataclass(frozen=True, repr=False)
 class Shares(Printable):
-    """One box per advertised neighbour, in name order."""
+    """One box per advertised neighbour, in name order; ``signature`` of the identity on them."""
 
     run: RunId
     round: U32
     boxes: Annotated[Blob, UpTo(BOX * MAX_COHORT)]
+    signature: Signature
+
+    def body(self, plan: RoundPlan) -> bytes:
+        """What the dealer signs."""
+        return plan.digest + digest(Purpose.BOXES, self.boxes)
 
 
 @dataclass(frozen=True, repr=False)
@@ -195,6 +245,23 @@ class Inbox(Printable):
     round: U32
     senders: Names
     boxes: Annotated[Blob, UpTo(BOX * MAX_COHORT)]
+
+
+@dataclass(frozen=True, repr=False)
+class Complaint(Printable):
+    """The box that ``dealer`` sealed for the sender does not open.
+
+    It ends the attempt, so that the sender can show the key that it should have opened with.
+
+    Attributes:
+        secret: X25519 private key, of the advert's ``seal_key`` or of ``KeyAsk``; of this attempt
+            alone, and good for nothing afterwards.
+    """
+
+    run: RunId
+    round: U32
+    dealer: Name
+    secret: Digest
 
 
 @dataclass(frozen=True, repr=False)
@@ -254,12 +321,27 @@ class Reveal(Printable):
 
 
 @dataclass(frozen=True, repr=False)
-class KeyRequest(Printable):
-    """Those of ``plan.grants``, in name order, with the keys to seal to."""
+class KeyAsk(Printable):
+    """A client that lacks the cohort key, with a fresh X25519 key for this one grant."""
 
     run: RunId
     round: U32
-    recipients: Annotated[tuple[Ready, ...], Many(MAX_COHORT)]
+    name: Name
+    seal_key: PublicKey
+    signature: Signature
+
+    def body(self, plan: RoundPlan) -> bytes:
+        """What the identity signs."""
+        return plan.digest + self.seal_key + self.name.encode()
+
+
+@dataclass(frozen=True, repr=False)
+class KeyRequest(Printable):
+    """Those of ``plan.grants`` that asked, in name order, with the keys to seal to."""
+
+    run: RunId
+    round: U32
+    recipients: Annotated[tuple[KeyAsk, ...], Many(MAX_COHORT)]
 
 
 @dataclass(frozen=True, repr=False)
@@ -509,7 +591,7 @@ CATALOGUE = Catalogue(
     Withdraw, Rejoin, Leave, Refused,
     KeyRequest, KeyGrant, KeyBox, CipherUpload, CipherSum, Opened, SealedRequest, SealedPrompt,
     HelperPlan, HelperOffer, HelperAnswer, KeyShares, HelperInputs, HelperChoices, HelperTables,
-    HelperOutcome, Outcome, LogHead,
+    HelperOutcome, Outcome, LogHead, Terms, Accept, Contest, Complaint, KeyAsk,
 )  # fmt: skip
 
 TO_HELPER = (HelperPlan, HelperAnswer, HelperInputs, HelperTables)
@@ -523,9 +605,14 @@ def line(text: object) -> str:
     return printable.encode()[:512].decode(errors="ignore")
 
 
-def run_id(server_nonce: bytes, nonces: Sequence[Nonce]) -> bytes:
+def commitment(name: str, nonce: bytes) -> bytes:
+    """To a client's nonce, in ``Hello``."""
+    return digest(Purpose.NONCE, name.encode(), nonce)
+
+
+def run_id(server_nonce: bytes, commitments: Sequence[Nonce]) -> bytes:
     """The 16-byte run id: no party alone can make it repeat."""
-    parts = [encode_fields(n) for n in sorted(nonces, key=lambda n: n.name)]
+    parts = [encode_fields(n) for n in sorted(commitments, key=lambda n: n.name)]
     return digest(Purpose.RUN_ID, server_nonce, *parts)[:16]
 
 

@@ -36,8 +36,13 @@ from secure_fedprompt.protocol.selection.task import Selection
 
 MAX_COHORT = 4096
 MAX_VALUES = 1 << 25
+MAX_ATTEMPTS = 10  # at one learning round: each has a graph of its own, and a chance to be opened
 PROTECTIONS = ("masks", *SCHEMES, "none")
 UNPROTECTED = ("fedamp",)  # methods whose aggregate holds every update
+UNSHARED = (
+    "zeroshot",
+    "coop",
+)  # methods whose updates are zero, so that no sum of them tells anything
 NO_SEED = NO_KEY = bytes(32)
 
 
@@ -61,14 +66,18 @@ class RoundPlan:
 
     Attributes:
         run, round: ``round`` grows with every attempt, an aborted one included.
+        terms: digest of the run's ``RunTerms``, of which everything here but round, attempt,
+            learning round, cohort, base and keys is a function.
+        attempt: at this learning round, from 1.
         learning_round, rounds: position in the run; ``learning_round == rounds + 1`` is the
             final evaluation, whose layout holds counters only.
         protection: one of ``PROTECTIONS``.
-        cohort: sorted names.
-        quorum: survivors that a round needs at every stage.
+        members: N, clients that the terms count; cohort: sorted names of those in this round.
+        quorum: survivors that a round needs at every stage, a share of N.
         threshold: shares that reconstruct a secret. Equal to ``quorum`` on the complete graph.
         degree, graph_seed: 0 and zeros for the complete graph, else a k-regular graph.
-        clip: C; max_weight: W_max; uniform: 1 if every client has weight 1.
+        clip: C; max_weight: W_max; uniform: 1 if every client has weight 1; bucket: 1 if weights
+            are rounded down to powers of two.
         base_digest: of the global prompt that the round starts from, as it is on the wire.
         parameters: of the homomorphic encryption; ``homomorphic.NONE`` for other protections.
         maker, election: who makes the cohort key, and how many keys the run had with it.
@@ -79,7 +88,9 @@ class RoundPlan:
     """
 
     run: RunId
+    terms: Digest
     round: U32
+    attempt: U16
     learning_round: U32
     rounds: U32
     method: Annotated[str, Text(32)]
@@ -89,6 +100,7 @@ class RoundPlan:
     classes_digest: Digest
     roster_digest: Digest
     base_digest: Digest
+    members: U16
     cohort: Annotated[tuple[Name, ...], Many(MAX_COHORT)]
     quorum: U16
     threshold: U16
@@ -97,6 +109,7 @@ class RoundPlan:
     clip: F64
     max_weight: U32
     uniform: U8
+    bucket: U8
     layout: Annotated[tuple[Field, ...], Many(256)]
     parameters: Parameters
     maker: Annotated[str, Text(64)]
@@ -129,6 +142,12 @@ class RoundPlan:
     def training(self) -> bool:
         return self.learning_round <= self.rounds
 
+    @property
+    def telling(self) -> bool:
+        """Whether its sum says anything about images: all but the zeros of some methods do."""
+        counted = any(field.name in lay.METRICS for field in self.layout)
+        return counted or (self.training and self.method not in UNSHARED)
+
     def check(self) -> None:
         """Refuse a plan that contradicts itself or whose sums could overflow.
 
@@ -147,8 +166,14 @@ class RoundPlan:
                 f"method {self.method} shows every client's prompt to the others: protection "
                 f"{self.protection!r} would promise too much, only 'none' is allowed"
             )
-        if not 1 <= self.quorum <= n:
-            raise PlanError(f"quorum {self.quorum} does not fit a cohort of {n}")
+        least = 1 if self.protection == "none" else default_threshold(self.members)
+        if not least <= self.quorum <= n <= self.members:
+            raise PlanError(
+                f"quorum {self.quorum} and cohort {n} of {self.members} clients: a sum needs at "
+                f"least {least} of them"
+            )
+        if not 1 <= self.attempt <= MAX_ATTEMPTS:
+            raise PlanError(f"attempt {self.attempt} at a learning round, at most {MAX_ATTEMPTS}")
         if self.degree == 0 and self.threshold != self.quorum:
             raise PlanError(f"threshold {self.threshold} and quorum {self.quorum} differ")
         half = self.degree // 2
@@ -158,7 +183,7 @@ class RoundPlan:
             raise PlanError(f"learning round {self.learning_round} of {self.rounds}")
         if not (math.isfinite(self.clip) and self.clip > 0 and self.max_weight >= 1):
             raise PlanError(f"clip {self.clip} and max_weight {self.max_weight} must be positive")
-        if self.uniform and self.max_weight != 1:
+        if (self.uniform and self.max_weight != 1) or (self.uniform and self.bucket):
             raise PlanError(f"uniform weights with max_weight {self.max_weight}")
         names = [field.name for field in self.layout]
         if len(set(names)) != len(names) or not {lay.WEIGHT, lay.CONTRIBUTORS} <= set(names):
@@ -171,7 +196,7 @@ class RoundPlan:
         if total_size(self.layout) > MAX_VALUES:
             raise PlanError(f"layout of {total_size(self.layout)} values, at most {MAX_VALUES}")
         for field in self.layout:
-            check_fits(field, n)
+            check_fits(field, self.members)
             if field.update and field.bound < self.clip * self.max_weight:
                 raise PlanError(f"field {field.name!r} bound is below clip x max_weight")
         self._check_keying()

@@ -1,4 +1,8 @@
-"""What a client accepts, whatever the server plans. The client's own file sets it."""
+"""What a client accepts, whatever the server plans. The client's own file sets it.
+
+The terms of a run are judged once. What is judged depends on no private number: a refusal tells the
+server what the file says, and nothing about images.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +11,11 @@ from collections.abc import Iterable, Sequence
 import msgspec
 
 from secure_fedprompt.protocol.client_noise import effective
-from secure_fedprompt.protocol.errors import PolicyError
+from secure_fedprompt.protocol.errors import IsolationError, PolicyError
+from secure_fedprompt.protocol.homomorphic import SCHEMES
 from secure_fedprompt.protocol.layout import METRICS
-from secure_fedprompt.protocol.plan import RoundPlan
+from secure_fedprompt.protocol.plan import RoundPlan, default_threshold
+from secure_fedprompt.protocol.terms import RunTerms, tolerated
 
 
 class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -19,8 +25,9 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         min_cohort: smallest cohort to take part in; below 3 a peer's update is a subtraction away.
         min_survivors: smallest number of updates in a sum that this client helps to open.
         min_threshold: smallest t.
-        min_threshold_share: on the complete graph t must also exceed this share of the cohort. With
-            the default of two thirds, a third of the clients may collude with the server.
+        colluders: clients that may collude with the server (masks), or pool what they know under an
+            honest one (bfv, ckks), and still learn nothing more. -1 asks for what a federation of
+            the whole roster gives; terms that tolerate fewer are refused.
         protections, methods, graphs: allowed values; an empty ``methods`` allows every method.
         key_makers: who may make the cohort key of bfv and ckks; empty allows every client. If none
             of them is left when a new key is needed, this client leaves the run.
@@ -30,19 +37,21 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         helpers: who may be the helper; empty allows every client and helper on the roster.
         min_fillers: fewest clients whose groups may be summed in one slot of "secure-federation".
         min_noise: smallest noise multiplier of client-level differential privacy, for every sum;
-            0 asks for none. Plans with metrics are refused then.
+            0 asks for none. Terms with metrics are refused then.
         noise_colluders: clients of a quorum whose noise must not be counted on.
+        min_clip, min_weight, min_seen: the least room for an update's values, for n_k (where it
+            weighs) and for counted test images (where they are counted): less would cut off honest
+            values, and what is cut off tells on which side of the bound a private number lies.
+        max_lr, max_momentum, max_weight_decay, max_epochs: of local training.
         max_rounds: most learning rounds of one run, and half the attempts at them.
-        allow_late_join: take part in a run that began without this client's nonce.
-        min_survivor_change: refuse a survivor list that differs from an earlier one of the run
-            by fewer clients than this, unless equal. Add the colluders you expect: swapping them
-            counts as change. 0 is off: it would let one dropout stop a run.
+        allow_late_join: take part in a run that began without this client's nonce, and come back to
+            one that went on without it.
     """
 
     min_cohort: int = 3
     min_survivors: int = 3
     min_threshold: int = 2
-    min_threshold_share: float = 2 / 3
+    colluders: int = -1
     protections: tuple[str, ...] = ("masks",)
     methods: tuple[str, ...] = ()
     graphs: tuple[str, ...] = ("complete",)
@@ -52,12 +61,79 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     min_fillers: int = 3
     min_noise: float = 0.0
     noise_colluders: int = 0
+    min_clip: float = 0.1
+    min_weight: int = 256
+    min_seen: int = 4096
+    max_lr: float = 10.0
+    max_momentum: float = 0.999
+    max_weight_decay: float = 1.0
+    max_epochs: int = 1000
     max_rounds: int = 1000
     allow_late_join: bool = True
-    min_survivor_change: int = 0
 
-    def check_plan(self, plan: RoundPlan) -> None:
+    def check_terms(self, terms: RunTerms, roster_clients: int) -> None:
+        """Refuse terms outside the limits, once for the run.
+
+        Args:
+            roster_clients: clients on this client's own roster.
+
+        Raises:
+            PolicyError: naming the limit, its value and the terms'.
+        """
+        method, name = terms.method, terms.method.method
+        if self.methods and name not in self.methods:
+            raise PolicyError(_outside("methods", self.methods, name))
+        if terms.protection not in self.protections:
+            raise PolicyError(_outside("protections", self.protections, terms.protection))
+        if terms.rounds > self.max_rounds:
+            raise PolicyError(_above("max_rounds", self.max_rounds, f"{terms.rounds} rounds"))
+        rooms = [("min_clip", self.min_clip, terms.clip, True),
+                 ("min_weight", self.min_weight, terms.max_weight, not terms.uniform),
+                 ("min_seen", self.min_seen, terms.max_seen, terms.metrics != "off")]  # fmt: skip
+        for limit, least, found, used in rooms:
+            if used and found < least:
+                raise PolicyError(_below(limit, least, f"room for {found:g}"))
+        for key in ("lr", "momentum", "weight_decay", "epochs"):
+            most, found = getattr(self, f"max_{key}"), getattr(method, key)
+            if found > most:
+                raise PolicyError(_above(f"max_{key}", most, f"{key} {found:g}"))
+        if terms.protection == "none":
+            return
+        self._check_colluders(
+            terms.protection, bool(terms.regular), terms.clients, terms.quorum, terms.colluders,
+            roster_clients,
+        )  # fmt: skip
+        if terms.protection == "masks":
+            graph = "regular" if terms.regular else "complete"
+            if graph not in self.graphs:
+                raise PolicyError(_outside("graphs", self.graphs, graph))
+        makers = terms.makers if terms.protection in SCHEMES else self.key_makers
+        if self.key_makers and not set(self.key_makers) & set(makers):
+            raise PolicyError(_outside("key_makers", self.key_makers, ", ".join(makers)))
+        if self.min_noise and terms.metrics != "off":
+            raise PolicyError(
+                f"terms have metrics = {terms.metrics!r}, exact sums without noise, but "
+                f"policy.min_noise is {self.min_noise:g}: metrics must be 'off'"
+            )
+        self._check_noise(terms.plan(terms.sample(1)))
+
+    def _check_colluders(
+        self, protection: str, regular: bool, clients: int, quorum: int, found: int, roster: int
+    ) -> None:
+        wanted = self.colluders
+        if wanted < 0:
+            wanted = tolerated(protection, regular, roster, default_threshold(roster))
+        if found < wanted:
+            raise PolicyError(
+                f"a quorum of {quorum} of {clients} clients tolerates {found} colluders, but "
+                f"policy.colluders asks for {wanted} ({roster} clients are on our roster)"
+            )
+
+    def check_plan(self, plan: RoundPlan, roster_clients: int) -> None:
         """Refuse a plan outside the limits.
+
+        Args:
+            roster_clients: clients on this client's own roster.
 
         Raises:
             PolicyError: naming the limit, its value and the plan's.
@@ -69,9 +145,38 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         if self.methods and plan.method not in self.methods:
             raise PolicyError(_outside("methods", self.methods, plan.method))
         if plan.rounds > self.max_rounds:
-            raise PolicyError(_below("max_rounds", self.max_rounds, f"{plan.rounds} rounds"))
-        if plan.round > 2 * self.max_rounds + 8:
-            raise PolicyError(_below("max_rounds", self.max_rounds, f"attempt {plan.round}"))
+            raise PolicyError(_above("max_rounds", self.max_rounds, f"{plan.rounds} rounds"))
+        if plan.round > 2 * self.max_rounds:
+            raise PolicyError(_above("max_rounds", self.max_rounds, f"attempt {plan.round}"))
+        self._check_noise(plan)
+        if plan.selecting and plan.selection.kind not in self.selections:
+            raise PolicyError(_outside("selections", self.selections, plan.selection.kind))
+        if plan.selecting and self.helpers and plan.selection.helper not in self.helpers:
+            raise PolicyError(_outside("helpers", self.helpers, plan.selection.helper))
+        if plan.selection.federation and plan.selection.fillers < self.min_fillers:
+            fillers = f"{plan.selection.fillers} fillers"
+            raise PolicyError(_below("min_fillers", self.min_fillers, fillers))
+        if n < self.min_cohort:
+            raise PolicyError(_below("min_cohort", self.min_cohort, f"a cohort of {n}"))
+        if plan.protection == "none":
+            return
+        if plan.quorum < self.min_survivors:
+            raise PolicyError(_below("min_survivors", self.min_survivors, f"quorum {plan.quorum}"))
+        if not plan.degree:  # else the terms tell which corruption chose it
+            found = tolerated(plan.protection, False, plan.members, plan.quorum)
+            self._check_colluders(
+                plan.protection, False, plan.members, plan.quorum, found, roster_clients
+            )
+        if plan.encrypted:
+            if self.key_makers and plan.maker not in self.key_makers:
+                raise PolicyError(_outside("key_makers", self.key_makers, plan.maker))
+            return
+        if graph not in self.graphs:
+            raise PolicyError(_outside("graphs", self.graphs, graph))
+        if plan.threshold < self.min_threshold:
+            raise PolicyError(_below("min_threshold", self.min_threshold, f"t = {plan.threshold}"))
+
+    def _check_noise(self, plan: RoundPlan) -> None:
         if self.min_noise and any(field.name in METRICS for field in plan.layout):
             raise PolicyError("plan has metrics, which carry no noise, but policy.min_noise is set")
         if self.min_noise and plan.training:
@@ -86,35 +191,9 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
                     f"plan counts on the noise of {plan.noise.honest} of {plan.quorum} clients, "
                     f"but policy.noise_colluders is {self.noise_colluders}"
                 )
-        if plan.selecting and plan.selection.kind not in self.selections:
-            raise PolicyError(_outside("selections", self.selections, plan.selection.kind))
-        if plan.selecting and self.helpers and plan.selection.helper not in self.helpers:
-            raise PolicyError(_outside("helpers", self.helpers, plan.selection.helper))
-        if plan.selection.federation and plan.selection.fillers < self.min_fillers:
-            fillers = f"{plan.selection.fillers} fillers"
-            raise PolicyError(_below("min_fillers", self.min_fillers, fillers))
-        if n < self.min_cohort:
-            raise PolicyError(_below("min_cohort", self.min_cohort, f"a cohort of {n}"))
-        if plan.protection == "none":
-            return
-        if plan.quorum < self.min_survivors:
-            raise PolicyError(_below("min_survivors", self.min_survivors, f"quorum {plan.quorum}"))
-        if plan.encrypted:
-            if self.key_makers and plan.maker not in self.key_makers:
-                raise PolicyError(_outside("key_makers", self.key_makers, plan.maker))
-            return
-        if graph not in self.graphs:
-            raise PolicyError(_outside("graphs", self.graphs, graph))
-        if plan.threshold < self.min_threshold:
-            raise PolicyError(_below("min_threshold", self.min_threshold, f"t = {plan.threshold}"))
-        if plan.quorum <= self.min_threshold_share * n:
-            raise PolicyError(
-                f"plan has t = {plan.quorum} of {n} clients, but policy.min_threshold_share is "
-                f"{self.min_threshold_share:.2f}: a smaller t lets fewer colluders open updates"
-            )
 
-    def check_survivors(self, new: Sequence[str], earlier: Iterable[Sequence[str]]) -> None:
-        """Refuse a survivor list that is too short or too close to an earlier one of the run.
+    def check_survivors(self, new: Sequence[str]) -> None:
+        """Refuse a survivor list that is too short.
 
         Raises:
             PolicyError: naming the limit.
@@ -122,18 +201,47 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         if len(new) < self.min_survivors:
             limit = self.min_survivors
             raise PolicyError(_below("min_survivors", limit, f"{len(new)} survivors"))
-        for old in earlier:
-            change = len(set(new) ^ set(old))
-            if 0 < change < self.min_survivor_change:
-                raise PolicyError(
-                    f"survivor list differs from an earlier one by {change} clients, "
-                    f"policy.min_survivor_change is {self.min_survivor_change}"
-                )
+
+
+def check_isolation(new: Sequence[str], earlier: Iterable[Sequence[str]], colluders: int) -> None:
+    """Refuse a survivor list that, with lists of nearly the same base, would isolate a few.
+
+    Sums over several lists can be combined into sums over the classes of clients that are on the
+    same ones of these lists, and into nothing finer: every class must hide an honest client among
+    others. A list that was there before makes no new class.
+
+    Args:
+        new: the list to be signed.
+        earlier: lists whose sums may have been opened for a base near this one.
+        colluders: c.
+
+    Raises:
+        IsolationError: naming the smallest class.
+    """
+    before = {tuple(names) for names in earlier}
+    if not before or tuple(new) in before:
+        return
+    lists = [set(new), *map(set, before)]
+    classes: dict[tuple[bool, ...], list[str]] = {}
+    for name in sorted(set().union(*lists)):
+        classes.setdefault(tuple(name in members for members in lists), []).append(name)
+    least = min(classes.values(), key=len)
+    if len(least) < colluders + 2:
+        raise IsolationError(
+            f"survivor list, with {len(before)} earlier of nearly the same prompt, would single "
+            f"out {', '.join(least)}: at least {colluders + 2} clients must change together"
+        )
 
 
 def _outside(limit: str, allowed: Sequence[str], value: str) -> str:
-    return f"plan wants {value!r}, but policy.{limit} allows only {', '.join(allowed) or 'none'}"
+    return (
+        f"the server wants {value!r}, but policy.{limit} allows only {', '.join(allowed) or 'none'}"
+    )
 
 
-def _below(limit: str, allowed: int, value: str) -> str:
-    return f"plan has {value}, but policy.{limit} is {allowed}"
+def _below(limit: str, allowed: float, value: str) -> str:
+    return f"the server plans {value}, but policy.{limit} is {allowed:g}"
+
+
+def _above(limit: str, allowed: float, value: str) -> str:
+    return f"the server plans {value}, but policy.{limit} is {allowed:g}"

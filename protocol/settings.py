@@ -14,6 +14,7 @@ Count = Annotated[int, Meta(ge=0)]
 Rate = Annotated[float, Meta(gt=0)]
 NonNegative = Annotated[float, Meta(ge=0)]
 Seconds = Annotated[float, Meta(gt=0)]
+Strength = Annotated[float, Meta(ge=0, le=1e4)]  # of a term of the loss
 
 
 class FedOTPSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -51,7 +52,7 @@ class FedMGPSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     groups: Annotated[int, Meta(ge=1, le=64)] = 5
     slots: Annotated[int, Meta(ge=1, le=64)] = 2
     length: Annotated[int, Meta(ge=1, le=64)] = 2
-    diversity_weight: NonNegative = 1.0
+    diversity_weight: Strength = 1.0
     diversity: str = "cosine"
     compat: str = ""
     tau: Annotated[float, Meta(ge=1e-4, le=100)] = 1.0
@@ -75,16 +76,16 @@ class ComparatorSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True
             from the anchor.
     """
 
-    prox_mu: NonNegative = 0.5
+    prox_mu: Strength = 0.5
     theta: Annotated[float, Meta(ge=0, le=1)] = 0.2
     rank: Annotated[int, Meta(ge=1, le=512)] = 8
-    contrast: NonNegative = 1.0
-    cache_weight: NonNegative = 1.0
-    cache_sharpness: Rate = 5.5
+    contrast: Strength = 1.0
+    cache_weight: Strength = 1.0
+    cache_sharpness: Annotated[float, Meta(gt=0, le=1e4)] = 5.5
     queries: Annotated[int, Meta(ge=1, le=64)] = 4
     amp_alpha: Annotated[float, Meta(ge=0, le=1)] = 0.5
     amp_sigma: Rate = 1.0
-    amp_lambda: NonNegative = 0.5
+    amp_lambda: Strength = 0.5
 
 
 class MethodSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -138,7 +139,7 @@ class MethodSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     def from_bytes(cls, data: bytes | memoryview) -> MethodSettings:
         try:
             settings = msgspec.json.decode(data, type=cls)
-        except (msgspec.DecodeError, msgspec.ValidationError) as error:
+        except (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError) as error:
             raise ConfigError(f"the server's settings are not understood: {error}") from None
         try:
             settings.check()
@@ -155,9 +156,10 @@ class ServerSettings(MethodSettings, frozen=True, forbid_unknown_fields=True, kw
         bind: ZeroMQ address to listen on.
         run_dir: folder of this run; one that holds an unfinished run is resumed.
         clients: clients to wait for; 0 is all on the roster.
-        min_clients: fewest clients to go on with.
+        min_clients: fewest clients to go on with; never below the quorum, floor(2n/3) + 1 of
+            ``clients``, except without protection.
         rounds: learning rounds.
-        max_attempts: tries of a round before the run fails.
+        max_attempts: tries of a learning round before the run fails; clients allow 10.
         protection: "masks"; "bfv" or "ckks" (the server adds ciphertexts and learns no sum; it must
             be honest-but-curious, and no client may collude with it); "none" for benchmarks.
         key_maker: client that makes the cohort key of bfv and ckks; empty is the lowest name.
@@ -175,15 +177,19 @@ class ServerSettings(MethodSettings, frozen=True, forbid_unknown_fields=True, kw
         dp_clip: largest L2 norm of a client's whole update.
         dp_colluders: clients of a quorum whose noise does not count, since they could tell it.
         graph: "complete", or "regular" (k neighbours, honest-but-curious server) for large cohorts.
-        threshold: t; 0 means floor(2n/3) + 1.
+        threshold: t, the quorum; 0 means floor(2n/3) + 1, and less is refused.
         max_dropout, max_corruption: shares of clients that a regular graph must tolerate.
         ring_bits: b, width of the update words on the wire.
         clip: C, largest magnitude of an update value.
-        weights: "samples" (n_k) or "uniform".
-        max_weight: W_max, largest n_k.
+        weights: "uniform"; "bucket" (n_k rounded down to a power of two) or "samples" (n_k). Under
+            the last two a dropout between two rounds can reveal a client's bucket, or its n_k.
+        max_weight: W_max, largest weight; more images count as so many.
         max_seen: largest number of test images a client counts.
-        metrics: whether clients count accuracy and loss at all (inside the protected sum).
+        metrics: protected counts of accuracy and loss: "final" (once, of the final prompt),
+            "rounds" (in every round: a dropout between two can reveal a client's counts) or "off".
         gather_seconds, stage_seconds, training_seconds: deadlines.
+        upload_after: seconds from a round's plan before which no client uploads, so that nobody's
+            training time shows; 0 is off.
         alive_seconds: silence after which a client counts as gone.
         audit: log of frames, in run_dir/audit: "off", "headers" (sizes, digests), or "full".
         audit_mb: most megabytes of that log; its oldest parts go first.
@@ -198,7 +204,7 @@ class ServerSettings(MethodSettings, frozen=True, forbid_unknown_fields=True, kw
     clients: Count = 0
     min_clients: Positive = 3
     rounds: Positive = 10
-    max_attempts: Positive = 3
+    max_attempts: Annotated[int, Meta(ge=1, le=10)] = 3
     protection: str = "masks"
     key_maker: str = ""
     flood_bits: Annotated[int, Meta(ge=1, le=24)] = 8
@@ -216,13 +222,14 @@ class ServerSettings(MethodSettings, frozen=True, forbid_unknown_fields=True, kw
     max_corruption: NonNegative = 0.1
     ring_bits: Annotated[int, Meta(ge=8, le=32)] = 32
     clip: Annotated[float, Meta(gt=0, le=1e6)] = 1.0
-    weights: str = "samples"
+    weights: str = "uniform"
     max_weight: Positive = 4096
     max_seen: Positive = 65536
-    metrics: bool = True
+    metrics: str = "final"
     gather_seconds: Seconds = 300.0
     stage_seconds: Seconds = 30.0
     training_seconds: Seconds = 900.0
+    upload_after: NonNegative = 0.0
     alive_seconds: Seconds = 15.0
     audit: str = "headers"
     audit_mb: Positive = 2048
@@ -239,7 +246,8 @@ CHOICES = {
     "selection": ("client", "secure"),
     "selection_scope": ("client", "federation"),
     "graph": ("complete", "regular"),
-    "weights": ("samples", "uniform"),
+    "weights": ("uniform", "bucket", "samples"),
+    "metrics": ("off", "final", "rounds"),
     "position": ("end", "middle", "front"),
     "transport": ("unbalanced", "classical", "average"),
     "diversity": ("cosine", "l1", "l2"),

@@ -174,7 +174,8 @@ def _check(settings: object, json_path: str | None) -> int:
             trainer = client.load_trainer(settings, console, progress)
         attempt("model", f"fingerprint {trainer.model_fingerprint.hex()[:16]}")
         attempt(
-            "data", f"{trainer.class_count} classes, digest {trainer.classes_digest.hex()[:16]}"
+            "data",
+            f"{len(trainer.class_names)} classes, digest {trainer.classes_digest.hex()[:16]}",
         )
     except SecureFedPromptError as error:
         failed("data", error)

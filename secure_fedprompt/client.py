@@ -28,6 +28,7 @@ from secure_fedprompt.clients.link import CurveLink
 from secure_fedprompt.clients.session import Session, Work
 from secure_fedprompt.clients.state import Party
 from secure_fedprompt.identity import whoami
+from secure_fedprompt.pace import UPLOADS, Pace
 from secure_fedprompt.protocol import command
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.errors import SecureFedPromptError, UpdateError
@@ -36,6 +37,7 @@ from secure_fedprompt.protocol.recorder import recorder
 if TYPE_CHECKING:
     from secure_fedprompt.client_settings import ClientSettings
     from secure_fedprompt.clients.training import LocalTrainer, Result, Values
+    from secure_fedprompt.protocol.terms import RunTerms
 
 EXAMPLES = """\
   python -m secure_fedprompt.client --config client.toml
@@ -122,13 +124,15 @@ def take_part(settings: ClientSettings, json_path: str | None) -> int:
             trainer.seat = names.index(me.name), len(names)
             trainer.keep = state_dir
             party = Party(me.name, identity, roster, settings.policy, journal, os.urandom)
-            session = Session(party, trainer, settings.method)
+            session = Session(party, trainer, settings.method, settings.accept)
             record = state_dir if settings.private_record else None
             rounds = loop(link, session, trainer, console, record)
         path = save(session, trainer, state_dir)
         console.print(f"[green]run {session.run.hex()[:8]} is finished[/]; prompt in {path}")
         result = {"name": me.name, "run": session.run.hex(), "rounds": rounds, "prompt": str(path)}
         command.write_json(json_path, {**result, "history": session.history})
+        if session.failed_because is not None:
+            raise session.failed_because
     finally:
         link.close()
         journal.close()
@@ -150,6 +154,7 @@ def loop(
         record: folder for the private record, if one is kept.
     """
     connections, alive_at, greeted, rounds, told = 0, 0.0, 0.0, 0, 0
+    pace = Pace()
     job: tuple[Work, Future[Result]] | None = None
     welcome: Future[list[m.Message]] | None = None
     with ThreadPoolExecutor(1) as pool:
@@ -173,21 +178,17 @@ def loop(
                     welcome = pool.submit(session.on, message)
                 elif message is not None:
                     replies += react(session, message, console)
+                    if isinstance(message, m.Plan):
+                        pace.begin(message.plan.round, session.terms, time.monotonic())
                 told = tell_sums(console, session, told)
-                if isinstance(message, m.RoundEnd) and message.reason:
-                    reason = escape(message.reason)
-                    console.print(f"[yellow]round {message.round} aborted[/]: {reason}")
                 if job is None and session.work is not None:
                     job = session.work, pool.submit(trainer.run, session.work)
                 if job is not None and job[1].done():
                     (work, future), job = job, None
-                    result = outcome(future)
-                    sent = session.trained(work, result)
+                    sent = settle(session, trainer, console, record, pace, work, future)
                     replies += sent
-                    if sent and isinstance(result, tuple):
-                        rounds += 1
-                        uploaded(console, record, session, work, trainer, result)
-                for reply in replies:
+                    rounds += any(isinstance(reply, UPLOADS) for reply in sent)
+                for reply in pace.due(replies, time.monotonic()):
                     link.send(reply)
             link.send(m.Leave("Finished", ""))
         except SecureFedPromptError as error:
@@ -199,6 +200,61 @@ def loop(
         finally:
             trainer.cancelled.set()  # the pool waits for its thread
     return rounds
+
+
+def settle(
+    session: Session,
+    trainer: LocalTrainer,
+    console: Console,
+    record: Path | None,
+    pace: Pace,
+    work: Work,
+    future: Future[Result],
+) -> list[m.Message]:
+    """What follows from training: an upload, or one that looks like it.
+
+    Raises:
+        SecureFedPromptError: training was cancelled.
+    """
+    number = work.plan.round
+    try:
+        result = outcome(future)
+    except SecureFedPromptError as error:
+        pace.trained(number, time.monotonic(), failed=True)
+        return fail(console, session, work, error, trainer)
+    sent = session.trained(work, result)
+    pace.trained(number, time.monotonic())
+    if sent and isinstance(result, tuple):
+        uploaded(console, record, session, work, trainer, result)
+    return sent
+
+
+def fail(
+    console: Console,
+    session: Session,
+    work: Work,
+    error: SecureFedPromptError,
+    trainer: LocalTrainer,
+) -> list[m.Message]:
+    """Training failed: told here, and to nobody else."""
+    if trainer.cancelled.is_set():
+        raise error
+    console.print(
+        f"[bold red]training failed[/]: {escape(str(error))}; a zero update is sent in its place, "
+        "and the server is not told"
+    )
+    return session.failed(work, error)
+
+
+def tell_terms(console: Console, terms: RunTerms) -> None:
+    """What was agreed to."""
+    counts = "" if terms.uniform else f", weights = {terms.weights}"
+    counts += "" if terms.metrics != "rounds" else ", metrics in every round"
+    console.print(
+        f"terms {terms.digest.hex()[:16]} accepted: {terms.method.method} under "
+        f"{terms.protection}, {terms.clients} clients, quorum {terms.quorum}, c = {terms.colluders}"
+        f"{counts}"
+    )
 
 
 def next_frame(link: CurveLink, timeout: float, greeted: float) -> m.Message | None:
@@ -225,12 +281,17 @@ def outcome(future: Future[T]) -> T:
 
 def react(session: Session, message: m.Message, console: Console) -> list[m.Message]:
     """The answer to a frame; an error of one round only ends our part in that round."""
+    if isinstance(message, m.RoundEnd) and message.reason:
+        console.print(f"[yellow]round {message.round} aborted[/]: {escape(message.reason)}")
+    before = session.terms
     try:
-        return session.on(message)
+        replies = session.on(message)
     except SecureFedPromptError as error:
         replies = session.withdraw(error)
         console.print(f"[yellow]withdrawn from this round[/]: {escape(str(error))}")
-        return replies
+    if session.terms is not before and session.terms is not None:
+        tell_terms(console, session.terms)
+    return replies
 
 
 def uploaded(
@@ -258,7 +319,9 @@ def tell(console: Console, work: Work, trainer: LocalTrainer, weight: float) -> 
         console.print(
             f"[yellow]our {weight:g} images count as the plan's max_weight {plan.max_weight}[/]"
         )
-    console.print(f"{what}: update of {weight:g} images sent {shield}{clipped}")
+    sent = "update" if plan.training else "counts"
+    weighs = "" if plan.uniform else f" of {weight:g} images"
+    console.print(f"{what}: {sent}{weighs} sent {shield}{clipped}")
     if trainer.ledger is not None and plan.training:
         spent = epsilon(trainer.ledger.history, trainer.dp.delta, "rdp")  # quick: frames wait
         console.print(

@@ -36,6 +36,8 @@ class ClientSettings(ModelSettings, frozen=True, forbid_unknown_fields=True, kw_
         method: take part only if the run uses this method; empty takes the run's.
         seed: of batch order, for reproducible benchmarks; -1 draws it from the system.
         augment: train on random crops and flips instead of cached features.
+        accept: first hex digits of the terms of a run that train from a prompt that this client has
+            trained from before, under other bounds or settings; its error message names them.
         patience: seconds without a connection before giving up.
         audit: log of frames, in state_dir/audit: "off", "headers" (sizes, digests), or "full".
         audit_mb: most megabytes of that log; its oldest parts go first.
@@ -50,6 +52,7 @@ class ClientSettings(ModelSettings, frozen=True, forbid_unknown_fields=True, kw_
     method: str = ""
     seed: int = -1
     augment: bool = False
+    accept: tuple[str, ...] = ()
     patience: Seconds = 60.0
     audit: str = "headers"
     audit_mb: Positive = 2048

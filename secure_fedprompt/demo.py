@@ -40,7 +40,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "published": "16 random context tokens, lr 0.001, 5 epochs, 10 rounds, eps 0.01 or 0.1",
     },
     "fedmgp": {
-        "defaults": {"lr": 0.02, "epochs": 2, "batch_size": 8, "weights": "uniform"},
+        "defaults": {"lr": 0.02, "epochs": 2, "batch_size": 8},
         "published": "5 groups, 2 slots, 2 tokens each, lr 0.001, 2 epochs, batch 8, 10 rounds",
     },
 }
@@ -154,6 +154,11 @@ def run(
     ours = ", ".join(f"{k} {v!r}" for k, v in METHODS[method]["defaults"].items())
     console.print(f"[bold]{method}[/] with {ours}, {rounds} rounds; published: {published}")
     console.print("data: posters and sketches, 32 classes, labels spread by Dirichlet(0.3)")
+    console.print(
+        "every client weighs the same; so that you can watch it learn, accuracy is counted in "
+        "every round (metrics = 'rounds'): by default it is counted once, at the end",
+        soft_wrap=True,
+    )
     console.print("starting, each as a process of its own:")
     for words in commands:
         console.print("  python " + " ".join(words[1:]), soft_wrap=True)
@@ -209,8 +214,8 @@ def write_files(
     server = {
         "key": str(folder / "server" / "server.pem"), "roster": str(roster), "bind": address,
         "run_dir": str(folder / "server" / "run"), "method": method, "rounds": rounds,
-        "protection": protection, "clients": clients, "gather_seconds": 120.0, **settings,
-        **(for_server or {}),
+        "protection": protection, "clients": clients, "gather_seconds": 120.0, "metrics": "rounds",
+        **settings, **(for_server or {}),
     }  # fmt: skip
     write_toml(folder / "server" / "server.toml", server)
     python = sys.executable

@@ -8,7 +8,6 @@ import math
 from rich.console import Console
 
 from secure_fedprompt.protocol import client_noise, command, fixedpoint, homomorphic
-from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.client_noise import Noise
 from secure_fedprompt.protocol.errors import ConfigError, PlanError
 from secure_fedprompt.protocol.homomorphic import SCHEMES, Parameters
@@ -82,8 +81,8 @@ def describe(
     weight = 1 if settings.weights == "uniform" else settings.max_weight
     layout = fixedpoint.size_layout(
         (TensorSpec("prompt", (dim,)),), clients, clip=settings.clip, max_weight=weight,
-        max_seen=settings.max_seen, ring_bits=settings.ring_bits, metrics=settings.metrics,
-        noise=noise.room,
+        max_seen=settings.max_seen, ring_bits=settings.ring_bits,
+        metrics=settings.metrics == "rounds", noise=noise.room,
     )  # fmt: skip
     step = 2.0 ** -layout[0].frac
     if precision and step > precision:
@@ -146,8 +145,7 @@ def _selection(
     rows: Rows, figures: dict[str, float], settings: ServerSettings, clients: int
 ) -> None:
     check_settings(settings)
-    helper = m.Ready(bytes(16), settings.helper or "elected", bytes(32), bytes(32), bytes(64))
-    selection = selection_of(settings, clients, helper)
+    selection = selection_of(settings, clients, settings.helper or "elected")
     selection.check(clients)
     task = Task(selection, tuple(str(i) for i in range(clients)))
     instances = selection.modalities * (1 if selection.federation else clients)

@@ -31,6 +31,7 @@ from secure_fedprompt.protocol.errors import (
 from secure_fedprompt.protocol.policy import Policy
 from secure_fedprompt.protocol.recorder import recorder
 from secure_fedprompt.protocol.settings import Positive, Seconds
+from secure_fedprompt.protocol.terms import RunTerms
 
 EXAMPLES = """\
   secure-fedprompt keygen --name notary --role helper
@@ -113,11 +114,16 @@ class HelperSession:
 
     def __init__(self, party: Party) -> None:
         self.party, self.run, self.over, self.helped = party, b"", False, 0
-        self._helper, self._nonce = Helper(party), party.entropy(32)
+        self._helper, self._nonce, self._opened = Helper(party), party.entropy(32), False
+        self._commitments: tuple[m.Nonce, ...] = ()
+        self._terms: RunTerms | None = None
 
     def hello(self) -> m.Hello:
         """The first frame of each connection."""
-        return m.Hello(self._nonce, "", bytes(32), bytes(32), 0, self.party.roster.digest)
+        if self._opened and self._terms is None:  # it is known: the next run needs another
+            self._nonce, self._opened, self.run = self.party.entropy(32), False, b""
+        committed = m.commitment(self.party.name, self._nonce)
+        return m.Hello(committed, "", bytes(32), bytes(32), self.party.roster.digest)
 
     def on(self, message: m.Message) -> Replies:
         """Take one frame. One that breaks a rule only ends our part in its round.
@@ -134,7 +140,10 @@ class HelperSession:
                 raise RunFailedError(f"server refuses us: {message.reason}")
             case m.Welcome():
                 self._welcome(message)
-                return [self.party.ready(self.run)]
+                return [self.party.ready(self.run, self._nonce)]
+            case m.Terms() if message.run == self.run:
+                self._terms = self.party.check_terms(message, self._commitments)
+                return [m.Accept(self.run, self._terms.digest)]
             case m.RoundEnd():
                 self._helper.end(message.run, message.round)
             case m.Finish() if not self.run:
@@ -145,9 +154,11 @@ class HelperSession:
                     raise RunFailedError(f"server ended the run: {message.reason}")
                 return [m.Leave("Finished", "")]
             case m.HelperPlan() | m.HelperAnswer() | m.HelperInputs() | m.HelperTables():
-                if message.run != self.run:
+                if message.run != self.run or self._terms is None:
                     return []
                 try:
+                    if isinstance(message, m.HelperPlan):
+                        self._terms.admit(message.plan)
                     replies = self._helper.on(message)
                 except SecureFedPromptError as error:
                     kind = type(error).__name__
@@ -157,11 +168,11 @@ class HelperSession:
         return []
 
     def _welcome(self, message: m.Welcome) -> None:
-        if message.run != m.run_id(message.server_nonce, message.nonces):
+        if message.run != m.run_id(message.server_nonce, message.commitments):
             raise ReplayError("run id is not the digest of the run's nonces")
         if self.run not in (b"", message.run):
             raise ReplayError("welcome to another run: start this helper again to join it")
-        self.run = message.run
+        self.run, self._commitments, self._opened = message.run, message.commitments, True
 
 
 def loop(link: CurveLink, session: HelperSession, console: Console) -> None:

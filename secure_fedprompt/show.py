@@ -87,7 +87,12 @@ def what_the_server_saw(summary: Summary) -> str:
 def show_run(console: Console, summary: Summary) -> None:
     console.print(rounds_table(summary))
     before, after = summary["accuracy_before"], summary["accuracy_after"]
-    if before is not None:
+    if (
+        before is not None
+        and len([r for r in summary["rounds"] if "accuracy" in r["metrics"]]) == 1
+    ):
+        console.print(f"accuracy of the global prompt {after:.1%} (counted once, at the end)")
+    elif before is not None:
         points = 100 * (after - before)
         console.print(
             f"accuracy of the global prompt {before:.1%} -> {after:.1%} ({points:+.1f} points)"

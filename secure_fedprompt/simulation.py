@@ -20,12 +20,12 @@ from rich.progress import Progress
 from secure_fedprompt import show
 from secure_fedprompt.client_settings import ClientSettings
 from secure_fedprompt.clients.journal import MemoryJournal
-from secure_fedprompt.clients.session import Session
+from secure_fedprompt.clients.session import Session, Work
 from secure_fedprompt.clients.state import Party
 from secure_fedprompt.clients.training import Features, LocalTrainer, load_shares
 from secure_fedprompt.protocol import command
 from secure_fedprompt.protocol import messages as m
-from secure_fedprompt.protocol.errors import ConfigError
+from secure_fedprompt.protocol.errors import ConfigError, UpdateError
 from secure_fedprompt.protocol.keys import Identity, Member
 from secure_fedprompt.protocol.plan import PROTECTIONS
 from secure_fedprompt.protocol.policy import Policy
@@ -45,6 +45,10 @@ _ABSENT = {
 _POLICY = Policy(
     protections=PROTECTIONS,
     graphs=("complete", "regular"),
+    colluders=0,
+    min_clip=0.0,
+    min_weight=1,
+    min_seen=1,
     selections=("secure", "secure-federation"),
 )
 
@@ -74,7 +78,7 @@ def _run(args: argparse.Namespace) -> int:
         raise ConfigError(f"dropout = {args.dropout}: must be at least 0 and below 1")
     console = Console(highlight=False)
     with tempfile.TemporaryDirectory() as scratch, Progress(console=console, transient=True) as bar:
-        task = bar.add_task("rounds", total=server.rounds + int(server.metrics))
+        task = bar.add_task("rounds", total=server.rounds + int(server.metrics != "off"))
         trainers = make_trainers(client, server.method_settings())
         store = Store(Path(server.run_dir or scratch), server)
         store.on_event.append(lambda kind, value: bar.advance(task) if kind == "round" else None)
@@ -122,6 +126,13 @@ def make_trainers(
     }
 
 
+def _train(session: Session, trainer: LocalTrainer, work: Work) -> list[m.Message]:
+    try:
+        return session.trained(work, trainer.run(work))
+    except UpdateError as error:
+        return session.failed(work, error)
+
+
 def simulate_run(
     settings: ServerSettings,
     store: Store,
@@ -143,12 +154,14 @@ def simulate_run(
     ))  # fmt: skip
     sessions = {
         name: Session(
-            Party(name, identities[name], roster, _POLICY, MemoryJournal(), os.urandom), trainer
+            Party(name, identities[name], roster, _POLICY, MemoryJournal(), os.urandom),
+            trainer,
+            exempt=True,
         )
         for name, trainer in trainers.items()
     }
     server = msgspec.structs.replace(settings, clients=len(trainers), alive_seconds=1e12)
-    run = Run(server, roster, store, os.urandom, RunState(), 0.0)
+    run = Run(server, roster, store, os.urandom, RunState(), 0.0, identities["server"])
     member, mode, limit = roster.by_name["server"], settings.audit, settings.audit_mb
     log = recorder(store.folder, mode, limit, identities["server"], member, roster)
     rng, clock = np.random.default_rng(settings.seed), 0.0
@@ -184,8 +197,7 @@ def simulate_run(
         session = sessions[recipient]
         replies = session.on(m.CATALOGUE.decode(frame))
         if session.work is not None:
-            work = session.work
-            replies += session.trained(work, trainers[recipient].run(work))
+            replies += _train(session, trainers[recipient], session.work)
         queue.extend((recipient, "", reply) for reply in replies)
     if log is not None:
         log.close()

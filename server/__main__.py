@@ -68,7 +68,7 @@ def serve(settings: ServerSettings, json_path: str | None) -> int:
             raise ConfigError(f"run folder {folder} holds a finished run: choose another run_dir")
         store.on_event.append(lambda kind, value: show(console, kind, value, settings))
         state = store.load()
-        run = Run(settings, roster, store, os.urandom, state, time.monotonic())
+        run = Run(settings, roster, store, os.urandom, state, time.monotonic(), identity)
         warn(console, settings, run.expected)
 
         def denied(key: str) -> None:

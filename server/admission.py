@@ -7,6 +7,7 @@ from secure_fedprompt.protocol.errors import (
     MismatchError,
     NotOnRosterError,
     RosterMismatchError,
+    RunFailedError,
 )
 from secure_fedprompt.protocol.roster import Roster
 from secure_fedprompt.protocol.settings import ServerSettings
@@ -24,6 +25,11 @@ def admit(
     role = roster.by_name[sender].role if sender in roster.by_name else ""
     if role not in ("client", "helper"):
         raise NotOnRosterError(f"{sender!r} is on the roster, but not as a client or helper")
+    if sender in state.excluded:
+        raise RunFailedError(
+            f"{sender} is excluded from this run: it dealt a box that does not open, or complained "
+            "falsely; the server's log says which"
+        )
     if hello.roster_digest != roster.digest:
         raise RosterMismatchError(
             f"roster of {sender} is {hello.roster_digest.hex()[:16]}, the server's is "
@@ -44,7 +50,7 @@ def admit(
             raise MismatchError(f"{what} of {sender} is {theirs[:16]}, the server wants {pinned}")
     if not state.model_fingerprint:
         state.model_fingerprint = hello.model_fingerprint
-        state.classes_digest, state.class_count = hello.classes_digest, hello.class_count
+        state.classes_digest = hello.classes_digest
     if hello.model_fingerprint != state.model_fingerprint:
         raise MismatchError(
             f"model of {sender} has fingerprint {hello.model_fingerprint.hex()[:16]}, the "
@@ -52,7 +58,6 @@ def admit(
         )
     if hello.classes_digest != state.classes_digest:
         raise MismatchError(
-            f"class list of {sender} has {hello.class_count} names and digest "
-            f"{hello.classes_digest.hex()[:16]}, the run's has {state.class_count} and "
+            f"class list of {sender} has digest {hello.classes_digest.hex()[:16]}, the run's has "
             f"{state.classes_digest.hex()[:16]}: name the same classes in the same order"
         )

@@ -35,10 +35,12 @@ from secure_fedprompt.protocol.plan import RoundPlan
 from secure_fedprompt.protocol.roster import Roster
 from secure_fedprompt.protocol.shamir import Entropy
 from secure_fedprompt.server.aggregate import MaskedSum, PlainSum, masks_to_remove
+from secure_fedprompt.server.opening import Pending, share_box_is_bad
 from secure_fedprompt.server.selection import Outbox, Selector
 
 
 class Stage(StrEnum):
+    ASKING = "asking"
     KEYING = "keying"
     ADVERTISING = "advertising"
     SHARING = "sharing"
@@ -65,16 +67,18 @@ UPLOADING = {  # who leaves is not in the sum
     Stage.ADVERTISING, Stage.SHARING, Stage.SELECTING, Stage.EVALUATING, Stage.COLLECTING,
 }  # fmt: skip
 OUTCOME_ERRORS = ("SealError", "GarblingError", "FieldError")  # what a wrong outcome causes
-BEFORE_OUTCOME = UPLOADING - {Stage.COLLECTING} | {Stage.KEYING}
+BEFORE_OUTCOME = UPLOADING - {Stage.COLLECTING} | {Stage.ASKING, Stage.KEYING}
+OPENINGS = {Stage.UNMASKING, Stage.OPENING, Stage.REPORTING}  # no other sum will be opened
 
 
 @dataclass(frozen=True)
 class Deadlines:
     """Seconds that a stage may take: ``training`` for the one in which clients train, ``stage`` for
-    the others."""
+    the others; an opening that lacks clients waits ``opening`` seconds for them to come back."""
 
     stage: float = 30.0
     training: float = 600.0
+    opening: float = 0.0
 
 
 @dataclass
@@ -89,6 +93,8 @@ class Round:
         reason: why the round aborted, else empty.
         dropped: clients of the cohort whose update is not in the sum, with the stage they left in.
         suspect: whose bad shares aborted the round, as far as can be told.
+        excluded: who dealt a box that does not open, or said so falsely; else empty.
+        pending: what a restarted server needs to finish the opening, once it has begun.
         faults: clients that broke a rule, with the error.
         seconds: by stage.
     """
@@ -106,6 +112,8 @@ class Round:
     integers: NDArray[np.int64] | None = None
     reason: str = ""
     suspect: str = ""
+    excluded: str = ""
+    pending: Pending | None = None
     dropped: dict[str, str] = field(default_factory=dict)
     faults: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -119,6 +127,10 @@ class Round:
         self._survivors: tuple[str, ...] = ()
         self._survivors_body = b""
         self._gone: set[str] = set()
+        self._dealt: dict[str, m.Shares] = {}
+        self._places: dict[str, dict[str, int]] = {}  # dealer -> recipient -> offset of its box
+        self._needed, self._open_until = self.plan.quorum, 0.0
+        self._short = False  # whether an opening lacks clients, and waits for them to come back
         self._keys: set[bytes] = set()
         self._probe = X25519PrivateKey.generate()
         self._selector = self._make_selector()
@@ -154,6 +166,8 @@ class Round:
         of = getattr(message, "run", None), getattr(message, "round", None)
         if not self.involves(sender) or of != (self.plan.run, self.plan.round):
             return []  # late: a frame may cross the end of its round
+        if isinstance(message, m.Complaint):
+            return self._judge(sender, message, now)
         if isinstance(message, m.FROM_HELPER):
             return self._help(sender, message, now)
         if isinstance(message, m.Withdraw):
@@ -171,7 +185,43 @@ class Round:
             self.faults[sender] = f"{type(error).__name__}: {error}"
             return self.lost(sender, now)
         self.waiting.discard(sender)
+        if self._short and len(self.answers) >= self._needed:
+            self.waiting = set()
         return self._settle(now)
+
+    def _judge(self, sender: str, complaint: m.Complaint, now: float) -> Outbox:
+        """A box did not open: the attempt ends, without its dealer or without its accuser."""
+        if self.stage not in UPLOADING or not self._is_dealer(complaint.dealer, sender):
+            self.faults[sender] = f"complains about {complaint.dealer!r}, who sent it no box"
+            return self.lost(sender, now)
+        dealer = complaint.dealer
+        if self._box_is_bad(sender, complaint):
+            self.excluded, what = dealer, f"{dealer} sealed a box for {sender} that does not open"
+        else:
+            self.excluded, what = sender, f"{sender} says falsely that a box of {dealer} is bad"
+        self.faults[self.excluded] = f"SealError: {what}"
+        return self._abort(f"SealError: {what}")
+
+    def _is_dealer(self, dealer: str, recipient: str) -> bool:
+        return recipient in self._places.get(dealer, ())
+
+    def _box_is_bad(self, sender: str, complaint: m.Complaint) -> bool:
+        dealt = self._dealt[complaint.dealer]
+        at = self._places[complaint.dealer][sender]
+        box = bytes(dealt.boxes[at : at + m.BOX])
+        return share_box_is_bad(
+            self.plan, self.roster, self._adverts, dealt, box, sender, complaint
+        )
+
+    def back(self, name: str, now: float) -> Outbox:
+        """A client came back, with a new connection: an opening asks it again."""
+        if self.stage is not Stage.UNMASKING or name not in self._survivors:
+            return []
+        if name in self.answers:
+            return []
+        self._gone.discard(name)
+        self.waiting.add(name)
+        return [(name, self._request())]
 
     def involves(self, name: str) -> bool:
         """Whether the round still counts on a client or helper, in this stage or a later one."""
@@ -232,7 +282,9 @@ class Round:
         trains = stage is (Stage.SELECTING if self._selector else Stage.COLLECTING)
         limit = self.deadlines.training if trains else self.deadlines.stage
         self.stage, self.waiting, self.answers = stage, set(names) - self._gone, {}
-        self.began, self.deadline = now, now + limit
+        self.began, self.deadline, self._short = now, now + limit, False
+        if stage in OPENINGS:
+            self._open_until = now + max(limit, self.deadlines.opening)
 
     def _accept(self, sender: str, message: m.Message) -> None:
         if not isinstance(message, self._expected()):
@@ -289,6 +341,8 @@ class Round:
         if self.stage in UPLOADING:
             for name in set(self.plan.cohort) - set(names) - set(self.dropped):
                 self.dropped[name] = str(self.stage)
+        if self.stage in OPENINGS and len(names) < self._needed and now < self._open_until:
+            return self._hope()
         if len(names) < self.plan.quorum:
             return self._abort(
                 f"{len(names)} of {len(self.plan.cohort)} clients answered while {self.stage}, "
@@ -301,12 +355,21 @@ class Round:
         try:
             return self._close_stage(names, now)
         except BadShareError as error:
+            if set(self._survivors) - set(names) and now < self._open_until:
+                self._needed = len(names) + 1  # one more share may tell right from wrong
+                return self._hope()
             self.suspect = error.owner
             if error.owner:
                 self.faults[error.owner] = f"BadShareError: {error}"
             return self._abort(f"BadShareError: {error}")
         except ProtocolError as error:
             return self._abort(f"{type(error).__name__}: {error}")
+
+    def _hope(self) -> Outbox:
+        """Wait for survivors to come back: nothing but this sum can be opened any more."""
+        self.waiting = set(self._survivors) - set(self.answers)
+        self.deadline, self._short = self._open_until, True
+        return []
 
     def _close_stage(self, names: tuple[str, ...], now: float) -> Outbox:
         step: dict[Stage, Callable[[tuple[str, ...], float], Outbox]] = {
@@ -338,12 +401,12 @@ class Round:
         near = masking.neighbourhoods(self.plan)
         alive = set(names)
         boxes: dict[str, bytes] = {}
-        places: dict[str, dict[str, int]] = {}  # sender -> recipient -> offset of its box
+        places = self._places
         for sender in names:
             answer = self.answers[sender]
             assert isinstance(answer, m.Shares)
             recipients = [n for n in near[sender] if n in self._adverts and n != sender]
-            boxes[sender] = bytes(answer.boxes)
+            self._dealt[sender], boxes[sender] = answer, bytes(answer.boxes)
             places[sender] = dict(zip(recipients, range(0, len(answer.boxes), m.BOX), strict=True))
         self._shared = {name: tuple(n for n in near[name] if n in alive) for name in names}
         out: Outbox = []
@@ -373,10 +436,31 @@ class Round:
             for name in names[: self.plan.quorum]  # enough for every client, and less to verify
             if isinstance(a := self.answers[name], m.Consistent)
         )
-        dropped = tuple(sorted(set(self._shared) - set(self._survivors)))
         self._begin(Stage.UNMASKING, names, now)
-        message = m.UnmaskRequest(self.plan.run, self.plan.round, signers, dropped)
-        return [(name, message) for name in names]
+        assert isinstance(self._sum, MaskedSum)
+        self.pending = Pending(
+            self.plan, self._survivors, tuple(sorted(self.dropped)),
+            tuple(self._adverts.values()), tuple(self._shared), signers,
+            self._sum.words.astype("<u4").tobytes(),
+        )  # fmt: skip
+        return [(name, self._request()) for name in names]
+
+    def _request(self) -> m.Message:
+        assert self.pending is not None
+        dropped = tuple(sorted(set(self._shared) - set(self._survivors)))
+        return m.UnmaskRequest(self.plan.run, self.plan.round, self.pending.signers, dropped)
+
+    def reopen(self, pending: Pending, now: float) -> None:
+        """Go on with an opening that a restart interrupted; ``back`` for each who returns."""
+        self.pending, self._survivors = pending, pending.survivors
+        self.dropped = dict.fromkeys(pending.dropped, str(Stage.COLLECTING))
+        self._adverts = {advert.name: advert for advert in pending.adverts}
+        near, alive = masking.neighbourhoods(self.plan), set(pending.sharers)
+        self._shared = {n: tuple(p for p in near[n] if p in alive) for n in pending.sharers}
+        assert isinstance(self._sum, MaskedSum)
+        self._sum.words[:] = np.frombuffer(pending.words, "<u4")
+        self._begin(Stage.UNMASKING, (), now)
+        self._hope()
 
     def _unmask(self, names: tuple[str, ...], now: float) -> Outbox:
         reveals = {

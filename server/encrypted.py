@@ -1,6 +1,6 @@
 """The server in one round under homomorphic encryption.
 
-    [keying ->] collecting -> opening -> reporting -> done | aborted
+    [asking -> keying ->] collecting -> opening -> reporting -> done | aborted
 
 It relays the cohort key sealed, adds ciphertexts, hands the sum back, and keeps the next global
 prompt in the sealed form on which the clients agree. It imports nothing that could decrypt.
@@ -13,17 +13,25 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+
 from secure_fedprompt.protocol import homomorphic
 from secure_fedprompt.protocol import messages as m
-from secure_fedprompt.protocol.errors import FieldError, KeyMismatchError, SecretKeyError
+from secure_fedprompt.protocol.errors import (
+    AdvertMismatchError,
+    FieldError,
+    KeyMismatchError,
+    SecretKeyError,
+)
 from secure_fedprompt.protocol.expand import Purpose, digest
 from secure_fedprompt.protocol.homomorphic import CipherSum
-from secure_fedprompt.protocol.keys import verify
+from secure_fedprompt.protocol.keys import agree, verify
 from secure_fedprompt.protocol.packing import Packing
 from secure_fedprompt.protocol.plan import NO_KEY, RoundPlan
 from secure_fedprompt.protocol.roster import Roster
 from secure_fedprompt.protocol.shamir import Entropy
 from secure_fedprompt.server.coordinator import Deadlines, Round, Stage
+from secure_fedprompt.server.opening import Pending, grant_is_bad
 from secure_fedprompt.server.selection import Outbox
 
 
@@ -60,6 +68,9 @@ class EncryptedRound(Round):
     def __post_init__(self) -> None:
         self.plan.check()
         self.key, self._gone = self.plan.key, set()
+        self._needed, self._open_until, self._short = self.plan.quorum, 0.0, False
+        self._asks: dict[str, m.KeyAsk] = {}
+        self._granted: m.KeyGrant | None = None
         self._selector = self._make_selector()
         scheme = homomorphic.scheme(self.plan.protection, self.plan.parameters)
         packing = Packing.of(self.plan.layout, scheme.limit, self.plan.parameters.clients)
@@ -67,6 +78,8 @@ class EncryptedRound(Round):
         self._survivors: tuple[str, ...] = ()
         self._agreed = NO_KEY
         self._reporters: list[str] = []
+        self._reported: set[str] = set()  # who can send the sealed prompt
+        self._probe = X25519PrivateKey.generate()
         self._early: dict[str, m.Message] = {}  # of key holders, while others get the key
 
     def start(self, now: float) -> Outbox:
@@ -76,13 +89,77 @@ class EncryptedRound(Round):
             self._collect(plan.cohort, now)
             return out
         self.keyed = False
+        self._begin(Stage.ASKING, plan.grants, now)
+        return out
+
+    def _ask_maker(self, now: float) -> Outbox:
+        plan = self.plan
+        self._asks = {n: a for n, a in sorted(self.answers.items()) if isinstance(a, m.KeyAsk)}
+        for name in set(plan.grants) - set(self._asks):
+            self._gone.add(name)  # it has no key to take part with
+        if not self._asks:
+            self.keyed = plan.key != NO_KEY
+            return (
+                self._abort("nobody asked for the cohort key")
+                if not self.keyed
+                else (self._go_on(now))
+            )
         self._begin(Stage.KEYING, (plan.maker,), now)
-        recipients = tuple(self.run_keys[name] for name in plan.grants)
-        return [*out, (plan.maker, m.KeyRequest(plan.run, plan.round, recipients))]
+        request = m.KeyRequest(plan.run, plan.round, tuple(self._asks.values()))
+        return [(plan.maker, request)]
+
+    def _go_on(self, now: float) -> Outbox:
+        """Everybody who can has the key: take what its holders sent meanwhile."""
+        self._collect(self.plan.cohort, now)
+        out: Outbox = []
+        for sender, upload in self._early.items():
+            out += self.on(sender, upload, now)
+        return out
+
+    def _is_dealer(self, dealer: str, recipient: str) -> bool:
+        granted = self._granted is not None and recipient in self._asks
+        return granted and dealer == self.plan.maker
+
+    def _box_is_bad(self, sender: str, complaint: m.Complaint) -> bool:
+        assert self._granted is not None
+        maker, ask = self.run_keys[self.plan.maker], self._asks[sender]
+        bad, _ = grant_is_bad(self.plan, maker, ask, self._granted, complaint)
+        self.burnt = True  # seen by the server, or not held by everybody: never to be used
+        return bad
+
+    def back(self, name: str, now: float) -> Outbox:
+        if self.stage is Stage.REPORTING and name in self._reported and name not in self.answers:
+            self._gone.discard(name)
+            if self.waiting - self._gone:
+                self._reporters.append(name)
+                return []
+            self.waiting = {name}
+            return [(name, m.SealedRequest(self.plan.run, self.plan.round))]
+        if self.stage is not Stage.OPENING or name not in self._survivors or name in self.answers:
+            return []
+        self._gone.discard(name)
+        self.waiting.add(name)
+        return [(name, self._request())]
+
+    def reopen(self, pending: Pending, now: float) -> None:
+        self.pending, self._survivors, self.key = pending, pending.survivors, pending.key
+        self.dropped = dict.fromkeys(pending.dropped, str(Stage.COLLECTING))
+        self._begin(Stage.OPENING, (), now)
+        self._hope()
+
+    def _hope(self) -> Outbox:
+        super()._hope()
+        present = sorted(self.waiting - self._gone)  # a lost frame costs nothing to send again
+        return [(name, self._request()) for name in present]
+
+    def _request(self) -> m.Message:
+        assert self.pending is not None
+        names, data = self.pending.survivors, self.pending.ciphertexts
+        return m.CipherSum(self.plan.run, self.plan.round, names, data)
 
     def _unawaited(self, sender: str, message: m.Message) -> Outbox:
         """Holders of the key go on while others are given it."""
-        early = self.stage is Stage.KEYING and sender not in self.plan.grants
+        early = self.stage in (Stage.ASKING, Stage.KEYING) and sender not in self.plan.grants
         if early and isinstance(message, m.KeyShares if self._selector else m.CipherUpload):
             self._early[sender] = message
         return []
@@ -93,6 +170,7 @@ class EncryptedRound(Round):
 
     def _expected(self) -> type[m.Message]:
         kinds: dict[Stage, type[m.Message]] = {
+            Stage.ASKING: m.KeyAsk,
             Stage.KEYING: m.KeyGrant,
             Stage.SELECTING: m.KeyShares,
             Stage.EVALUATING: m.HelperOutcome,
@@ -107,6 +185,11 @@ class EncryptedRound(Round):
         match message:
             case m.KeyShares():
                 super()._take(sender, message)
+            case m.KeyAsk():
+                if message.name != sender:
+                    raise AdvertMismatchError(f"{sender} asks under the name {message.name!r}")
+                verify(identity, Purpose.KEY_ASK, message.body(plan), message.signature, sender)
+                agree(self._probe, message.seal_key, sender)  # refuses points of small order
             case m.KeyGrant():
                 body = message.body(plan)
                 verify(identity, Purpose.KEY_GRANT, body, message.signature, sender)
@@ -115,7 +198,7 @@ class EncryptedRound(Round):
                 except SecretKeyError:
                     self.burnt = True
                     raise
-                if tuple(grant.recipient for grant in message.grants) != plan.grants:
+                if tuple(grant.recipient for grant in message.grants) != tuple(self._asks):
                     raise FieldError("key is not granted to those whom the plan names")
                 if message.key == NO_KEY or plan.key not in (NO_KEY, message.key):
                     raise KeyMismatchError(
@@ -144,9 +227,11 @@ class EncryptedRound(Round):
         return m.Alive() if isinstance(message, m.CipherUpload) else message
 
     def _advance(self, now: float) -> Outbox:
-        if self.stage not in (Stage.KEYING, Stage.REPORTING):
+        if self.stage not in (Stage.ASKING, Stage.KEYING, Stage.REPORTING):
             return super()._advance(now)
         self.seconds[self.stage] = self.seconds.get(self.stage, 0.0) + now - self.began
+        if self.stage is Stage.ASKING:
+            return self._ask_maker(now)
         answers = list(self.answers.values())
         if self.stage is Stage.KEYING:
             if not answers:
@@ -160,22 +245,23 @@ class EncryptedRound(Round):
     def _relay(self, granted: m.Message, now: float) -> Outbox:
         plan = self.plan
         assert isinstance(granted, m.KeyGrant)
+        self._granted = granted
         maker = self.run_keys[plan.maker]
-        self._collect(plan.cohort, now)
-        out: Outbox = [
+        boxes: Outbox = [
             (grant.recipient, m.KeyBox(plan.run, plan.round, maker, granted.key, grant))
             for grant in granted.grants
         ]
-        for sender, upload in self._early.items():
-            out += self.on(sender, upload, now)
-        return out
+        return boxes + self._go_on(now)
 
     def _close_stage(self, names: tuple[str, ...], now: float) -> Outbox:
         if self.stage is Stage.COLLECTING:
             self._survivors = names
-            ciphertexts = self._ciphers.result()
             self._begin(Stage.OPENING, names, now)
-            message = m.CipherSum(self.plan.run, self.plan.round, names, ciphertexts)
+            self.pending = Pending(
+                self.plan, names, tuple(sorted(self.dropped)), key=self.key,
+                ciphertexts=self._ciphers.result(),
+            )  # fmt: skip
+            message = self._request()
             return [(name, message) for name in names]
         announced = {n: a.sealed for n, a in self.answers.items() if isinstance(a, m.Opened)}
         (self._agreed, votes), *others = Counter(announced.values()).most_common()
@@ -183,12 +269,16 @@ class EncryptedRound(Round):
             if announced[name] != self._agreed:
                 self.faults[name] = "DecryptionError: opened the sum to another prompt than others"
         if others and votes < self.plan.quorum:
+            if set(self._survivors) - set(names) and now < self._open_until:
+                self._needed = len(names) + 1
+                return self._hope()
             return self._abort(f"clients opened the sum to {1 + len(others)} different prompts")
         if (self._agreed != NO_KEY) != self.plan.training:
             return self._abort("clients disagree with the plan on whether there is a new prompt")
         if not self.plan.training:
             return self._done()
         self._reporters = [name for name in names if announced[name] == self._agreed]
+        self._reported = set(self._reporters)
         return self._ask_for_prompt(now)
 
     def _ask_for_prompt(self, now: float) -> Outbox:
@@ -197,6 +287,10 @@ class EncryptedRound(Round):
             if name not in self._gone:
                 self._begin(Stage.REPORTING, (name,), now)
                 return [(name, m.SealedRequest(self.plan.run, self.plan.round))]
+        if now < self._open_until:
+            self.waiting, self.deadline = set(self._reported), self._open_until
+            self._needed, self._short = 1, True
+            return []
         return self._abort("nobody who opened the sum sent the sealed prompt")
 
     def _done(self) -> Outbox:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
-from secure_fedprompt.protocol import homomorphic, masking, shamir
 from secure_fedprompt.protocol import layout as lay
+from secure_fedprompt.protocol import masking
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.averaging import Prompt, prompt_bytes
 from secure_fedprompt.protocol.client_noise import NONE as NO_NOISE
@@ -18,16 +18,17 @@ from secure_fedprompt.protocol.fixedpoint import size_layout
 from secure_fedprompt.protocol.homomorphic import SCHEMES
 from secure_fedprompt.protocol.layout import TensorSpec
 from secure_fedprompt.protocol.plan import (
+    MAX_ATTEMPTS,
     MAX_VALUES,
     NO_KEY,
-    NO_SEED,
     UNPROTECTED,
     RoundPlan,
     default_threshold,
 )
 from secure_fedprompt.protocol.roster import Roster
-from secure_fedprompt.protocol.selection.task import NONE, SCOPES, Selection
+from secure_fedprompt.protocol.selection.task import SCOPES, Selection
 from secure_fedprompt.protocol.settings import ServerSettings
+from secure_fedprompt.protocol.terms import Choice, RunTerms, nonces_digest, tolerated
 
 UNWEIGHTED = ("fedmgp",)
 TENSOR_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.]{0,47}")
@@ -38,31 +39,47 @@ class RunState:
     """What a restart needs: stored by the ledger after every change.
 
     Attributes:
-        run: its id, empty before it has begun; made of ``server_nonce`` and ``nonces``.
-        round: the last round number used; learning_round: the next one to complete.
-        tensors, prompt: the global prompt, float32, flat; under encryption the starting one.
+        run: its id, empty before it has begun; made of ``server_nonce`` and ``commitments``.
+        opened: nonces that clients opened, by name.
+        terms: of the run, once they are made; signature: of this server on them.
+        round: the last round number used; learning_round: the next one to complete; attempt: the
+            last at it.
+        excluded: clients that dealt bad boxes, or complained falsely.
+        pending: an encoded ``Pending``, while a sum is being opened.
+        tensors, start, prompt: the starting and the global prompt, float32, flat; under encryption
+            both are the starting one.
         sealed: the global prompt, sealed by the clients, once a round under encryption is done.
         maker, election, key: of the cohort key; see ``RoundPlan``. ``key`` is zeros before there is
             one, and once it must not be used any more.
         keys: digests of all cohort keys of the run; who holds any of them can open the prompt.
-        model_fingerprint, classes_digest, class_count: what the first client announced.
+        model_fingerprint, classes_digest: what the first client announced.
     """
 
     run: bytes = b""
     server_nonce: bytes = b""
-    nonces: tuple[m.Nonce, ...] = ()
+    commitments: tuple[m.Nonce, ...] = ()
+    opened: dict[str, bytes] = field(default_factory=dict)
+    terms: RunTerms | None = None
     round: int = 0
     learning_round: int = 1
+    attempt: int = 0
+    excluded: tuple[str, ...] = ()
+    pending: bytes = b""
     tensors: tuple[TensorSpec, ...] = ()
+    start: Prompt | None = None
     prompt: Prompt | None = None
     model_fingerprint: bytes = b""
     classes_digest: bytes = b""
-    class_count: int = 0
     sealed: bytes = b""
     maker: str = ""
     election: int = 0
     key: bytes = NO_KEY
     keys: tuple[bytes, ...] = ()
+
+    @property
+    def nonces(self) -> tuple[m.Nonce, ...]:
+        """The opened ones, as in the terms."""
+        return tuple(m.Nonce(name, nonce) for name, nonce in sorted(self.opened.items()))
 
     @property
     def base(self) -> bytes:
@@ -139,9 +156,10 @@ def elect_helper(
 
 
 def quorum_of(settings: ServerSettings, clients: int) -> int:
-    """Updates that a sum needs."""
-    shares = settings.protection == "masks"
-    return settings.threshold or (default_threshold(clients) if shares else settings.min_clients)
+    """Updates that a sum needs, of so many clients of the run."""
+    if settings.protection == "none":
+        return settings.min_clients
+    return max(settings.threshold, default_threshold(clients))
 
 
 def noise_of(settings: ServerSettings, quorum: int) -> Noise:
@@ -157,12 +175,38 @@ def noise_of(settings: ServerSettings, quorum: int) -> Noise:
 
 
 def check_roster(settings: ServerSettings, roster: Roster) -> None:
-    """Refuse a helper that is not on the roster, selections too large for it, and noise of nobody.
+    """Refuse what no run with this roster can have: thresholds, rings and selections that do not
+    fit its number of clients, a helper that is not on it, and noise of nobody.
 
     Raises:
         ConfigError: naming the key.
     """
-    noise_of(settings, quorum_of(settings, settings.clients or len(roster.with_role("client"))))
+    listed = len(roster.with_role("client"))
+    if settings.clients > listed:
+        raise ConfigError(f"clients = {settings.clients}: the roster has {listed}")
+    n = settings.clients or listed
+    least, quorum = default_threshold(n), quorum_of(settings, n)
+    if settings.protection != "none" and 0 < settings.threshold < least:
+        raise ConfigError(
+            f"threshold = {settings.threshold}: a sum of {n} clients needs at least "
+            f"floor(2n/3) + 1 = {least}"
+        )
+    if quorum > n:
+        key = "min_clients" if settings.protection == "none" else "threshold"
+        raise ConfigError(f"{key} = {getattr(settings, key)}: the run has {n} clients")
+    noise = noise_of(settings, quorum)
+    try:
+        size_layout(
+            (TensorSpec("prompt", (1,)),), n, clip=settings.clip,
+            max_weight=weight_of(settings), max_seen=settings.max_seen,
+            ring_bits=settings.ring_bits, metrics=settings.metrics != "off", noise=noise.room,
+        )  # fmt: skip
+        if settings.graph == "regular" and settings.protection == "masks":
+            masking.choose_degree(
+                n, dropout=settings.max_dropout, corruption=settings.max_corruption
+            )
+    except PlanError as error:
+        raise ConfigError(f"no round can be planned for {n} clients: {error}") from None
     if settings.selection != "secure":
         return
     names = {member.name for member in roster.members if member.role in ("client", "helper")}
@@ -171,17 +215,14 @@ def check_roster(settings: ServerSettings, roster: Roster) -> None:
             f"helper = {settings.helper!r}: no client or helper of this name is on the roster"
         )
     clients = settings.clients or len(roster.with_role("client"))
-    helper = m.Ready(bytes(16), settings.helper or "elected", bytes(32), bytes(32), bytes(64))
     try:
-        selection_of(settings, clients, helper).check(clients)
+        selection_of(settings, clients, settings.helper or "elected").check(clients)
     except PlanError as error:
         raise ConfigError(f"selection = 'secure' with {clients} clients: {error}") from None
 
 
-def selection_of(settings: ServerSettings, clients: int, helper: m.Ready | None) -> Selection:
-    """The plan's selection under these settings."""
-    if helper is None:
-        return NONE
+def selection_of(settings: ServerSettings, clients: int, helper: str) -> Selection:
+    """What plans under these settings select, with a helper of this name."""
     o = settings.fedmgp
     modalities = 2 if o.modality == "both" else 1
     federation = settings.selection_scope == "federation"
@@ -193,9 +234,9 @@ def selection_of(settings: ServerSettings, clients: int, helper: m.Ready | None)
         slots=o.slots,
         keep=keep if federation else 0,
         fillers=settings.selection_fillers if federation else 0,
-        helper=helper.name,
-        helper_key=helper.seal_key,
-        helper_signature=helper.signature,
+        helper=helper,
+        helper_key=bytes(32),
+        helper_signature=bytes(64),
     )
 
 
@@ -230,14 +271,14 @@ def check_settings(settings: ServerSettings) -> None:
         wrong = {
             "protection": settings.protection == "none",
             "weights": settings.weights != "uniform",
-            "metrics": settings.metrics,
+            "metrics": settings.metrics != "off",
             "selection_scope": settings.selection_scope == "federation",
             "graph": settings.graph == "regular",
         }
         for key in (key for key, is_wrong in wrong.items() if is_wrong):
             raise ConfigError(
                 f"{key} = {getattr(settings, key)!r}: dp_noise needs a protected sum on the "
-                "complete graph, weights = 'uniform', metrics = false and no counts of slots"
+                "complete graph, weights = 'uniform', metrics = 'off' and no counts of slots"
             )
     if settings.method in UNPROTECTED and settings.protection != "none":
         raise ConfigError(
@@ -246,17 +287,16 @@ def check_settings(settings: ServerSettings) -> None:
         )
 
 
-def upload_layout(
-    settings: ServerSettings,
-    tensors: tuple[TensorSpec, ...],
-    clients: int,
-    selection: Selection = NONE,
-    noise: Noise = NO_NOISE,
-) -> lay.Layout:
-    """The upload layout for a number of clients.
+def weight_of(settings: ServerSettings) -> int:
+    """W_max."""
+    return 1 if settings.weights == "uniform" else settings.max_weight
+
+
+def check_tensors(tensors: tuple[TensorSpec, ...]) -> None:
+    """Refuse tensors whose names or sizes are not usable.
 
     Raises:
-        PlanError: no layout fits, or the tensors' names or sizes are not usable.
+        PlanError: naming them.
     """
     names = [tensor.name for tensor in tensors]
     reserved = {lay.WEIGHT, lay.CONTRIBUTORS, *lay.METRICS}
@@ -268,25 +308,66 @@ def upload_layout(
         raise PlanError("a tensor without values")
     if sum(tensor.size for tensor in tensors) > MAX_VALUES:
         raise PlanError(f"prompt of more than {MAX_VALUES} values")
-    return size_layout(
-        tensors,
-        clients,
-        clip=settings.clip,
-        max_weight=1 if settings.weights == "uniform" else settings.max_weight,
-        max_seen=settings.max_seen,
+
+
+def terms_of(settings: ServerSettings, roster: Roster, state: RunState) -> RunTerms:
+    """The terms of a run whose start and nonces are known.
+
+    Raises:
+        TermsError: the settings do not allow any with these tensors.
+    """
+    assert state.start is not None
+    names = [member.name for member in roster.with_role("client")]
+    n = settings.clients or len(names)
+    quorum = quorum_of(settings, n)
+    regular = settings.graph == "regular" and settings.protection == "masks"
+    encrypted, secure = settings.protection in SCHEMES, settings.selection == "secure"
+    corruption = settings.max_corruption
+    wanted = settings.key_maker
+    makers = tuple([wanted] * (wanted in names) + [name for name in names if name != wanted])
+    federation = settings.selection_scope == "federation"
+    terms = RunTerms(
+        run=state.run,
+        settings=settings.method_settings().to_bytes(),
+        model_fingerprint=state.model_fingerprint,
+        classes_digest=state.classes_digest,
+        roster_digest=roster.digest,
+        start=digest(Purpose.BASE, prompt_bytes(state.start)),
+        nonces=nonces_digest(state.nonces),
+        clients=n,
+        quorum=quorum,
+        colluders=tolerated(settings.protection, regular, n, quorum, corruption),
+        rounds=settings.rounds,
+        attempts=MAX_ATTEMPTS,
+        protection=settings.protection,
+        tensors=state.tensors,
         ring_bits=settings.ring_bits,
+        clip=settings.clip,
+        weights=settings.weights,
+        max_weight=weight_of(settings),
+        max_seen=settings.max_seen,
         metrics=settings.metrics,
-        filled=selection.slots if selection.federation else 0,
-        noise=noise.room,
+        regular=int(regular),
+        dropout=settings.max_dropout,
+        corruption=corruption,
+        flood=settings.flood_bits,
+        makers=makers if encrypted else (),
+        helpers=((settings.helper,) if settings.helper else tuple(names)) if secure else (),
+        selection=1 + SCOPES.index(settings.selection_scope) if secure else 0,
+        keep=settings.selection_keep if federation else 0,
+        fillers=settings.selection_fillers if federation else 0,
+        noise=noise_of(settings, quorum),
+        stage_seconds=settings.stage_seconds,
+        training_seconds=settings.training_seconds,
+        upload_after=settings.upload_after,
     )
+    terms.check()
+    return terms
 
 
 def round_plan(
-    settings: ServerSettings,
-    roster: Roster,
     state: RunState,
     cohort: tuple[str, ...],
-    entropy: shamir.Entropy,
     keying: Keying = Keying(),
     helper: m.Ready | None = None,
 ) -> RoundPlan:
@@ -294,50 +375,24 @@ def round_plan(
     ``elect_helper``.
 
     Raises:
-        PlanError: the settings do not allow one.
+        PlanError: the terms do not allow one.
     """
-    assert state.prompt is not None
-    n, training = len(cohort), state.learning_round <= settings.rounds
-    quorum = quorum_of(settings, n)
-    selection = selection_of(settings, n, helper)
-    noise = noise_of(settings, quorum) if training else NO_NOISE
-    uniform = settings.weights == "uniform"
-    encrypted = settings.protection in SCHEMES
-    shares = settings.protection == "masks"
-    degree, threshold, seed = 0, quorum, NO_SEED
-    if settings.graph == "regular" and shares:
-        degree, threshold = masking.choose_degree(
-            n, dropout=settings.max_dropout, corruption=settings.max_corruption
-        )
-        seed = entropy(32)
-    return RoundPlan(
-        run=state.run,
+    assert state.terms is not None
+    encrypted = state.terms.protection in SCHEMES
+    chosen = Choice(
         round=state.round,
+        attempt=state.attempt,
         learning_round=state.learning_round,
-        rounds=settings.rounds,
-        method=settings.method,
-        protection=settings.protection,
-        settings_digest=digest(Purpose.SETTINGS, settings.method_settings().to_bytes()),
-        model_fingerprint=state.model_fingerprint,
-        classes_digest=state.classes_digest,
-        roster_digest=roster.digest,
-        base_digest=digest(Purpose.BASE, state.base),
         cohort=cohort,
-        quorum=quorum,
-        threshold=threshold,
-        degree=degree,
-        graph_seed=seed,
-        clip=settings.clip,
-        max_weight=1 if uniform else settings.max_weight,
-        uniform=int(uniform),
-        layout=upload_layout(settings, state.tensors if training else (), n, selection, noise),
-        parameters=homomorphic.choose(
-            settings.protection, len(roster.with_role("client")), settings.flood_bits
-        ),
+        base_digest=digest(Purpose.BASE, state.base),
         maker=state.maker if encrypted else "",
         election=state.election,
         key=keying.key,
         grants=keying.grants,
-        selection=selection,
-        noise=noise,
     )
+    if helper is not None:
+        chosen = replace(
+            chosen, helper=helper.name, helper_key=helper.seal_key,
+            helper_signature=helper.signature,
+        )  # fmt: skip
+    return state.terms.plan(chosen)

@@ -1,10 +1,12 @@
 """The server over a whole run, as a state machine without I/O.
 
-    gathering -> starting -> round 1 .. R -> evaluation -> finished | failed
+    gathering -> starting -> terms -> round 1 .. R -> evaluation -> finished | failed
 
-It admits clients, plans rounds, retries aborted ones with fresh keys, and averages. Everything
-durable goes through the ``Ledger`` (the run store), and before a plan leaves, its round number is
-stored: a restarted server never uses a round number twice.
+Clients commit to nonces before they see any, one of them gives the starting prompt, and the terms
+that follow from settings, roster, start and nonces are signed and never change. The run admits
+clients, plans rounds, retries aborted ones with fresh keys, and averages. Everything durable goes
+through the ``Ledger`` (the run store), and before a plan leaves, its round number is stored: a
+restarted server never uses a round number twice. Nor does it give up a sum that is being opened.
 """
 
 from __future__ import annotations
@@ -18,34 +20,41 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol import shamir
-from secure_fedprompt.protocol.averaging import Prompt, averaged, metrics_of
+from secure_fedprompt.protocol.averaging import Prompt, averaged, metrics_of, prompt_bytes
+from secure_fedprompt.protocol.codec import decode_fields, encode_fields
 from secure_fedprompt.protocol.errors import (
     AdvertMismatchError,
+    ConfigError,
     FieldError,
-    OverflowPlanError,
+    MismatchError,
+    PlanError,
     ProtocolError,
     RunFailedError,
     SecureFedPromptError,
+    TermsError,
     TooFewClientsError,
 )
 from secure_fedprompt.protocol.expand import Purpose
 from secure_fedprompt.protocol.homomorphic import SCHEMES
-from secure_fedprompt.protocol.keys import agree, verify
-from secure_fedprompt.protocol.plan import NO_KEY
+from secure_fedprompt.protocol.keys import Identity, agree, verify
+from secure_fedprompt.protocol.plan import MAX_ATTEMPTS, NO_KEY, RoundPlan
 from secure_fedprompt.protocol.roster import Roster
 from secure_fedprompt.protocol.settings import ServerSettings
 from secure_fedprompt.server.admission import admit
 from secure_fedprompt.server.coordinator import Deadlines, Round, Stage
 from secure_fedprompt.server.encrypted import EncryptedRound, make_round
+from secure_fedprompt.server.opening import Pending
 from secure_fedprompt.server.planning import (
     Keying,
     RunState,
     check_roster,
     check_settings,
+    check_tensors,
     elect,
     elect_helper,
+    quorum_of,
     round_plan,
-    upload_layout,
+    terms_of,
 )
 from secure_fedprompt.server.selection import Outbox
 
@@ -66,11 +75,15 @@ class Ledger(Protocol):
 
 @dataclass
 class Client:
-    nonce: bytes
+    commitment: bytes
     seen: float
     joined: float
     welcomed: bool = False
     ready: m.Ready | None = None
+    told: bool = False  # the terms
+    accepted: bool = False
+    contests: bool = False
+    missed: bool = False  # a learning round went by without it
     key: bytes = NO_KEY  # digest of the cohort key that it holds
 
 
@@ -79,6 +92,7 @@ class Run:
     """One run. Feed it ``on`` and ``tick``; it returns frames, and sets ``over`` at the end.
 
     Attributes:
+        identity: the server's, which signs the terms.
         helpers: processes of role helper; they take part in no round, and in no count.
         error: why the run failed, or None.
     """
@@ -89,6 +103,7 @@ class Run:
     entropy: shamir.Entropy
     state: RunState
     began: float
+    identity: Identity
     clients: dict[str, Client] = field(default_factory=dict)
     helpers: dict[str, Client] = field(default_factory=dict)
     current: Round | None = None
@@ -101,16 +116,60 @@ class Run:
         check_settings(self.settings)
         check_roster(self.settings, self.roster)
         self.expected = self.settings.clients or len(self.roster.with_role("client"))
+        quorum = quorum_of(self.settings, self.expected)
+        self.needed = max(self.settings.min_clients, quorum)
+        if self.needed > self.expected:
+            raise ConfigError(
+                f"min_clients = {self.settings.min_clients}: the run has {self.expected} clients"
+            )
         self.gather_until = self.began + self.settings.gather_seconds
         self.initial_from, self.initial_until = "", 0.0
         self.opening = True  # wait for everybody, also after a restart
         self.rejoin: dict[str, float] = {}
         self.asked: set[str] = set()  # for the starting prompt
+        self.started_from = ""  # whose starting prompt it is
+        self.answer_until = 0.0  # for clients to judge the terms
         self.benched: set[str] = set()  # sit out the next attempt
         self.unfit: set[str] = set()  # whose cohort keys failed
         self.unhelpful: set[str] = set()  # who failed as helpers
         self.stranded_until = 0.0  # wait for somebody who can open the prompt
+        self.restarts = 0  # of the nonces
         self._probe = X25519PrivateKey.generate()
+        self._resume()
+
+    def _resume(self) -> None:
+        """After a restart: terms of a changed roster, and an opening that was interrupted."""
+        state = self.state
+        if state.terms is None:
+            return
+        if state.terms.roster_digest != self.roster.digest:
+            grown = terms_of(self.settings, self.roster, state)
+            try:
+                grown.succeed(state.terms)
+            except TermsError as error:
+                raise ConfigError(
+                    f"this run cannot go on with the changed roster: {error}"
+                ) from None
+            self.ledger.event(
+                "roster", f"changed: {grown.clients} clients, quorum {grown.quorum}, "
+                f"c = {grown.colluders}; clients need the same roster file and a restart",
+            )  # fmt: skip
+            if state.pending:
+                raise ConfigError(
+                    "a sum is being opened: let that round end with the old roster, then change it"
+                )
+            state.terms = grown
+            self.ledger.save(state)
+        if state.pending:
+            pending = decode_fields(Pending, state.pending)
+            self.current = self._make_round(pending.plan, {})
+            self.current.reopen(pending, self.began)
+
+    def _make_round(self, plan: RoundPlan, ready: Mapping[str, m.Ready]) -> Round:
+        assert self.state.terms is not None
+        terms, opening = self.state.terms, self.settings.gather_seconds
+        deadlines = Deadlines(terms.stage_seconds, terms.training_seconds, opening)
+        return make_round(plan, self.state.base, self.roster, deadlines, ready, self.entropy)
 
     # -- frames and time -------------------------------------------------------------------------
 
@@ -144,6 +203,8 @@ class Run:
                 return self.gone(sender, now)
             case m.Initial():
                 return self._initial(sender, message, now)
+            case m.Accept() | m.Contest():
+                return self._answer(sender, client, message, now)
             case m.LogHead():
                 identity, body = self.roster.by_name[sender].identity, message.body(sender)
                 verify(identity, Purpose.LOG_HEAD, body, message.signature, sender)
@@ -157,7 +218,12 @@ class Run:
     def _register(self, current: Round) -> None:
         """Note a granted cohort key before any client is told of it."""
         state = self.state
+        if current.pending is not None and not state.pending:
+            state.pending = encode_fields(current.pending)  # before anybody is asked to open it
+            self.ledger.save(state)
         if not isinstance(current, EncryptedRound) or current.key in (NO_KEY, state.key):
+            return
+        if current.burnt:
             return
         state.key, state.keys = current.key, (*state.keys, current.key)
         self.ledger.save(state)
@@ -174,7 +240,9 @@ class Run:
         if self.over:
             return out
         if self.current:
-            return out + self._after(self.current.tick(now), now)
+            moved = self.current.tick(now)
+            self._register(self.current)
+            return out + self._after(moved, now)
         if self.initial_from and now > self.initial_until:
             self.ledger.event("fault", f"{self.initial_from} sends no starting prompt")
             self.initial_from = ""
@@ -188,7 +256,11 @@ class Run:
             self.initial_from = ""
         if not self.clients and not self.state.run:  # nobody is left who announced these
             self.state.model_fingerprint = self.state.classes_digest = b""
-        return self._after(self.current.lost(name, now), now) if self.current else []
+        if self.current is None:
+            return []
+        out = self.current.lost(name, now)
+        self._register(self.current)
+        return self._after(out, now)
 
     def everybody(self) -> dict[str, Client]:
         """Clients and helpers that are there."""
@@ -209,13 +281,16 @@ class Run:
         role = self.roster.by_name[sender].role
         present = self.clients if role == "client" else self.helpers
         before = present.get(sender)
-        again = before and before.nonce == hello.nonce and now - before.joined < SAME_HELLO
-        if again and not (self.current and self.current.involves(sender)):
+        again = (
+            before and before.commitment == hello.commitment and now - before.joined < SAME_HELLO
+        )
+        if before and again and not (self.current and self.current.involves(sender)):
+            before.told = False
             return [(sender, self._welcome(sender))] if self.state.run else []
         out = self.gone(sender, now) if before else []
         if self.over:
             return [*out, *self._finish_frames((sender,))]
-        present[sender] = Client(hello.nonce, now, now)
+        present[sender] = Client(hello.commitment, now, now)
         count = f"{len(self.clients)} of {self.expected}" if role == "client" else "as helper"
         self.ledger.event("joined", f"{sender} joined ({count})")
         if self.state.run:
@@ -225,9 +300,12 @@ class Run:
     def _welcome(self, name: str, *, need_initial: bool = False) -> m.Welcome:
         (self.clients.get(name) or self.helpers[name]).welcomed = True
         state, settings = self.state, self.settings.method_settings().to_bytes()
-        return m.Welcome(state.run, state.server_nonce, state.nonces, settings, int(need_initial))
+        return m.Welcome(
+            state.run, state.server_nonce, state.commitments, settings, int(need_initial)
+        )
 
     def _ready(self, sender: str, client: Client, message: m.Ready, now: float) -> Outbox:
+        state = self.state
         if message.run != self.state.run or message.name != sender:
             raise FieldError("Ready for another run, or under another name")
         identity = self.roster.identity_of(sender, "client", "helper")
@@ -237,73 +315,215 @@ class Run:
         others = (c.ready for name, c in self.everybody().items() if name != sender)
         if message.seal_key in {ready.seal_key for ready in others if ready}:
             raise AdvertMismatchError(f"run key of {sender} is another client's")
+        committed = m.Nonce(sender, m.commitment(sender, message.nonce))
+        if state.terms is None and committed in state.commitments:
+            state.opened[sender] = message.nonce
+            self.ledger.save(state)
         client.ready, client.key = message, message.key
-        return self._maybe_start(now) if not self.current else []
+        if state.terms is not None:
+            return self._tell_terms(sender, client) if self.current else self._maybe_start(now)
+        return self._maybe_start(now)
+
+    def _tell_terms(self, name: str, client: Client) -> Outbox:
+        """Once for each connection; the answer is awaited."""
+        state = self.state
+        if client.told or state.terms is None or state.start is None:
+            return []
+        client.told = True
+        message = m.Terms(
+            state.run, state.terms, prompt_bytes(state.start), state.nonces,
+            self.identity.sign(Purpose.TERMS, state.terms.digest),
+        )  # fmt: skip
+        return [(name, message)]
+
+    def _answer(
+        self, sender: str, client: Client, message: m.Accept | m.Contest, now: float
+    ) -> Outbox:
+        terms = self.state.terms
+        if terms is None or (message.run, message.terms) != (self.state.run, terms.digest):
+            return []
+        client.accepted = isinstance(message, m.Accept)
+        client.contests = not client.accepted
+        if self.current is not None:
+            if client.contests:
+                return self._dismiss(sender, now)
+            out = self.current.back(sender, now)
+            return self._after(out, now)
+        return self._maybe_start(now)
+
+    def _dismiss(self, name: str, now: float) -> Outbox:
+        error = MismatchError(
+            f"starting prompt of {name} is not the run's: use the same weights and settings"
+        )
+        self.ledger.event("refused", f"{name} refused: {error}")
+        return [(name, _refused(error)), *self.gone(name, now)]
 
     def _initial(self, sender: str, message: m.Initial, now: float) -> Outbox:
         if self.state.prompt is not None or sender != self.initial_from:
             return []
         size = sum(tensor.size for tensor in message.tensors)
-        try:
-            upload_layout(self.settings, message.tensors, len(self.clients))
-        except OverflowPlanError as error:  # the server's own settings
-            return self._fail(RunFailedError(f"no round can be planned: {error}"))
         if message.run != self.state.run or len(message.vector) != 4 * size or not size:
             raise FieldError(f"initial prompt of {len(message.vector)} bytes for {size} values")
+        check_tensors(message.tensors)
         prompt = np.frombuffer(message.vector, "<f4").astype(np.float32)
         if not np.isfinite(prompt).all():
             raise FieldError("initial prompt holds NaN or infinity")
-        self.state.tensors, self.state.prompt = message.tensors, prompt
-        self.initial_from = ""
+        self.state.tensors, self.state.prompt, self.state.start = message.tensors, prompt, prompt
+        self.initial_from, self.started_from = "", sender
         self.ledger.save(self.state)
         return []  # its Ready follows
 
     # -- rounds ----------------------------------------------------------------------------------
 
     def _maybe_start(self, now: float) -> Outbox:
-        """Begin the run, ask for the initial prompt, or plan the next round, if it is time."""
-        state = self.state
-        present = sum(bool(c.ready) or not state.run for c in self.clients.values())
+        """Begin the run, ask for the initial prompt, make the terms, or plan the next round."""
         if self.over:
             return []
         if self._complete():
             self.over = True
             return self._finish_frames()
-        joined = max(self.settings.min_clients, min(self.expected, len(self.clients)))
-        wanted = self.expected if self.opening or not state.run else joined
-        waiting = present < wanted and now < self.gather_until
-        if state.run and not waiting and self.initial_from:
-            return []  # it has a deadline of its own
-        if waiting and not (state.run and state.prompt is None):
+        if not self.state.run:
+            return self._gather(now)
+        if self.state.terms is None:
+            return self._prepare(now)
+        return self._go_on(now)
+
+    def _gather(self, now: float) -> Outbox:
+        """Wait for clients, then begin the run with the nonces that they committed to."""
+        state, present = self.state, len(self.clients)
+        if present < self.expected and now < self.gather_until:
             return []
-        if present < self.settings.min_clients and not waiting:
-            return self._fail(TooFewClientsError(
-                f"{present} of at least {self.settings.min_clients} clients "
-                f"({', '.join(sorted(self.clients)) or 'nobody'}) after "
-                f"{now - self.began:.0f} s: start more clients, or raise gather_seconds"
-            ))  # fmt: skip
+        if present < self.needed:
+            return self._too_few(present, now)
+        state.server_nonce = self.entropy(32)
+        state.commitments = tuple(
+            m.Nonce(name, client.commitment) for name, client in sorted(self.clients.items())
+        )
+        state.run = m.run_id(state.server_nonce, state.commitments)
+        self.ledger.save(state)
+        self.gather_until = now + self.settings.training_seconds  # to encode their images
+        self.opening = False
+        return self._prepare(now)
+
+    def _prepare(self, now: float) -> Outbox:
+        """Before the terms: nonces are opened, and one client sends the starting prompt."""
+        state = self.state
         out: Outbox = []
-        if not state.run:
-            state.server_nonce = self.entropy(32)
-            state.nonces = tuple(
-                m.Nonce(name, client.nonce) for name, client in sorted(self.clients.items())
-            )
-            state.run = m.run_id(state.server_nonce, state.nonces)
-            self.ledger.save(state)
-            self.gather_until = now + self.settings.training_seconds  # to encode their images
-            present, self.opening = 0, False
         if state.prompt is None and not self.initial_from:
             if not (candidates := set(self.clients) - self.asked):
+                if self.opening and now < self.gather_until:
+                    return out
                 return self._fail(RunFailedError("no client sent a usable starting prompt"))
             self.initial_from = min(candidates)
             self.asked.add(self.initial_from)
             self.initial_until = now + self.settings.training_seconds
             out.append((self.initial_from, self._welcome(self.initial_from, need_initial=True)))
-        for name, client in self.everybody().items():
-            if not client.welcomed:
-                out.append((name, self._welcome(name)))
-        if state.prompt is None or present < self.settings.min_clients:
+        out += self._welcome_all()
+        present = sum(bool(c.ready) for c in self.clients.values())
+        if self.initial_from:
+            return out  # it has a deadline of its own
+        if present < self._wanted() and now < self.gather_until:
             return out
+        committed = {nonce.name for nonce in state.commitments}
+        missing = committed - set(state.opened)
+        if missing and self.settings.graph == "regular":
+            return out + self._commit_again(missing, now)
+        if present < self.needed:
+            return out + (self._too_few(present, now) if now >= self.gather_until else [])
+        try:
+            state.terms = terms_of(self.settings, self.roster, state)
+        except TermsError as error:
+            self.ledger.event(
+                "fault", f"{self.started_from}: its starting prompt fits no round: {error}"
+            )
+            return out + self._start_anew(now)
+        self.ledger.save(state)
+        return out + self._go_on(now)
+
+    def _wanted(self) -> int:
+        """How many clients to wait for."""
+        most = self.expected - len(self.state.excluded)
+        return most if self.opening else min(most, len(self.clients))
+
+    def _call_back(self, now: float) -> Outbox:
+        """Who missed a learning round takes part again after a new greeting: clients believe no
+        server that learning rounds were skipped while they were there."""
+        missed = [name for name, client in self.clients.items() if client.missed]
+        for name in missed:
+            before = self.clients[name]
+            self.clients[name] = Client(before.commitment, now, 0.0, welcomed=True)
+        if missed:
+            self.gather_until = max(self.gather_until, now + self.settings.stage_seconds)
+        return [(name, m.Rejoin()) for name in missed]
+
+    def _welcome_all(self) -> Outbox:
+        waiting = [name for name, client in self.everybody().items() if not client.welcomed]
+        return [(name, self._welcome(name)) for name in waiting]
+
+    def _commit_again(self, missing: set[str], now: float) -> Outbox:
+        """A nonce that is not opened could have been any: all must draw new ones."""
+        self.restarts += 1
+        names = ", ".join(sorted(missing))
+        self.ledger.event("fault", f"{names} did not open a nonce: everybody draws new ones")
+        if self.restarts >= MAX_ATTEMPTS:
+            return self._fail(
+                RunFailedError(f"nonces were not opened {self.restarts} times: {names}")
+            )
+        state, present = self.state, self.everybody()
+        state.run, state.server_nonce, state.commitments, state.opened = b"", b"", (), {}
+        state.tensors, state.prompt, state.start = (), None, None
+        self.asked, self.initial_from, self.opening = set(), "", True
+        self.gather_until = now + self.settings.gather_seconds
+        self.clients, self.helpers = {}, {}
+        self.ledger.save(state)
+        return [(name, m.Rejoin()) for name in present]
+
+    def _start_anew(self, now: float) -> Outbox:
+        """The starting prompt is not usable: ask another client for it, without this one."""
+        state = self.state
+        state.tensors, state.prompt, state.start, state.terms = (), None, None, None
+        for client in self.clients.values():
+            client.told = client.accepted = client.contests = False
+        name = self.started_from
+        out = self._dismiss(name, now) if name in self.clients else []
+        self.ledger.save(state)
+        return out + self._prepare(now)
+
+    def _too_few(self, present: int, now: float) -> Outbox:
+        return self._fail(TooFewClientsError(
+            f"{present} of at least {self.needed} clients "
+            f"({', '.join(sorted(self.clients)) or 'nobody'}) after "
+            f"{now - self.began:.0f} s: start more clients, or raise gather_seconds"
+        ))  # fmt: skip
+
+    def _go_on(self, now: float) -> Outbox:
+        """After the terms: wait for those who should take part, then plan."""
+        state = self.state
+        out = self._welcome_all()
+        for name, client in self.everybody().items():
+            if client.ready and not client.told:
+                self.answer_until = max(self.answer_until, now + self.settings.stage_seconds)
+                out += self._tell_terms(name, client)
+        waiting = [c for c in self.clients.values() if c.told and not (c.accepted or c.contests)]
+        if waiting and now < self.answer_until:
+            return out
+        contesting = [name for name, c in self.clients.items() if c.contests]
+        if contesting:
+            accepted = sum(c.accepted for c in self.clients.values())
+            if state.round == 0 and len(contesting) >= accepted:
+                names = ", ".join(contesting)
+                text = f"{self.started_from}: its starting prompt is not what {names} compute"
+                self.ledger.event("fault", text)
+                return out + self._start_anew(now)
+            for name in contesting:
+                out += self._dismiss(name, now)
+            return out + (self._maybe_start(now) if self.current is None else [])
+        out += self._call_back(now)
+        present = sum(c.accepted for c in self.clients.values())
+        if present < max(self.needed, self._wanted()) and now < self.gather_until:
+            return out
+        if present < self.needed:
+            return out + self._too_few(present, now)
         try:
             return out + self._plan(now)
         except ProtocolError as error:
@@ -313,15 +533,15 @@ class Run:
             return out if now < self.stranded_until else out + self._fail(error)
 
     def _complete(self) -> bool:
-        last = self.settings.rounds + int(self.settings.metrics)
+        last = self.settings.rounds + int(self.settings.metrics != "off")
         return self.state.learning_round > last
 
     def _plan(self, now: float) -> Outbox:
         state, settings = self.state, self.settings
         assert state.prompt is not None
-        ready = {name: client.ready for name, client in self.clients.items() if client.ready}
+        ready = {n: c.ready for n, c in self.clients.items() if c.ready and c.accepted}
         rested = set(ready) - self.benched | {settings.helper} & set(ready)
-        cohort = tuple(sorted(rested if len(rested) >= settings.min_clients else ready))
+        cohort = tuple(sorted(rested if len(rested) >= self.needed else ready))[: self.expected]
         self.opening = False
         able = {name: ready[name] for name in cohort}
         outside = {name: c.ready for name, c in self.helpers.items() if c.ready}
@@ -333,11 +553,15 @@ class Run:
             held = {name: client.key for name, client in self.clients.items()}
             keying = elect(state, cohort, held, settings.key_maker, self.unfit)
         self.stranded_until = 0.0
-        state.round += 1
+        if state.attempt >= MAX_ATTEMPTS:
+            raise PlanError(
+                f"learning round {state.learning_round} was tried {state.attempt} times, clients "
+                "allow no more"
+            )
+        state.round, state.attempt = state.round + 1, state.attempt + 1
         self.ledger.save(state)
-        plan = round_plan(settings, self.roster, state, cohort, self.entropy, keying, helper)
-        deadlines = Deadlines(settings.stage_seconds, settings.training_seconds)
-        self.current = make_round(plan, state.base, self.roster, deadlines, able, self.entropy)
+        plan = round_plan(state, cohort, keying, helper)
+        self.current = self._make_round(plan, able)
         return self.current.start(now)
 
     def _after(self, out: Outbox, now: float) -> Outbox:
@@ -349,6 +573,9 @@ class Run:
         for name, fault in current.faults.items():
             self.ledger.event("fault", f"round {current.plan.round}: {name}: {fault}")
         self.benched = {current.suspect} & set(self.clients)
+        if current.excluded:
+            self.state.excluded = (*self.state.excluded, current.excluded)
+            self.ledger.event("excluded", f"{current.excluded}: {current.reason}")
         if current.helper_failed:
             self.unhelpful.add(current.plan.selection.helper)
         if isinstance(current, EncryptedRound):
@@ -357,16 +584,26 @@ class Run:
             self._apply(current)
             self.attempts = 0
         else:
-            self.attempts += 1
+            self.attempts += not current.excluded
             self.last_reason = current.reason
             self.ledger.round_over(current, {}, None)
         state, settings = self.state, self.settings
+        if current.excluded:
+            self.ledger.save(state)
+            error = RunFailedError(f"excluded from this run: {current.reason}")
+            out = [*out, (current.excluded, _refused(error)), *self.gone(current.excluded, now)]
+        if current.stage is not Stage.DONE and current.pending is not None:
+            return out + self._fail(RunFailedError(
+                f"the sum of learning round {state.learning_round} was opened by some clients and "
+                f"not by enough ({current.reason}): no other sum of it may be opened, so start a "
+                "new run"
+            ))  # fmt: skip
         if self.attempts >= settings.max_attempts:
             return out + self._fail(RunFailedError(
                 f"learning round {state.learning_round} aborted {self.attempts} times: "
                 f"{self.last_reason}"
             ))  # fmt: skip
-        short = sum(bool(c.ready) for c in self.clients.values()) < settings.min_clients
+        short = sum(c.accepted for c in self.clients.values()) < self.needed
         self.gather_until = now + (settings.gather_seconds if short else 0)
         return out + self._maybe_start(now)
 
@@ -393,7 +630,10 @@ class Run:
             metrics = metrics_of(done.result)
             if training:
                 state.prompt = averaged(state.prompt, done.plan.layout, done.result)
-        state.learning_round += 1
+        state.learning_round, state.attempt, state.pending = state.learning_round + 1, 0, b""
+        for name, client in self.clients.items():
+            committed = m.Nonce(name, client.commitment) in state.commitments
+            client.missed = client.missed or (committed and name not in done.plan.cohort)
         self.ledger.round_over(done, metrics, state.prompt)
         self.ledger.save(state)
 

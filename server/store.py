@@ -1,6 +1,7 @@
 """The run folder: SQLite for what happened, safetensors for the prompts.
 
 run.sqlite      state, rounds, traffic, events
+pending.bin     a sum that is being opened, until it is
 prompts/        global-NNNN.safetensors after each learning round, global-0000 the start;
                 sealed-NNNN.safetensors under bfv and ckks, which only the run's clients can open
 server.json     the settings of the run (no keys)
@@ -9,6 +10,7 @@ server.json     the settings of the run (no keys)
 from __future__ import annotations
 
 import json
+import os
 import sqlite3
 import time
 from collections.abc import Mapping
@@ -29,6 +31,7 @@ from secure_fedprompt.protocol.homomorphic import SCHEMES
 from secure_fedprompt.protocol.layout import TensorSpec
 from secure_fedprompt.protocol.messages import Nonce
 from secure_fedprompt.protocol.settings import ServerSettings
+from secure_fedprompt.protocol.terms import RunTerms
 from secure_fedprompt.server.coordinator import Round
 from secure_fedprompt.server.planning import RunState
 
@@ -42,9 +45,8 @@ CREATE TABLE IF NOT EXISTS traffic (
     PRIMARY KEY (round, peer, direction, type));
 CREATE TABLE IF NOT EXISTS events (at REAL, kind TEXT, text TEXT);
 """
-_FREE = {"key", "roster", "bind", "run_dir", "gather_seconds", "stage_seconds", "training_seconds",
-         "alive_seconds", "max_attempts", "clients", "min_clients", "helper",
-         "audit", "audit_mb"}  # fmt: skip
+_FREE = {"key", "roster", "bind", "run_dir", "gather_seconds", "alive_seconds", "max_attempts",
+         "audit", "audit_mb"}  # what the terms of a run do not fix  # fmt: skip
 
 
 def open_run(folder: Path) -> sqlite3.Connection:
@@ -74,6 +76,16 @@ def rounds_of(db: sqlite3.Connection) -> list[dict[str, Any]]:
         if number in rows:
             rows[number]["bytes"][direction][peer] = size
     return list(rows.values())
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Replace a file; what is there afterwards is the old content or the new one."""
+    partial = path.with_suffix(".partial")
+    with open(partial, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
 
 
 class Store:
@@ -115,18 +127,23 @@ class Store:
         state = RunState(
             run=bytes.fromhex(body["run"]),
             server_nonce=bytes.fromhex(body["server_nonce"]),
-            nonces=tuple(decode_fields(Nonce, bytes.fromhex(n)) for n in body["nonces"]),
+            commitments=tuple(decode_fields(Nonce, bytes.fromhex(n)) for n in body["commitments"]),
+            opened={name: bytes.fromhex(nonce) for name, nonce in body["opened"].items()},
+            terms=decode_fields(RunTerms, bytes.fromhex(body["terms"])) if body["terms"] else None,
+            attempt=body["attempt"],
+            excluded=tuple(body["excluded"]),
             round=body["round"],
             learning_round=body["learning_round"],
             tensors=tuple(decode_fields(TensorSpec, bytes.fromhex(t)) for t in body["tensors"]),
             model_fingerprint=bytes.fromhex(body["model_fingerprint"]),
             classes_digest=bytes.fromhex(body["classes_digest"]),
-            class_count=body["class_count"],
             maker=body["maker"],
             election=body["election"],
             key=bytes.fromhex(body["key"]),
             keys=tuple(bytes.fromhex(key) for key in body["keys"]),
         )
+        if body["pending"]:
+            state.pending = (self.folder / "pending.bin").read_bytes()
         if state.tensors:
             rounds = json.loads((self.folder / "server.json").read_text())["rounds"]
             number = min(state.learning_round - 1, rounds)
@@ -135,6 +152,7 @@ class Store:
                 state.sealed, number = box.astype(np.uint8).tobytes(), 0
             names = [tensor.name for tensor in state.tensors]
             state.prompt = self._read(self.prompt_path(number), names).astype(np.float32)
+            state.start = self._read(self.prompt_path(0), names).astype(np.float32)
         return state
 
     @property
@@ -148,16 +166,23 @@ class Store:
     def save(self, state: RunState) -> None:
         if state.prompt is not None:
             self._write_prompt(state)
+        pending = self.folder / "pending.bin"
+        if state.pending:
+            write_durably(pending, state.pending)
         body = {
             "run": state.run.hex(),
             "server_nonce": state.server_nonce.hex(),
-            "nonces": [encode_fields(n).hex() for n in state.nonces],
+            "commitments": [encode_fields(n).hex() for n in state.commitments],
+            "opened": {name: nonce.hex() for name, nonce in state.opened.items()},
+            "terms": encode_fields(state.terms).hex() if state.terms else "",
+            "attempt": state.attempt,
+            "excluded": list(state.excluded),
+            "pending": bool(state.pending),
             "round": state.round,
             "learning_round": state.learning_round,
             "tensors": [encode_fields(t).hex() for t in state.tensors],
             "model_fingerprint": state.model_fingerprint.hex(),
             "classes_digest": state.classes_digest.hex(),
-            "class_count": state.class_count,
             "maker": state.maker,
             "election": state.election,
             "key": state.key.hex(),
@@ -166,6 +191,8 @@ class Store:
         }
         with self._db:
             self._db.execute("INSERT OR REPLACE INTO state VALUES (1, ?)", (json.dumps(body),))
+        if not state.pending:
+            pending.unlink(missing_ok=True)
 
     def round_over(self, round: Round, metrics: Mapping[str, float], prompt: Prompt | None) -> None:
         plan = round.plan

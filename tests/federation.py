@@ -28,7 +28,7 @@ from secure_fedprompt.server.store import Store
 class Toy:
     """A workload without a model: pulls the prompt towards the client's own target."""
 
-    model_fingerprint, classes_digest, class_count = b"m" * 32, b"c" * 32, 7
+    model_fingerprint, classes_digest = b"m" * 32, b"c" * 32
 
     def __init__(self, target: float, weight: float) -> None:
         self.target, self.weight = target, weight
@@ -61,8 +61,9 @@ class World:
         helpers: Sequence[str] = (),
         **changes: Any,
     ) -> None:
-        waits = {"gather_seconds": 60.0, "training_seconds": 60.0}
-        self.settings = ServerSettings(**{"rounds": 2, **waits, **changes})
+        given: dict[str, Any] = {"gather_seconds": 60.0, "training_seconds": 60.0, "rounds": 2,
+                                 "weights": "samples", "metrics": "rounds"}  # fmt: skip
+        self.settings = ServerSettings(**{**given, **changes})
         self.roster, self.folder, self.n, self.policy = roster(n, *helpers), folder, n, policy
         self.clock, self.lost, self.errors = 0.0, set[str](), dict[str, Exception]()
         self.toys: dict[str, Any] = {n: Toy(i / 10, 10.0 + i) for i, n in enumerate(names(n))}
@@ -85,6 +86,7 @@ class World:
             entropy_from(f"s{self.clock}"),
             state,
             self.clock,
+            identity("server"),
         )
 
     def join(self, name: str, **hello: Any) -> None:

@@ -10,16 +10,19 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from rounds import make_parties, make_plan, make_updates
+from federation import World
+from rounds import identity, make_parties, make_plan, make_updates, names
 
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.codec import VERSION
+from secure_fedprompt.protocol.expand import Purpose
 from secure_fedprompt.protocol.messages import CATALOGUE
 from secure_fedprompt.protocol.plan import RoundPlan
 from secure_fedprompt.server.coordinator import Stage
@@ -27,6 +30,7 @@ from secure_fedprompt.simulate import run_round
 
 FOLDER = Path(__file__).parent / "vectors"
 CLIENT, DROPPED = "c001", "c003"
+SESSION = "c002"
 Frames = list[tuple[str, str, bytes]]
 
 
@@ -55,15 +59,67 @@ BAD: dict[str, tuple[type, Callable[[Any], Any], str]] = {
         lambda u: dataclasses.replace(u, signers=(
             *u.signers[:-1], dataclasses.replace(u.signers[-1], signature=bytes(64)))),
         "SignatureError"),
-    "altered_box": (
-        m.Inbox,
-        lambda i: dataclasses.replace(i, boxes=bytes([i.boxes[0] ^ 1]) + bytes(i.boxes[1:])),
-        "SealError"),
     "truncated": (m.Adverts, lambda a: CATALOGUE.encode(a)[:-1], "TruncatedError"),
     "trailing_bytes": (m.Adverts, lambda a: CATALOGUE.encode(a) + b"\0", "TrailingBytesError"),
     "unknown_version": (m.Adverts, lambda a: b"\xfe" + CATALOGUE.encode(a)[1:], "UnknownVersionError"),
     "unknown_type": (m.Adverts, lambda a: bytes((VERSION, 0xFF)) + CATALOGUE.encode(a)[2:], "UnknownTypeError"),
 }  # fmt: skip
+
+
+def plan_of(**changes: Any) -> Callable[[m.Plan], m.Plan]:
+    return lambda p: dataclasses.replace(p, plan=dataclasses.replace(p.plan, **changes))
+
+
+def signed(message: m.Terms, **changes: Any) -> m.Terms:
+    terms = dataclasses.replace(message.terms, **changes)
+    signature = identity("server").sign(Purpose.TERMS, terms.digest)
+    return dataclasses.replace(message, terms=terms, signature=signature)
+
+
+# The same for a whole run: what a client must refuse although the server signed it.
+BENT: dict[str, tuple[type, Callable[[Any], Any], str]] = {
+    "terms_unsigned": (m.Terms, lambda t: dataclasses.replace(t, signature=bytes(64)), "SignatureError"),
+    "terms_other_nonce": (
+        m.Terms,
+        lambda t: dataclasses.replace(t, nonces=(m.Nonce("c001", bytes(32)), *t.nonces[1:])),
+        "TermsError"),
+    "terms_low_quorum": (m.Terms, lambda t: signed(t, quorum=2), "TermsError"),
+    "terms_wrong_colluders": (m.Terms, lambda t: signed(t, colluders=2), "TermsError"),
+    "terms_huge_rate": (
+        m.Terms, lambda t: signed(t, settings=bytes(t.terms.settings).replace(b"0.001", b"1e+38")),
+        "TermsError"),
+    "terms_little_room": (m.Terms, lambda t: signed(t, clip=0.01), "PolicyError"),
+    "plan_other_terms": (m.Plan, plan_of(terms=bytes(32)), "TermsError"),
+    "plan_other_clip": (m.Plan, plan_of(clip=0.5), "TermsError"),
+    "plan_other_weight": (m.Plan, plan_of(max_weight=2), "TermsError"),
+    "plan_other_metrics": (m.Plan, lambda p: plan_of(layout=p.plan.layout[:-1])(p), "TermsError"),
+    "plan_small_cohort": (m.Plan, plan_of(cohort=("c001", "c002")), "TermsError"),
+    "plan_lower_quorum": (
+        m.Plan, plan_of(cohort=("c001", "c002", "c003"), members=3, quorum=3, threshold=3),
+        "TermsError"),
+    "plan_second_round_first": (m.Plan, plan_of(learning_round=2), "ReplayError"),
+    "plan_eleventh_attempt": (m.Plan, plan_of(attempt=11), "TermsError"),
+}  # fmt: skip
+
+
+def a_run() -> list[bytes]:
+    """Frames to one client from the welcome to the first plan, from fixed entropy."""
+    frames: list[bytes] = []
+
+    def record(sender: str, recipient: str, message: m.Message) -> m.Message:
+        if recipient == SESSION:
+            frames.append(CATALOGUE.encode(message))
+        return message
+
+    with tempfile.TemporaryDirectory() as folder:
+        world = World(Path(folder))
+        world.tamper = record
+        for name in names(4):
+            world.join(name)
+        world.pump(lambda w, message: isinstance(message, m.Plan) and bool(frames)
+                   and isinstance(CATALOGUE.decode(frames[-1]), m.Plan))  # fmt: skip
+        world.store.close()
+    return frames
 
 
 def main() -> None:
@@ -83,6 +139,15 @@ def main() -> None:
                 break
             until.append(frame.hex())
         write(f"client_{name}", {"client": CLIENT, "frames": until, "error": error})
+    for name, (kind, spoil, error) in BENT.items():
+        until = []
+        for frame in a_run():
+            message = CATALOGUE.decode(frame)
+            if isinstance(message, kind):
+                until.append(CATALOGUE.encode(spoil(message)).hex())
+                break
+            until.append(frame.hex())
+        write(f"session_{name}", {"client": SESSION, "frames": until, "error": error})
     request = next(f for f in received if isinstance(CATALOGUE.decode(f), m.UnmaskRequest))
     until = [f.hex() for f in received[: received.index(request) + 1]] + [request.hex()]
     write("client_second_unmask", {"client": CLIENT, "frames": until, "error": "SecondUnmaskError"})

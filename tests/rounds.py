@@ -27,7 +27,10 @@ OPEN = Policy(
     min_cohort=1,
     min_survivors=1,
     min_threshold=1,
-    min_threshold_share=0.5,
+    colluders=0,
+    min_clip=0.0,
+    min_weight=1,
+    min_seen=1,
     protections=("masks", "bfv", "ckks", "none"),
     graphs=("complete", "regular"),
     selections=("secure", "secure-federation"),
@@ -84,14 +87,21 @@ def make_plan(
     )  # fmt: skip
     t = default_threshold(count) if threshold is None else threshold
     plan = RoundPlan(
-        run=bytes(16), round=1, learning_round=1, rounds=1, method="promptfl", protection="masks",
+        run=bytes(16), terms=bytes(32), round=1, attempt=1, learning_round=1, rounds=1, method="promptfl", protection="masks",
         settings_digest=bytes(32), model_fingerprint=bytes(32), classes_digest=bytes(32),
-        roster_digest=roster(count).digest, base_digest=bytes(32), cohort=names(count),
+        roster_digest=roster(count).digest, base_digest=bytes(32), members=count, cohort=names(count),
         quorum=t, threshold=t, degree=0, graph_seed=NO_SEED, clip=clip, max_weight=max_weight,
-        uniform=int(max_weight == 1), layout=layout, parameters=homomorphic.NONE, maker="",
+        uniform=int(max_weight == 1), bucket=0, layout=layout, parameters=homomorphic.NONE, maker="",
         election=0, key=NO_KEY, grants=(), selection=NONE, noise=client_noise.NONE,
     )  # fmt: skip
     return replace(plan, **changes)  # type: ignore[arg-type]
+
+
+def later(plan: RoundPlan, round: int = 2, **changes: object) -> RoundPlan:
+    """A plan of the next learning round."""
+    base = round.to_bytes(32, "little")
+    moved = replace(plan, round=round, learning_round=round, rounds=max(plan.rounds, round))
+    return replace(moved, base_digest=base, **changes)  # type: ignore[arg-type]
 
 
 def make_encrypted_plan(count: int, protection: str, **changes: object) -> RoundPlan:

@@ -19,7 +19,7 @@ from secure_fedprompt.protocol.settings import FedMGPSettings, MethodSettings
 
 GROUPS, SLOTS, SHAPES = 4, 2, {"text": (3,), "visual": (5,)}
 SECURE: dict[str, Any] = {
-    "method": "fedmgp", "weights": "uniform", "selection": "secure", "rounds": 2, "metrics": False,
+    "method": "fedmgp", "weights": "uniform", "selection": "secure", "rounds": 2, "metrics": "off",
     "fedmgp": FedMGPSettings(groups=GROUPS, slots=SLOTS),
 }  # fmt: skip
 
@@ -27,7 +27,7 @@ SECURE: dict[str, Any] = {
 class Grouped:
     """A workload of fixed groups and keys: round 1 sends the first groups."""
 
-    model_fingerprint, classes_digest, class_count = b"m" * 32, b"c" * 32, 7
+    model_fingerprint, classes_digest, weight = b"m" * 32, b"c" * 32, 1.0
 
     def __init__(self, seed: int, keys: np.ndarray | None = None) -> None:
         rng = np.random.default_rng(seed)

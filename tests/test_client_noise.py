@@ -219,10 +219,10 @@ def test_plans_with_noise_that_would_not_protect_are_refused() -> None:
 
 
 def test_settings_that_do_not_fit_noise_are_refused() -> None:
-    good: dict[str, Any] = {"dp_noise": 1.0, "weights": "uniform", "metrics": False}
+    good: dict[str, Any] = {"dp_noise": 1.0, "weights": "uniform", "metrics": "off"}
     check_settings(ServerSettings(**good))
     for key, value in (
-        ("protection", "none"), ("weights", "samples"), ("metrics", True), ("graph", "regular"),
+        ("protection", "none"), ("weights", "samples"), ("metrics", "final"), ("graph", "regular"),
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=f"{key} = .*dp_noise needs"):
             check_settings(ServerSettings(**{**good, key: value}))
@@ -239,14 +239,15 @@ def test_explain_prints_epsilon(capsys: pytest.CaptureFixture[str]) -> None:
         "4",
         "--weights",
         "uniform",
-        "--no-metrics",
+        "--metrics",
+        "off",
         "--clients",
         "10",
     ]
     assert main(words) == 0
     assert "epsilon 3.63" in (shown := capsys.readouterr().out)
     assert "if 7 clients of every sum add their noise" in shown
-    assert main([*words, "--metrics"]) == 2
+    assert main([*words, "--metrics", "final"]) == 2
     assert main([*words, "--dp-colluders", "7"]) == 2
 
 
@@ -318,15 +319,15 @@ def test_whole_runs_carry_noise(tmp_path: Path, protection: str, selection: str)
 def test_policies_look_through_a_plan_to_what_its_noise_is_worth() -> None:
     strict = {f: getattr(OPEN, f) for f in OPEN.__struct_fields__}
     policy = Policy(**{**strict, "min_noise": 0.5})
-    policy.check_plan(noisy_plan())
+    policy.check_plan(noisy_plan(), 4)
     with pytest.raises(PolicyError, match="counts on the noise of 3 of 3 clients"):
-        Policy(**{**strict, "min_noise": 0.5, "noise_colluders": 1}).check_plan(noisy_plan())
+        Policy(**{**strict, "min_noise": 0.5, "noise_colluders": 1}).check_plan(noisy_plan(), 4)
     last = make_plan(4, max_weight=1, tensors=(), learning_round=2)  # an evaluation
     with pytest.raises(PolicyError, match="metrics, which carry no noise"):
-        policy.check_plan(last)
+        policy.check_plan(last, 4)
     coarse = tuple(dataclasses.replace(f, frac=0) for f in noisy_plan(wide=True).layout)
     with pytest.raises(PolicyError, match=r"worth 0\.0"):
-        policy.check_plan(dataclasses.replace(noisy_plan(), layout=coarse))
+        policy.check_plan(dataclasses.replace(noisy_plan(), layout=coarse), 4)
 
 
 def test_a_policy_can_ask_for_noise(tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ def test_unknown_version_and_type() -> None:
 
 
 def test_limits_are_checked_before_anything_is_read() -> None:
-    head = CATALOGUE.encode(m.Shares(bytes(16), 1, b""))[:-4]
+    head = CATALOGUE.encode(m.Reveal(bytes(16), 1, b""))[:-4]
     with pytest.raises(errors.TooLargeError):
         CATALOGUE.decode(head + (2**32 - 1).to_bytes(4, "little"))
     with pytest.raises(errors.TooLargeError):

@@ -179,7 +179,10 @@ def test_who_shares_nothing_can_do_so_in_every_round(name: str, bundled: Backbon
         trainer.prepare(settings_of(name))
     parties = make_parties(3)
     for number in (1, 2):
-        plan = make_plan(3, tensors=trainers[0].tensors(), round=number)
+        plan = make_plan(
+            3, tensors=trainers[0].tensors(), round=number, learning_round=number, rounds=2,
+            method=name,
+        )  # fmt: skip
         work = Work(plan, trainers[0].initial())
         updates = {n: t.run(work) for n, t in zip(plan.cohort, trainers, strict=True)}
         outcome = run_round(plan, parties, updates)

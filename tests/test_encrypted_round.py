@@ -10,7 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import tenseal.sealapi as seal
-from rounds import OPEN, float_sum, identity, make_encrypted_plan, make_parties, make_updates
+from rounds import (
+    OPEN,
+    float_sum,
+    identity,
+    later,
+    make_encrypted_plan,
+    make_parties,
+    make_updates,
+)
 
 from secure_fedprompt.clients import participant
 from secure_fedprompt.clients.cohort_key import CohortKey
@@ -86,8 +94,7 @@ def keyed(count: int, protection: str = "bfv") -> tuple[RoundPlan, dict[str, Par
     parties = make_parties(count)
     outcome = run_round(first, parties, make_updates(first))
     assert isinstance(outcome.round, EncryptedRound)
-    plan = dataclasses.replace(first, round=2, key=outcome.round.key, grants=())
-    return plan, parties
+    return later(first, key=outcome.round.key, grants=()), parties
 
 
 def test_a_later_round_needs_no_keying_and_a_newcomer_gets_the_same_key() -> None:
@@ -98,7 +105,7 @@ def test_a_later_round_needs_no_keying_and_a_newcomer_gets_the_same_key() -> Non
     kinds = {type(CATALOGUE.decode(f)) for _, _, f in outcome.frames}
     assert not kinds & {m.KeyRequest, m.KeyGrant, m.KeyBox}
     parties["c003"] = make_parties(4, seed="again")["c003"]  # restarted: the key is gone
-    third = dataclasses.replace(plan, round=3, grants=("c003",))
+    third = later(plan, 3, grants=("c003",))
     outcome = run_round(third, parties, make_updates(plan, 2))
     check(third, make_updates(plan, 2), outcome, plan.cohort)
     assert {p.keyring.cohort.digest for p in parties.values() if p.keyring.cohort} == {plan.key}
@@ -109,9 +116,7 @@ def test_a_reelected_maker_makes_a_new_key_under_which_the_prompt_still_opens() 
     old = parties["c002"].keyring.cohort
     assert old is not None
     box = old.seal_prompt(plan.run, 2, b"prompt")
-    again = dataclasses.replace(
-        plan, round=3, maker="c002", election=2, key=NO_KEY, grants=("c001", "c003", "c004")
-    )
+    again = later(plan, 3, maker="c002", election=2, key=NO_KEY, grants=("c001", "c003", "c004"))
     outcome = run_round(again, parties, make_updates(again, 3))
     check(again, make_updates(again, 3), outcome, plan.cohort)
     new = parties["c001"].keyring.cohort
@@ -187,7 +192,7 @@ def test_an_upload_of_another_client_or_round_does_not_pass_as_ones_own() -> Non
         return message
 
     run_round(plan, parties, make_updates(plan, 1), tap=record)
-    later = dataclasses.replace(plan, round=3)
+    third = later(plan, 3)
 
     def swap(sender: str, recipient: str, message: m.Message) -> m.Message:
         if sender == "c002" and isinstance(message, m.CipherUpload):
@@ -196,7 +201,7 @@ def test_an_upload_of_another_client_or_round_does_not_pass_as_ones_own() -> Non
             return dataclasses.replace(kept["c003"], round=3)  # type: ignore[type-var]
         return message
 
-    outcome = run_round(later, parties, make_updates(plan, 2), tap=swap)
+    outcome = run_round(third, parties, make_updates(plan, 2), tap=swap)
     assert {n: f.split(":")[0] for n, f in outcome.round.faults.items()} == {
         "c002": "SignatureError", "c003": "SignatureError",
     }  # fmt: skip
@@ -274,13 +279,17 @@ def test_a_client_that_withdraws_while_others_get_the_key_is_not_waited_for() ->
     run_keys = {name: party.ready(plan.run) for name, party in parties.items()}
     server = make_round(plan, b"", parties["c001"].roster, Deadlines(1, 900), run_keys)
     server.start(0.0)
+    assert server.stage is Stage.ASKING
+    _, (ask,) = participant.start(parties["c003"], plan)
+    ((maker, request),) = server.on("c003", ask, 0.0)
+    assert maker == "c001"
     server.on("c002", m.Withdraw(plan.run, plan.round, "SealError", ""), 0.0)
     assert server.stage is Stage.KEYING
     assert "c002" in server.faults
     assert not server.involves("c002")
     assert server.lost("c004", 0.0) == []
     state, _ = participant.start(parties["c001"], plan)
-    _, replies = state.on(m.KeyRequest(plan.run, plan.round, (run_keys["c003"],)))
+    _, replies = state.on(request)
     server.on("c001", replies[0], 0.0)
     assert server.stage is Stage.COLLECTING
     assert server.waiting == {"c001", "c003", "c005"}
@@ -293,6 +302,9 @@ def test_early_uploads_are_kept_only_from_holders() -> None:
     server = make_round(plan, b"", parties["c001"].roster, Deadlines(1, 900), run_keys)
     assert isinstance(server, EncryptedRound)
     server.start(0.0)
+    _, (ask,) = participant.start(make_parties(4, seed="again")["c003"], plan)
+    server.on("c003", ask, 0.0)
+    assert server.stage is Stage.KEYING
     upload = m.CipherUpload(plan.run, plan.round, plan.key, (b"x",), bytes(64))
     for sender, message in (
         ("c003", upload), ("outsider", upload), ("c002", dataclasses.replace(upload, round=1)),
@@ -323,7 +335,9 @@ def spoil(box: Any) -> bytes:
 
 
 CLIENTS: dict[str, tuple[str, type, dict[str, Any], type[Exception]]] = {
-    "request for others": ("c001", m.KeyRequest, {"recipients": lambda r: r.recipients[:2]}, errors.AdvertMismatchError),
+    "request for others": ("c001", m.KeyRequest, {"recipients": lambda r: (
+        *r.recipients[:2], dataclasses.replace(r.recipients[2], name="c009"))}, errors.AdvertMismatchError),
+    "request twice": ("c001", m.KeyRequest, {"recipients": lambda r: r.recipients[:1] * 2}, errors.AdvertMismatchError),
     "two equal run keys": ("c001", m.KeyRequest, {"recipients": lambda r: (
         *r.recipients[:2], dataclasses.replace(r.recipients[2], seal_key=r.recipients[0].seal_key))}, errors.AdvertMismatchError),
     "unsigned run key": ("c001", m.KeyRequest, {"recipients": lambda r: (
@@ -424,11 +438,12 @@ def test_policies_limit_schemes_survivors_and_makers() -> None:
         ({"protections": ("masks",)}, "protections"),
         ({"min_survivors": 4}, "min_survivors"),
         ({"key_makers": ("c002", "c003")}, "key_makers"),
+        ({"colluders": 2}, "colluders"),
     ]
     for change, words in cases:
         policy = msgspec.structs.replace(OPEN, **change)
         with pytest.raises(errors.PolicyError, match=words):
-            policy.check_plan(plan)
+            policy.check_plan(plan, 4)
 
 
 # -- what the server could do with what it saw -----------------------------------------------------

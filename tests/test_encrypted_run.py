@@ -270,14 +270,14 @@ def test_a_server_restarted_while_a_new_key_spreads_goes_on(tmp_path: Path, kind
 
 
 def test_holders_that_go_silent_together_do_not_end_the_run(tmp_path: Path) -> None:
-    world = World(tmp_path, n=6, protection="bfv", alive_seconds=12.0)
-    for name in names(6):
+    world = World(tmp_path, n=7, protection="bfv", alive_seconds=12.0)
+    for name in names(7):
         world.join(name)
     world.pump(lambda w, message: isinstance(message, m.RoundEnd) and message.round == 1)
     world.lost |= {"c001", "c002"}
     world.join("c006")
     world.pump()
-    finished_alike(world, 4)
+    finished_alike(world, 5)
 
 
 def test_a_reconnection_while_the_key_spreads_costs_no_deadline(tmp_path: Path) -> None:
@@ -354,7 +354,7 @@ def test_who_comes_after_the_last_key_is_told_so(tmp_path: Path) -> None:
 
 def welcome_again(world: World) -> m.Welcome:
     state, settings = world.run.state, world.settings.method_settings().to_bytes()
-    return m.Welcome(state.run, state.server_nonce, state.nonces, settings, 0)
+    return m.Welcome(state.run, state.server_nonce, state.commitments, settings, 0)
 
 
 def test_figures_of_an_aborted_round_are_not_told(tmp_path: Path) -> None:

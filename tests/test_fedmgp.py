@@ -326,5 +326,5 @@ def test_what_cannot_be_is_refused() -> None:
         FedMGP(mgp(), tiny(resnet=True), NAMES)
     assert FedMGP(mgp(modality="text"), tiny(resnet=True), NAMES).needs == "features"
     with pytest.raises(ConfigError, match="weights = 'uniform'"):
-        check_settings(ServerSettings(method="fedmgp"))
+        check_settings(ServerSettings(method="fedmgp", weights="samples"))
     check_settings(ServerSettings(method="fedmgp", weights="uniform"))

@@ -317,7 +317,7 @@ def test_mistakes_are_one_line_and_an_exit_code(federation: Any, tmp_path: Path)
         (["--dataset", str(tmp_path / "one")], 2, "has one class, 'cat'"),
         (["--dataset", str(tmp_path / "nothing")], 2, "does not exist"),
         (["--model", "local-dir:nowhere"], 2, "lacks open_clip_config.json"),
-        (["--generated-classes", "24"], 7, "has 24 names"),
+        (["--generated-classes", "24"], 7, "name the same classes in the same order"),
     ]  # fmt: skip
     # The first hello fixes model and classes: bob's comes first.
     f.start(2)

@@ -148,7 +148,7 @@ def test_an_aborted_round_is_shown_with_its_reason(tmp_path: Path) -> None:
 
 
 def test_client_noise_and_ledgers_are_spent(tmp_path: Path) -> None:
-    folder = run_folder(tmp_path, dp_noise=2.0, dp_clip=1.0, weights="uniform", metrics=False, n=5)
+    folder = run_folder(tmp_path, dp_noise=2.0, dp_clip=1.0, weights="uniform", metrics="off", n=5)
     spent = gather(folder, [], [], None).spent
     assert re.match(r"Client noise in 2 planned sums: epsilon [\d.]+ at delta 0.001", spent[0])
     from secure_fedprompt.clients.ledger import Entry, Ledger

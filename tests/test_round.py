@@ -48,7 +48,7 @@ def check(plan: RoundPlan, pattern: Pattern, seed: int = 0) -> Outcome:
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4])
 def test_every_dropout_pattern(n: int) -> None:
-    plan = make_plan(n, threshold=max(1, n // 2 + 1))
+    plan = make_plan(n)
     for pattern in itertools.product((None, *STAGES), repeat=n):
         check(plan, pattern)
 

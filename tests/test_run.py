@@ -66,7 +66,7 @@ def test_uniform_weights_hide_counts(tmp_path: Path) -> None:
             errors.MismatchError,
             "7878787878787878.*6d6d6d6d6d6d6d6d",
         ),
-        ({"classes_digest": b"x" * 32, "class_count": 9}, errors.MismatchError, "9 names.*has 7"),
+        ({"classes_digest": b"x" * 32}, errors.MismatchError, "7878787878787878.*6363636363636363"),
         ({"method": "other"}, errors.MismatchError, "'other'.*'promptfl'"),
         ({"roster_digest": bytes(32)}, errors.RunFailedError, "same roster"),
     ],
@@ -102,7 +102,7 @@ def test_fewer_than_expected_go_on_after_the_deadline(tmp_path: Path) -> None:
         world.join(name)
     world.pump()
     assert world.run.error is None
-    assert world.run.state.nonces[-1].name == "c003"
+    assert world.run.state.commitments[-1].name == "c003"
 
 
 @pytest.mark.parametrize("kind", [m.Advert, m.Shares, m.MaskedUpload, m.Consistent, m.Reveal])
@@ -236,7 +236,8 @@ def test_a_run_id_holds_every_clients_nonce(tmp_path: Path) -> None:
     state = world.run.state
     session = world.sessions["c001"]
     forged = dataclasses.replace(
-        m.Welcome(state.run, state.server_nonce, state.nonces, b"{}", 0), server_nonce=bytes(32)
+        m.Welcome(state.run, state.server_nonce, state.commitments, b"{}", 0),
+        server_nonce=bytes(32),
     )
     with pytest.raises(errors.ReplayError, match="run id"):
         session.on(forged)
@@ -267,12 +268,12 @@ def test_clients_check_plan_and_prompt_against_their_own(tmp_path: Path) -> None
         "classes": ({"classes_digest": bytes(32)}, "classes"),
     }
     for changes, words in changed.values():
-        with pytest.raises(errors.MismatchError, match=words):
+        with pytest.raises(errors.TermsError, match=words):
             session.on(m.Plan(dataclasses.replace(good.plan, **changes), good.base))
     with pytest.raises(errors.MismatchError, match="global prompt"):
         session.on(m.Plan(good.plan, bytes(len(good.base))))
     layout = (dataclasses.replace(good.plan.layout[0], shape=(3, 2)), *good.plan.layout[1:])
-    with pytest.raises(errors.MismatchError, match="tensors"):
+    with pytest.raises(errors.TermsError, match="layout"):
         session.on(m.Plan(dataclasses.replace(good.plan, layout=layout), good.base))
     assert session.on(good)
 
@@ -283,4 +284,21 @@ def test_the_starting_prompt_must_be_what_settings_and_model_give(tmp_path: Path
     for name in names(4):
         world.join(name)
     world.pump()
-    assert "starting prompt" in str(world.errors["c002"])
+    assert set(world.errors) == {"c001"}  # whoever sent it is named, and the others go on
+    assert "starting prompt of c001 is not the run's" in str(world.errors["c001"])
+    assert any("c001: its starting prompt is not what c002" in str(v) for _, v in world.events)
+    assert world.run.error is None
+    assert world.store.summary()["rounds"][-1]["cohort"] == ["c002", "c003", "c004"]
+
+
+def test_a_client_that_computes_another_start_is_told_so_and_the_others_go_on(
+    tmp_path: Path,
+) -> None:
+    world = World(tmp_path)
+    world.toys["c003"].initial = lambda: np.zeros(10, np.float32)  # type: ignore[method-assign]
+    for name in names(4):
+        world.join(name)
+    world.pump()
+    assert set(world.errors) == {"c003"}
+    assert "starting prompt of c003" in str(world.errors["c003"])
+    assert world.run.error is None

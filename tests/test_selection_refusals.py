@@ -52,10 +52,10 @@ def test_settings_that_do_not_fit_are_refused() -> None:
 @pytest.mark.parametrize(
     ("policy", "says"),
     [
-        ({"selections": ()}, "plan wants 'secure', but policy.selections allows only none"),
+        ({"selections": ()}, "the server wants 'secure', but policy.selections allows only none"),
         ({"selections": ("secure-federation",)}, "allows only secure-federation"),
-        ({"helpers": ("c003",)}, "plan wants 'c001', but policy.helpers allows only c003"),
-        ({"min_fillers": 4}, "plan has 3 fillers, but policy.min_fillers is 4"),
+        ({"helpers": ("c003",)}, "the server wants 'c001', but policy.helpers allows only c003"),
+        ({"min_fillers": 4}, "the server plans 3 fillers, but policy.min_fillers is 4"),
     ],
 )
 def test_policies_limit_selections_and_helpers(
@@ -72,7 +72,7 @@ def test_policies_limit_selections_and_helpers(
 
 
 def selecting_plan(**changes: Any) -> Any:
-    ready = m.Ready(bytes(16), "c001", bytes(32), bytes(32), bytes(64))
+    ready = m.Ready(bytes(16), "c001", bytes(32), bytes(32), bytes(32), bytes(64))
     selection = Selection(1, 2, GROUPS, SLOTS, 0, 0, ready.name, ready.seal_key, ready.signature)
     tensors = tuple(TensorSpec(k, (SLOTS, *s)) for k, s in SHAPES.items())
     base: dict[str, Any] = {
@@ -288,11 +288,18 @@ def test_a_helper_refuses_a_second_selection_of_a_round_and_a_foreign_plan(tmp_p
         return f"{reply.error}: {reply.reason}"
 
     foreign = altered(plan.plan, selection=altered(plan.plan.selection, helper="c001"))  # type: ignore[arg-type]
+    assert "not one of the terms'" in refused(altered(plan, plan=foreign))
+
+    class AnyPlan:
+        def admit(self, plan: Any) -> None:
+            pass
+
+    session._terms = AnyPlan()  # what the helper refuses even if the terms allowed it
     assert "does not name us" in refused(altered(plan, plan=foreign))
     strict = dataclasses.replace(session.party, policy=Policy())
     session._helper.party = strict
     assert "min_cohort" in refused(
-        altered(plan, plan=altered(plan.plan, cohort=names(1), quorum=1, threshold=1))
+        altered(plan, plan=altered(plan.plan, cohort=names(1), members=1, quorum=1, threshold=1))
     )  # type: ignore[arg-type]
     other = altered(plan.plan, run=b"r" * 16)  # type: ignore[arg-type]
     assert (
@@ -311,7 +318,8 @@ def test_a_helper_refuses_a_second_selection_of_a_round_and_a_foreign_plan(tmp_p
 def test_a_client_takes_no_helper_key_that_its_owner_did_not_sign(tmp_path: Path) -> None:
     def forge(sender: str, recipient: str, message: m.Message) -> m.Message:
         if isinstance(message, m.Plan) and message.plan.selecting and recipient == "c002":
-            body = m.Ready(message.plan.run, "c001", b"\t" + bytes(31), bytes(32), bytes(64))
+            public = b"\t" + bytes(31)
+            body = m.Ready(message.plan.run, "c001", public, bytes(32), bytes(32), bytes(64))
             signature = identity("server").sign(
                 Purpose.RUN_KEY, body.body(message.plan.roster_digest)
             )

@@ -8,13 +8,17 @@ from typing import Any
 
 import make_vectors
 import pytest
-from rounds import make_parties, make_updates, roster
+from federation import Toy
+from rounds import entropy_from, identity, make_parties, make_updates, roster
 
 from secure_fedprompt.clients import participant
-from secure_fedprompt.clients.state import Ready, State
+from secure_fedprompt.clients.journal import MemoryJournal
+from secure_fedprompt.clients.session import Session
+from secure_fedprompt.clients.state import Party, Ready, State
 from secure_fedprompt.protocol import errors
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.messages import CATALOGUE
+from secure_fedprompt.protocol.policy import Policy
 from secure_fedprompt.server.coordinator import Deadlines, Round, Stage
 
 FOLDER = Path(__file__).parent / "vectors"
@@ -58,6 +62,37 @@ def test_client_refuses(name: str) -> None:
         take(vector["frames"][-1])
 
 
+@pytest.mark.parametrize("name", sorted(p.stem for p in FOLDER.glob("session_*.json")))
+def test_a_client_refuses_what_bends_the_terms(name: str) -> None:
+    vector = load(name)
+    own = vector["client"]
+    party = Party(
+        own, identity(own), roster(4), Policy(), MemoryJournal(), entropy_from(f"{own} 0.0")
+    )
+    session = Session(party, Toy(0.1, 11.0))
+    session.hello()
+    *before, last = (CATALOGUE.decode(bytes.fromhex(raw)) for raw in vector["frames"])
+    for message in before:
+        assert session.on(message)
+    with pytest.raises(errors.SecureFedPromptError) as refused:
+        session.on(last)
+    assert type(refused.value).__name__ == vector["error"], refused.value
+    assert session.work is None
+
+
+def test_without_bending_the_run_begins() -> None:
+    """The vectors fail for what was bent, and for nothing else."""
+    own = make_vectors.SESSION
+    party = Party(
+        own, identity(own), roster(4), Policy(), MemoryJournal(), entropy_from(f"{own} 0.0")
+    )
+    session = Session(party, Toy(0.1, 11.0))
+    session.hello()
+    for raw in make_vectors.a_run():
+        assert session.on(CATALOGUE.decode(raw))
+    assert session.round is not None
+
+
 def test_server_refuses_a_bad_share() -> None:
     vector = load("server_bad_share")
     server = Round(make_vectors.plan(), b"", roster(5), Deadlines(1, 1))
@@ -73,4 +108,5 @@ def test_server_refuses_a_bad_share() -> None:
 def test_there_is_a_vector_for_each_failure() -> None:
     found = {p.stem for p in FOLDER.glob("*.json")}
     expected = {f"client_{name}" for name in make_vectors.BAD}
+    expected |= {f"session_{name}" for name in make_vectors.BENT}
     assert found == expected | {"round_ok", "client_second_unmask", "server_bad_share"}

@@ -111,7 +111,7 @@ def scores(pool: Pool, args: argparse.Namespace, dp: PrivacySettings, present: b
     spoilt.labels[torch.from_numpy(canary)] = torch.from_numpy(wrong)
     pool = Pool(pool.backbone, pool.sets, (spoilt, pool.features[1]))
     settings = {**CONTEXT, "rounds": 1, "lr": args.lr, "epochs": args.epochs, "clip": 4.0,
-                "momentum": 0.0, "protection": "none", "metrics": False}  # fmt: skip
+                "momentum": 0.0, "protection": "none", "metrics": "off"}  # fmt: skip
     own = order[1 : args.images + 1]
     if present:
         own = np.concatenate([canary, own[1:]])

@@ -64,7 +64,7 @@ def main() -> int:
     args = made.parse_args()
     pool = Pool.load(args)
     labels = pool.sets[0].labels, pool.sets[1].labels
-    base = {**CONTEXT, "rounds": args.rounds, "epochs": args.epochs, "metrics": False,
+    base = {**CONTEXT, "rounds": args.rounds, "epochs": args.epochs, "metrics": "off",
             "protection": "masks"}  # fmt: skip
     if args.start == "random":
         base |= {"n_ctx": 16, "init": ""}

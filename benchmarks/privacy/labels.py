@@ -56,7 +56,7 @@ def main() -> int:
         shares = partitions.pathological(labels, pool.sets[1].labels, args.clients, seed)
         for protection, name, kind in cases:
             settings = {**CONTEXT, "rounds": 1, "lr": args.lr, "epochs": args.epochs, "clip": 4.0,
-                        "protection": protection, "metrics": False}  # fmt: skip
+                        "protection": protection, "metrics": "off"}  # fmt: skip
             rows = [share.train for share in shares]
             with pool.federation(settings, rows, seed, [kind] * args.clients) as view:
                 base = view.prompt(1)

@@ -98,7 +98,7 @@ def main() -> int:
             own = [dp, *[PrivacySettings()] * (args.clients - 1)]
             members = np.zeros((args.models, args.candidates), bool)
             settings = {**CONTEXT, "rounds": 1, "lr": args.lr, "epochs": args.epochs, "clip": 4.0,
-                        "protection": protection, "metrics": False}  # fmt: skip
+                        "protection": protection, "metrics": "off"}  # fmt: skip
             for k in range(args.models):
                 rng = np.random.default_rng([1, k])
                 members[k, rng.permutation(args.candidates)[:half]] = True

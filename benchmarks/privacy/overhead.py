@@ -29,7 +29,7 @@ TIMEOUT = 900.0
 DP: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # server settings, clients' [dp]
     "none": ({}, {}),
     "sample": ({}, {"kind": "sample", "target_epsilon": 8.0, "delta": 1e-3}),
-    "client": ({"dp_noise": 0.5, "dp_clip": 0.5, "clip": 0.5, "metrics": False}, {}),
+    "client": ({"dp_noise": 0.5, "dp_clip": 0.5, "clip": 0.5, "metrics": "off"}, {}),
 }
 
 

@@ -46,7 +46,7 @@ def main() -> int:
         truth: dict[tuple[int, str], Array] = {}
         for protection in ("none", "masks", "bfv", "ckks"):
             settings = {**CONTEXT, "rounds": args.rounds, "lr": args.lr, "epochs": args.epochs,
-                        "clip": 4.0, "protection": protection, "metrics": False}  # fmt: skip
+                        "clip": 4.0, "protection": protection, "metrics": "off"}  # fmt: skip
             with pool.federation(settings, shares, seed) as view:
                 for number in range(1, args.rounds + 1):
                     uploads = {name: view.update(number, name) for name in names}

@@ -103,7 +103,7 @@ _SIZES: dict[type, Size] = {
     m.PlainUpload: lambda plan, name: _ROUND + 4 + 8 * total_size(plan.layout),
     m.Advert: lambda plan, name: _advert(name),
     m.Adverts: lambda plan, name: _ROUND + 4 + sum(map(_advert, plan.cohort)),
-    m.Shares: lambda plan, name: _ROUND + 4 + _boxes(plan, name),
+    m.Shares: lambda plan, name: _ROUND + 4 + _boxes(plan, name) + 64,
     m.Inbox: lambda plan, name: _ROUND + _names(plan, name) + 4 + _boxes(plan, name),
     m.SurvivorList: lambda plan, name: _ROUND + _names(plan),
     m.Reveal: lambda plan, name: (

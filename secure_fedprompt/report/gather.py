@@ -177,7 +177,7 @@ def _learned(
         )
     smallest = min((len(r["cohort"]) - len(r["dropped"]) for r in rows if r["outcome"] == "done"),
                    default=0)  # fmt: skip
-    if protection == "masks" and settings["metrics"] and smallest:
+    if protection == "masks" and settings["metrics"] == "rounds" and smallest:
         found.append(
             f"Sums over {smallest} or more clients, counts and metrics included, were opened; two "
             "sums that differ by one client can be subtracted."

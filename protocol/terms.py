@@ -1,0 +1,398 @@
+"""The terms of a run: everything on which the meaning of its sums depends, fixed before the first.
+
+A server that may vary a bound, a clip or a training setting from sum to sum turns saturation into
+an oracle and solves for every client. So the server signs one ``RunTerms``, each client's policy
+judges it once and writes its digest to its journal, and every plan carries that digest. A plan is
+then a function of the terms and of what a round must choose: ``RunTerms.plan``. Clients compute it
+themselves and take no other.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Annotated
+
+from secure_fedprompt.protocol import client_noise, homomorphic, masking
+from secure_fedprompt.protocol.client_noise import Noise
+from secure_fedprompt.protocol.codec import (
+    F64,
+    U8,
+    U16,
+    U32,
+    Blob,
+    Digest,
+    Many,
+    Name,
+    RunId,
+    Text,
+    UpTo,
+    encode_fields,
+)
+from secure_fedprompt.protocol.errors import ConfigError, PlanError, TermsError
+from secure_fedprompt.protocol.expand import Purpose, digest
+from secure_fedprompt.protocol.fixedpoint import size_layout
+from secure_fedprompt.protocol.homomorphic import SCHEMES
+from secure_fedprompt.protocol.layout import Layout, TensorSpec
+from secure_fedprompt.protocol.plan import (
+    MAX_ATTEMPTS,
+    MAX_COHORT,
+    NO_KEY,
+    NO_SEED,
+    PROTECTIONS,
+    RoundPlan,
+    default_threshold,
+    tolerated_colluders,
+)
+from secure_fedprompt.protocol.selection import task
+from secure_fedprompt.protocol.selection.task import Selection
+from secure_fedprompt.protocol.settings import CHOICES, MethodSettings
+
+CORRUPTION = 0.1  # share of colluders that a regular graph tolerates unless configured
+FEDERATION = 1 + task.SCOPES.index("federation")
+_MEMBERS = ("roster_digest", "clients", "quorum", "colluders", "makers", "helpers")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a plan may choose, besides what ``RunTerms`` fixes; fields as in ``RoundPlan``."""
+
+    round: int
+    attempt: int
+    learning_round: int
+    cohort: tuple[str, ...]
+    base_digest: bytes
+    maker: str = ""
+    election: int = 0
+    key: bytes = NO_KEY
+    grants: tuple[str, ...] = ()
+    helper: str = ""
+    helper_key: bytes = NO_KEY
+    helper_signature: bytes = bytes(64)
+
+    @classmethod
+    def of(cls, plan: RoundPlan) -> Choice:
+        """What a plan has chosen."""
+        s = plan.selection
+        return cls(
+            plan.round, plan.attempt, plan.learning_round, plan.cohort, plan.base_digest,
+            plan.maker, plan.election, plan.key, plan.grants,
+            s.helper, s.helper_key, s.helper_signature,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RunTerms:
+    """One run.
+
+    Attributes:
+        settings: of the method, the whole of them, canonical JSON. A schedule is a function of the
+            learning round.
+        start: digest of the prompt that the run starts from.
+        nonces: digest of all clients' nonces, which they committed to before they saw any other's.
+        clients: N, members that may take part; every threshold is a share of it.
+        quorum: updates of a sum at every stage, in every attempt, whatever the cohort.
+        colluders: c that the quorum and the graph tolerate; see ``tolerated``.
+        attempts: most attempts at one learning round.
+        tensors: what is uploaded; ring_bits, clip, weights, max_weight, max_seen: its bounds.
+        metrics: "off", "final" (counted in one evaluation sum at the end) or "rounds".
+        regular: 1 for a k-regular graph, for shares ``dropout`` and ``corruption`` of N.
+        flood: of ckks.
+        makers, helpers: who may make the cohort key, and who may be the helper, in this order.
+        selection: scope as in ``Selection``; fillers likewise; keep likewise, 0 is slots x cohort.
+        noise: that clients add to every training sum.
+        stage_seconds, training_seconds: deadlines. upload_after: seconds from a plan before which
+            nobody uploads.
+    """
+
+    run: RunId
+    settings: Annotated[Blob, UpTo(1 << 16)]
+    model_fingerprint: Digest
+    classes_digest: Digest
+    roster_digest: Digest
+    start: Digest
+    nonces: Digest
+    clients: U16
+    quorum: U16
+    colluders: U16
+    rounds: U32
+    attempts: U8
+    protection: Annotated[str, Text(16)]
+    tensors: Annotated[tuple[TensorSpec, ...], Many(128)]
+    ring_bits: U8
+    clip: F64
+    weights: Annotated[str, Text(16)]
+    max_weight: U32
+    max_seen: U32
+    metrics: Annotated[str, Text(16)]
+    regular: U8
+    dropout: F64
+    corruption: F64
+    flood: U8
+    makers: Annotated[tuple[Name, ...], Many(MAX_COHORT)]
+    helpers: Annotated[tuple[Name, ...], Many(MAX_COHORT)]
+    selection: U8
+    keep: U32
+    fillers: U16
+    noise: Noise
+    stage_seconds: F64
+    training_seconds: F64
+    upload_after: F64
+
+    @functools.cached_property
+    def digest(self) -> bytes:
+        return digest(Purpose.TERMS, encode_fields(self))
+
+    @functools.cached_property
+    def method(self) -> MethodSettings:
+        """The settings, decoded.
+
+        Raises:
+            ConfigError: they are not understood.
+        """
+        return MethodSettings.from_bytes(self.settings)
+
+    @functools.cached_property
+    def bounds(self) -> bytes:
+        """Digest of what a sum of one base means: two runs from one start must agree in it."""
+        numbers = f"{self.clip!r} {self.max_weight} {self.max_seen} {self.weights} {self.metrics}"
+        return digest(Purpose.BOUNDS, self.settings, numbers.encode(), encode_fields(self.noise))
+
+    @property
+    def evaluations(self) -> int:
+        """Sums of counters after the last learning round."""
+        return int(self.metrics != "off")
+
+    @property
+    def uniform(self) -> bool:
+        return self.weights == "uniform"
+
+    def check(self) -> None:
+        """Refuse terms that contradict themselves, or under which a sum could overflow.
+
+        Raises:
+            TermsError: naming the field.
+        """
+        for name in ("weights", "metrics"):
+            if (value := getattr(self, name)) not in CHOICES[name]:
+                raise TermsError(f"terms: {name} = {value!r}: not one of {CHOICES[name]}")
+        if self.protection not in PROTECTIONS:
+            raise TermsError(f"terms: protection {self.protection!r} is not known")
+        n = self.clients
+        least = 1 if self.protection == "none" else default_threshold(n)
+        if not least <= self.quorum <= n:
+            raise TermsError(f"terms: quorum {self.quorum} of {n} clients, at least {least}")
+        found = tolerated(self.protection, bool(self.regular), n, self.quorum, self.corruption)
+        if self.colluders != found:
+            raise TermsError(f"terms: colluders {self.colluders}, they tolerate {found}")
+        if not 1 <= self.attempts <= MAX_ATTEMPTS:
+            raise TermsError(f"terms: {self.attempts} attempts, 1 to {MAX_ATTEMPTS} are allowed")
+        if self.uniform and self.max_weight != 1:
+            raise TermsError(f"terms: uniform weights with max_weight {self.max_weight}")
+        if not 0 <= self.upload_after < self.training_seconds:
+            raise TermsError(
+                f"terms: upload_after {self.upload_after:g} s is not below training_seconds "
+                f"{self.training_seconds:g}"
+            )
+        if not (0 <= self.dropout < 1 and 0 <= self.corruption < 1) or self.regular > 1:
+            raise TermsError(f"terms: dropout {self.dropout}, corruption {self.corruption}")
+        try:
+            settings = self.method
+            rounds = [1, self.rounds, *([self.rounds + 1] if self.evaluations else [])]
+            for number in {r for r in rounds if r}:
+                self.plan(self.sample(number)).check()
+        except (ConfigError, PlanError) as error:
+            raise TermsError(f"terms: {error}") from None
+        if settings.to_bytes() != bytes(self.settings):
+            raise TermsError("terms: settings are not in their one canonical form")
+
+    def sample(self, number: int) -> Choice:
+        """What a learning round in which everybody takes part could choose, under other names."""
+        names = tuple(f"{i:05d}" for i in range(self.clients))
+        maker = names[0] if self.protection in SCHEMES else ""
+        helper = names[0] if self.selecting(number) else ""
+        return Choice(
+            1, 1, number, names, bytes(32), maker, 0, NO_KEY, names[1:] if maker else (), helper
+        )
+
+    def selecting(self, learning_round: int) -> bool:
+        """Whether server and helper select in this learning round."""
+        return bool(self.selection) and 1 < learning_round <= self.rounds
+
+    def layout(self, learning_round: int) -> Layout:
+        """Of the uploads of a learning round, whoever takes part: sized for N.
+
+        Raises:
+            PlanError: no layout fits.
+        """
+        training = learning_round <= self.rounds
+        federation = self.selecting(learning_round) and self.selection == FEDERATION
+        return size_layout(
+            self.tensors if training else (),
+            self.clients,
+            clip=self.clip,
+            max_weight=self.max_weight,
+            max_seen=self.max_seen,
+            ring_bits=self.ring_bits,
+            metrics=self.metrics == "rounds" or (self.metrics == "final" and not training),
+            filled=self.method.fedmgp.slots if federation else 0,
+            noise=self.noise.room if training else 0.0,
+        )
+
+    def _selection(self, chosen: Choice) -> Selection:
+        if not self.selecting(chosen.learning_round):
+            return task.NONE
+        o, n = self.method.fedmgp, len(chosen.cohort)
+        federation = self.selection == FEDERATION
+        return Selection(
+            scope=self.selection,
+            modalities=2 if o.modality == "both" else 1,
+            groups=o.groups,
+            slots=o.slots,
+            keep=min(self.keep or o.slots * n, o.groups * n) if federation else 0,
+            fillers=self.fillers if federation else 0,
+            helper=chosen.helper,
+            helper_key=chosen.helper_key,
+            helper_signature=chosen.helper_signature,
+        )
+
+    def plan(self, chosen: Choice) -> RoundPlan:
+        """The one plan of these terms for what a round chooses.
+
+        Raises:
+            PlanError: no graph, layout or parameter set fits.
+        """
+        n, training = len(chosen.cohort), chosen.learning_round <= self.rounds
+        degree, threshold, seed = 0, self.quorum, NO_SEED
+        if self.regular and self.protection == "masks":
+            degree, threshold = masking.choose_degree(
+                n, dropout=self.dropout, corruption=min(self.corruption * self.clients / n, 0.99)
+            )
+            numbers = f"{chosen.learning_round} {chosen.attempt}".encode()
+            seed = digest(Purpose.GRAPH, self.run, self.nonces, numbers)
+        return RoundPlan(
+            run=self.run,
+            terms=self.digest,
+            round=chosen.round,
+            attempt=chosen.attempt,
+            learning_round=chosen.learning_round,
+            rounds=self.rounds,
+            method=self.method.method,
+            protection=self.protection,
+            settings_digest=digest(Purpose.SETTINGS, self.settings),
+            model_fingerprint=self.model_fingerprint,
+            classes_digest=self.classes_digest,
+            roster_digest=self.roster_digest,
+            base_digest=chosen.base_digest,
+            members=self.clients,
+            cohort=chosen.cohort,
+            quorum=self.quorum,
+            threshold=threshold,
+            degree=degree,
+            graph_seed=seed,
+            clip=self.clip,
+            max_weight=self.max_weight,
+            uniform=int(self.uniform),
+            bucket=int(self.weights == "bucket"),
+            layout=self._layouts(chosen.learning_round),
+            parameters=homomorphic.choose(self.protection, self.clients, self.flood),
+            maker=chosen.maker,
+            election=chosen.election,
+            key=chosen.key,
+            grants=chosen.grants,
+            selection=self._selection(chosen),
+            noise=self.noise if training else client_noise.NONE,
+        )
+
+    def _layouts(self, learning_round: int) -> Layout:
+        """``layout``, computed once for each of its three forms."""
+        form = min(learning_round, 2) if learning_round <= self.rounds else 3
+        made: dict[int, Layout] = self.__dict__.setdefault("_made", {})
+        if form not in made:
+            made[form] = self.layout(learning_round)
+        return made[form]
+
+    def admit(self, plan: RoundPlan) -> None:
+        """Refuse a plan that is not the one of these terms.
+
+        Raises:
+            TermsError: naming the first field that differs, with both values.
+        """
+        if plan.run != self.run or plan.terms != self.digest:
+            raise TermsError(
+                f"plan is under terms {plan.terms.hex()[:16]}, agreed were {self.digest.hex()[:16]}"
+            )
+        last = self.rounds + self.evaluations
+        if plan.learning_round > last:
+            raise TermsError(
+                f"plan is for learning round {plan.learning_round}, the last is {last}"
+            )
+        if plan.attempt > self.attempts:
+            raise TermsError(
+                f"plan is attempt {plan.attempt} at learning round {plan.learning_round}, the "
+                f"terms allow {self.attempts}"
+            )
+        if not self.quorum <= len(plan.cohort) <= self.clients:
+            raise TermsError(
+                f"plan has a cohort of {len(plan.cohort)}, the terms allow {self.quorum} to "
+                f"{self.clients}"
+            )
+        if plan.encrypted and plan.maker not in self.makers:
+            raise TermsError(f"plan's key maker {plan.maker!r} is not one of the terms'")
+        if plan.selecting and plan.selection.helper not in self.helpers:
+            raise TermsError(f"plan's helper {plan.selection.helper!r} is not one of the terms'")
+        expected = self.plan(Choice.of(plan))
+        if plan != expected:
+            name = next(
+                f.name for f in fields(plan) if getattr(plan, f.name) != getattr(expected, f.name)
+            )
+            raise TermsError(
+                f"plan's {name} is {_short(getattr(plan, name))}, the terms say "
+                f"{_short(getattr(expected, name))}"
+            )
+
+    def succeed(self, before: RunTerms) -> None:
+        """Refuse new terms of a run unless only the roster changed, with what follows from it.
+
+        Raises:
+            TermsError: naming the field.
+        """
+        if self.roster_digest == before.roster_digest:
+            raise TermsError("terms of a run changed, and its roster did not")
+        for field in fields(self):
+            mine, theirs = getattr(self, field.name), getattr(before, field.name)
+            if field.name not in _MEMBERS and mine != theirs:
+                raise TermsError(
+                    f"terms of a run changed in {field.name}: {_short(theirs)} became "
+                    f"{_short(mine)}"
+                )
+
+
+def tolerated(
+    protection: str, regular: bool, clients: int, quorum: int, corruption: float = CORRUPTION
+) -> int:
+    """c: how many clients may collude with the server (masks) or pool what they know (bfv, ckks).
+
+    Complete graph: ``tolerated_colluders``. Regular graph: the corruption that chose k.
+    Homomorphic encryption, honest server: a sum of a quorum hides an honest client while another
+    honest one is in it. Nobody without protection.
+    """
+    if protection == "none":
+        return 0
+    if protection in SCHEMES:
+        return max(0, quorum - 2)
+    if regular:
+        return max(0, min(math.floor(corruption * clients), quorum - 2))
+    return tolerated_colluders(clients, quorum)
+
+
+def _short(value: object) -> str:
+    text = value.hex()[:16] if isinstance(value, bytes) else repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def nonces_digest(nonces: Sequence[object]) -> bytes:
+    """Of the opened nonces, by name."""
+    return digest(Purpose.NONCES, *(encode_fields(nonce) for nonce in nonces))
