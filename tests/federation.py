@@ -43,7 +43,10 @@ class Toy:
         return np.full(10, 0.5, np.float32)
 
     def run(self, work: Work) -> tuple[Values, float]:
-        values: dict[str, Any] = {k: np.float64(4) for k in ("seen", "correct", "loss")}
+        counted = {field.name for field in work.plan.layout}
+        values: dict[str, Any] = {
+            k: np.float64(4) for k in ("seen", "correct", "loss") if k in counted
+        }
         if work.plan.training:
             step = 0.5 * (self.target - work.base) + 1e-6 * work.plan.round
             values |= {"ctx": step[:6].reshape(2, 3), "extra": step[6:]}
@@ -134,11 +137,18 @@ class World:
             try:
                 replies = session.on(message)
                 while getattr(session, "work", None) is not None:
-                    work = session.work
-                    replies += session.trained(work, self.toys[recipient].run(work))
+                    replies += self._train(session, self.toys[recipient])
             except errors.SecureFedPromptError as error:
                 replies = self._refusal(recipient, error)
             self.queue.extend((recipient, "", reply) for reply in replies)
+
+    def _train(self, session: Any, toy: Any) -> list[m.Message]:
+        work = session.work
+        try:
+            replies: list[m.Message] = session.trained(work, toy.run(work))
+        except errors.UpdateError as error:
+            replies = session.failed(work, error)
+        return replies
 
     def _refusal(self, name: str, error: errors.SecureFedPromptError) -> list[m.Message]:
         if self.withdraws:

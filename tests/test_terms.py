@@ -1,0 +1,515 @@
+"""Attacks of a dishonest server that bends what its sums mean, against the real state machines.
+
+Each of them read private numbers from a client that took every plan as it came. Where it says so,
+the defence is taken away to show that the attack would still work without it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from federation import Toy, World
+from rounds import OPEN, identity, make_plan, names, roster
+
+from secure_fedprompt.clients.session import Work
+from secure_fedprompt.protocol import errors, fixedpoint
+from secure_fedprompt.protocol import messages as m
+from secure_fedprompt.protocol.expand import Purpose
+from secure_fedprompt.protocol.layout import TensorSpec, Values
+from secure_fedprompt.protocol.policy import Policy
+from secure_fedprompt.protocol.settings import MethodSettings
+from secure_fedprompt.protocol.terms import RunTerms
+from secure_fedprompt.server import run as server_run
+from secure_fedprompt.server.run import Run
+
+
+class Fixed(Toy):
+    """Training that is a function of the prompt alone, as a full batch makes it."""
+
+    def __init__(self, seed: int, images: float) -> None:
+        super().__init__(0.0, images)
+        self.update = np.random.default_rng(seed).uniform(-0.8, 0.8, 10)
+
+    def run(self, work: Work) -> tuple[Values, float]:
+        counted = {field.name for field in work.plan.layout}
+        values: dict[str, Any] = {
+            k: np.float64(self.weight // 2) for k in ("seen", "correct", "loss") if k in counted
+        }
+        if work.plan.training:
+            values |= {"ctx": self.update[:6].reshape(2, 3), "extra": self.update[6:]}
+        return values, 1.0 if work.plan.uniform else self.weight
+
+
+IMAGES = (7.0, 11.0, 12.0, 20.0, 33.0)
+
+
+def federation(folder: Path, n: int = 5, **changes: Any) -> World:
+    world = World(folder, n, **{"rounds": 40, **changes})
+    world.toys = {name: Fixed(i, IMAGES[i % 5]) for i, name in enumerate(names(n))}
+    return world
+
+
+def everybody(world: World) -> World:
+    for name in world.toys:
+        world.join(name)
+    world.pump()
+    return world
+
+
+def frozen(monkeypatch: pytest.MonkeyPatch, bend: Callable[[Any, int], Any]) -> list[Any]:
+    """A server that keeps the prompt, but for a nudge, and bends every plan. Returns its sums."""
+    sums: list[Any] = []
+    planned, applied = server_run.round_plan, Run._apply
+
+    def plan(state: Any, *args: Any) -> Any:
+        made = planned(state, *args)
+        return bend(made, state.learning_round) if made.training else made
+
+    def apply(self: Run, done: Any) -> None:
+        before = self.state.prompt
+        sums.append((done.plan, done.integers))
+        applied(self, done)
+        assert before is not None
+        self.state.prompt = before + np.float32(5e-7)
+
+    monkeypatch.setattr(server_run, "round_plan", plan)
+    monkeypatch.setattr(Run, "_apply", apply)
+    return sums
+
+
+def with_weight(plan: Any, number: int) -> Any:
+    layout = fixedpoint.size_layout(
+        [TensorSpec("ctx", (2, 3)), TensorSpec("extra", (4,))], 5, clip=plan.clip,
+        max_weight=number, max_seen=65536, ring_bits=32, metrics=True,
+    )  # fmt: skip
+    return dataclasses.replace(plan, max_weight=number, layout=layout)
+
+
+def solved(sums: list[Any]) -> np.ndarray:
+    """Every client's update, up to order, from sums of min(n_i, B) u_i: second differences in B
+    jump where B passes an n_i, by u_i."""
+    by_bound = {
+        plan.max_weight: fixedpoint.decode(plan.layout, integers)[:10]
+        for plan, integers in sums
+        if plan.training
+    }
+    bounds = sorted(by_bound)
+    slope = np.array([by_bound[b + 1] - by_bound[b] for b in bounds[:-1]])
+    jumps = slope[:-1] - slope[1:]
+    found = jumps[np.linalg.norm(jumps, axis=1) > 0.1]
+    return np.array(found)
+
+
+def test_a_bound_that_grows_from_plan_to_plan_would_open_every_update(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The attack, with clients that take every plan as it comes."""
+    monkeypatch.setattr(RunTerms, "admit", lambda self, plan: None)
+    sums = frozen(monkeypatch, with_weight)
+    world = everybody(federation(tmp_path, policy=OPEN))
+    assert world.run.error is None
+    found = solved(sums)
+    assert len(found) == 5  # those with 7, 11, 12, 20 and 33 images
+    for toy, update in zip(world.toys.values(), found, strict=True):
+        cosine = update @ toy.update / np.linalg.norm(update) / np.linalg.norm(toy.update)
+        assert cosine > 0.9999
+
+
+BENT: dict[str, Callable[[Any, int], Any]] = {
+    "max_weight": with_weight,
+    "clip": lambda plan, number: dataclasses.replace(plan, clip=1.0 - number / 50),
+    "layout": lambda plan, number: dataclasses.replace(
+        plan,
+        layout=tuple(
+            dataclasses.replace(f, bound=float(number)) if f.name in ("seen", "correct") else f
+            for f in plan.layout
+        ),
+    ),
+    "rounds": lambda plan, number: dataclasses.replace(plan, rounds=plan.rounds + number),
+}
+
+
+@pytest.mark.parametrize(
+    ("field", "weights"),
+    [(field, w) for field in BENT for w in ("samples", "uniform")
+     if (field, w) != ("max_weight", "uniform")],
+)  # fmt: skip
+def test_no_bound_varies_from_sum_to_sum(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, field: str, weights: str
+) -> None:
+    sums = frozen(monkeypatch, BENT[field])
+    world = everybody(federation(tmp_path, weights=weights, policy=Policy()))
+    assert not sums
+    assert set(world.errors) == set(names(5))
+    for error in world.errors.values():
+        assert isinstance(error, errors.TermsError)
+        assert f"plan's {field} is" in str(error)
+
+
+def test_a_prompt_that_hardly_moves_gives_sums_over_the_same_clients_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A nudge of 5e-7 dodges the digest of the base. Lists may then not differ by a few."""
+    sums = frozen(monkeypatch, lambda plan, number: plan)
+    world = federation(tmp_path, n=5, rounds=3, max_attempts=2, policy=Policy())
+    for toy in world.toys.values():  # a start that has a deviation, 0.02 as in the methods
+        spread = np.random.default_rng(0).normal(0, 0.02, 10).astype(np.float32)
+        toy.initial = lambda spread=spread: spread
+    everybody_but_one_in_round_two(world)
+    assert len(sums) == 1
+    told = [text for kind, text in world.events if kind == "fault"]
+    assert any("single out c005: at least 4 clients must change together" in t for t in told), told
+
+
+def everybody_but_one_in_round_two(world: World) -> None:
+    world.withdraws = True
+    original = world.run.on
+
+    def on(sender: str, message: m.Message, now: float) -> Any:
+        if sender == "c005" and isinstance(message, m.MaskedUpload) and message.round > 1:
+            return []
+        return original(sender, message, now)
+
+    world.run.on = on  # type: ignore[method-assign]
+    everybody(world)
+
+
+def test_lists_that_differ_in_pairs_solve_nothing() -> None:
+    """Ten clients, lists of eight: eleven of them, any two four apart, would solve all ten."""
+    from itertools import combinations
+
+    from secure_fedprompt.protocol.policy import check_isolation
+
+    lists = [tuple(n for n in names(10) if n not in out) for out in combinations(names(10), 2)]
+    chosen = [one for one in lists if all(len(set(one) ^ set(two)) >= 4 or one == two
+              for two in lists[:5])][:11]  # fmt: skip
+    signed: list[tuple[str, ...]] = []
+    for one in [names(10), *chosen]:
+        try:
+            check_isolation(one, signed, 3)
+        except errors.IsolationError:
+            continue
+        signed.append(one)
+    assert signed == [names(10)]
+
+
+# -- one terms message against one client ----------------------------------------------------------
+
+
+def begun(
+    tmp_path: Path, n: int = 10, policy: Policy = Policy(), **changes: Any
+) -> tuple[Any, Any]:
+    """A client that waits for its terms, and the honest ones."""
+    world = World(tmp_path, n, policy, **{"weights": "uniform", "metrics": "final", **changes})
+    sent: list[m.Terms] = []
+
+    def until(world: World, message: m.Message) -> bool:
+        return isinstance(message, m.Terms) and not sent.append(message)  # type: ignore[func-returns-value]
+
+    for name in names(n):
+        world.join(name)
+    world.pump(until)
+    return world, sent[0]
+
+
+def signed(message: m.Terms, **changes: Any) -> m.Terms:
+    terms = dataclasses.replace(message.terms, **changes)
+    signature = identity("server").sign(Purpose.TERMS, terms.digest)
+    return dataclasses.replace(message, terms=terms, signature=signature)
+
+
+def with_settings(message: m.Terms, **changes: Any) -> m.Terms:
+    settings = MethodSettings(**changes)
+    return signed(message, settings=settings.to_bytes())
+
+
+REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "a smaller federation": (
+        {"clients": 3, "quorum": 3, "colluders": 1}, errors.PolicyError, "asks for 3 .10 clients"),
+    "a quorum of a smaller one": ({"quorum": 5}, errors.TermsError, "quorum 5 of 10"),
+    "another c than the quorum gives": ({"colluders": 5}, errors.TermsError, "they tolerate 3"),
+    "hardly any clip": ({"clip": 0.001}, errors.PolicyError, "policy.min_clip is 0.1"),
+    "little room for counts": ({"max_seen": 10}, errors.PolicyError, "policy.min_seen is 4096"),
+    "little room for weights": (
+        {"weights": "samples", "max_weight": 3}, errors.PolicyError, "policy.min_weight is 256"),
+    "no protection": (
+        {"protection": "none", "colluders": 0}, errors.PolicyError, "policy.protections"),
+    "a sparse graph": ({"regular": 1, "colluders": 1, "dropout": 0.0, "corruption": 0.1},
+                       errors.TermsError, "no k-regular graph"),
+    "endless rounds": ({"rounds": 5000}, errors.PolicyError, "policy.max_rounds"),
+    "eleven attempts": ({"attempts": 11}, errors.TermsError, "11 attempts"),
+    "another roster": ({"roster_digest": bytes(32)}, errors.RosterMismatchError, "same roster"),
+    "another start": ({"start": bytes(32)}, errors.TermsError, "starting prompt"),
+    "a sum that overflows": ({"clip": 1e9}, errors.TermsError, "ring"),
+    "a hold past the deadline": ({"upload_after": 1e4}, errors.TermsError, "upload_after"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_terms_that_promise_less_are_refused(tmp_path: Path, case: str) -> None:
+    changes, error, words = REFUSED[case]
+    world, message = begun(tmp_path)
+    session = world.sessions["c002"]
+    with pytest.raises(error, match=words):
+        session.on(signed(message, **changes))
+    assert session.terms is None
+    (accept,) = session.on(message)  # the honest ones are taken, and what was refused left no trace
+    assert isinstance(accept, m.Accept)
+
+
+@pytest.mark.parametrize(
+    ("changes", "limit"),
+    [({"lr": 1e38}, "max_lr"), ({"momentum": 1.5}, "max_momentum"),
+     ({"weight_decay": 1e9}, "max_weight_decay"), ({"epochs": 1000}, "max_epochs")],
+)  # fmt: skip
+def test_training_that_asks_whether_a_gradient_overflows_is_refused(
+    tmp_path: Path, changes: dict[str, Any], limit: str
+) -> None:
+    policy = Policy(max_epochs=50)
+    world = World(tmp_path, 5, policy, weights="uniform", metrics="final", **changes)
+    everybody(world)
+    assert set(world.errors) == set(names(5))
+    assert all(f"policy.{limit}" in str(error) for error in world.errors.values())
+
+
+def test_noise_is_asked_of_every_sum() -> None:
+    """An evaluation is an exact sum of counts, which no noise covers."""
+    terms = make_terms(metrics="final")
+    Policy(colluders=0).check_terms(terms, 4)
+    with pytest.raises(errors.PolicyError, match="exact sums without noise.*metrics must be 'off'"):
+        Policy(colluders=0, min_noise=0.5).check_terms(terms, 4)
+
+
+def make_terms(**changes: Any) -> RunTerms:
+    from secure_fedprompt.protocol.settings import ServerSettings
+    from secure_fedprompt.server.planning import RunState, terms_of
+
+    state = RunState(run=b"r" * 16, model_fingerprint=b"m" * 32, classes_digest=b"c" * 32)
+    state.tensors = (TensorSpec("ctx", (2, 3)),)
+    state.start = state.prompt = np.zeros(6, np.float32)
+    return terms_of(ServerSettings(**changes), roster(4), state)
+
+
+def test_a_training_setting_reaches_only_the_runs_whose_terms_hold_it() -> None:
+    one, two = make_terms(lr=0.1), make_terms(lr=0.2)
+    assert one.digest != two.digest
+    assert one.bounds != two.bounds
+    assert make_terms(rounds=3).bounds == make_terms(rounds=4).bounds
+
+
+def test_every_field_of_the_terms_is_in_their_digest() -> None:
+    terms = make_terms()
+    seen = {terms.digest}
+    for field in dataclasses.fields(terms):
+        value = getattr(terms, field.name)
+        match value:
+            case bytes():
+                changed: Any = b"\1" + value[1:]
+            case str():
+                changed = value + "x"
+            case int():
+                changed = value + 1
+            case float():
+                changed = value + 0.25
+            case tuple():
+                changed = value + value[:1] or ("c001",)
+            case _:
+                changed = dataclasses.replace(value, multiplier=1.0)
+        seen.add(dataclasses.replace(terms, **{field.name: changed}).digest)
+    assert len(seen) == 1 + len(dataclasses.fields(terms))
+
+
+def test_terms_change_only_with_a_roster_that_the_client_has_too() -> None:
+    before = make_terms()
+    grown = dataclasses.replace(before, roster_digest=b"g" * 32, clients=5, quorum=4, colluders=2)
+    grown.succeed(before)
+    for changes in ({"clip": 0.5}, {"rounds": 11}, {"nonces": bytes(32)}, {"settings": b"{}"}):
+        with pytest.raises(errors.TermsError, match=f"changed in {next(iter(changes))}"):
+            dataclasses.replace(grown, **changes).succeed(before)  # type: ignore[arg-type]
+    with pytest.raises(errors.TermsError, match="its roster did not"):
+        dataclasses.replace(before, clients=5).succeed(before)
+
+
+def test_settings_that_are_not_text_are_a_named_error() -> None:
+    with pytest.raises(errors.ConfigError, match="not understood"):
+        MethodSettings.from_bytes(b'{"method": "\xff\xfe"}')
+
+
+# -- nonces and starts -----------------------------------------------------------------------------
+
+
+def test_nonces_are_committed_before_any_is_known(tmp_path: Path) -> None:
+    world, message = begun(tmp_path, n=4)
+    session = world.sessions["c002"]
+    committed = {n.name: n.nonce for n in session._commitments}
+    for nonce in message.nonces:
+        assert committed[nonce.name] == m.commitment(nonce.name, nonce.nonce)
+        assert committed[nonce.name] != nonce.nonce
+    other = tuple(m.Nonce(n.name, bytes(32)) if n.name == "c003" else n for n in message.nonces)
+    with pytest.raises(errors.TermsError, match="not the one that its client committed to"):
+        session.on(dataclasses.replace(message, nonces=other))
+    fewer = dataclasses.replace(message, nonces=message.nonces[1:])
+    with pytest.raises(errors.TermsError, match="digest of other nonces"):
+        session.on(fewer)
+
+
+def test_a_regular_graph_follows_from_all_nonces_and_each_attempt_has_its_own() -> None:
+    from secure_fedprompt.protocol.terms import Choice
+
+    terms = dataclasses.replace(make_terms(), regular=1, clients=200, quorum=134, colluders=20,
+                                dropout=0.05, corruption=0.1)  # fmt: skip
+    cohort = tuple(f"{i:03d}" for i in range(200))
+
+    def seed(learning_round: int, attempt: int, of: RunTerms = terms) -> bytes:
+        return of.plan(Choice(1, attempt, learning_round, cohort, bytes(32))).graph_seed
+
+    seeds = {seed(r, a) for r in (1, 2) for a in (1, 2)}
+    seeds |= {seed(1, 1, dataclasses.replace(terms, nonces=b"n" * 32))}
+    assert len(seeds) == 5
+    plan = terms.plan(Choice(1, 1, 1, cohort, bytes(32)))
+    with pytest.raises(errors.TermsError, match="graph_seed"):
+        terms.admit(dataclasses.replace(plan, graph_seed=b"s" * 32))
+    with pytest.raises(errors.TermsError, match="degree|threshold"):
+        terms.admit(dataclasses.replace(plan, degree=plan.degree - 2))
+
+
+def test_who_does_not_open_a_nonce_is_left_out_and_all_draw_new_ones(tmp_path: Path) -> None:
+    """Else the server could pick the set of nonces that gives the graph it likes."""
+    world = World(tmp_path, 40, graph="regular", max_dropout=0.0, max_corruption=0.0,
+                  gather_seconds=20.0, training_seconds=30.0, alive_seconds=1e9)  # fmt: skip
+    original, seen = world.run.on, list[bytes]()
+
+    def on(sender: str, message: m.Message, now: float) -> Any:
+        if isinstance(message, m.Hello) and sender == "c001":
+            seen.append(message.commitment)
+        if sender == "c007" and isinstance(message, m.Ready):
+            world.lost.add("c007")
+            return []
+        return original(sender, message, now)
+
+    world.run.on = on  # type: ignore[method-assign]
+    everybody(world)
+    assert world.run.error is None, world.run.error
+    assert any("c007 did not open a nonce" in str(v) for _, v in world.events)
+    assert len(set(seen)) == 2
+    assert "c007" not in {n.name for n in world.run.state.commitments}
+
+
+def test_a_tiny_frame_that_announces_millions_of_values_costs_only_its_sender(
+    tmp_path: Path,
+) -> None:
+    world = World(tmp_path, 64)
+    original = world.run.on
+
+    def on(sender: str, message: m.Message, now: float) -> Any:
+        if sender == "c001" and isinstance(message, m.Initial):
+            huge = (TensorSpec("ctx", (1 << 25,)),)
+            message = dataclasses.replace(message, tensors=huge, vector=bytes(16))
+        return original(sender, message, now)
+
+    world.run.on = on  # type: ignore[method-assign]
+    everybody(world)
+    assert world.run.error is None
+    assert any("c001: FieldError" in str(v) for k, v in world.events if k == "fault")
+    assert len(world.store.summary()["rounds"][0]["cohort"]) == 63
+
+
+# -- uploads ---------------------------------------------------------------------------------------
+
+
+def test_a_refused_upload_leaves_nothing_in_the_sum() -> None:
+    plan = make_plan(4, ring_bits=22, max_weight=1,
+                     tensors=(TensorSpec("a", (5,)), TensorSpec("b", (3,))))  # fmt: skip
+    total = np.zeros(sum(f.size for f in plan.layout), np.uint32)
+    good = bytearray(fixedpoint.to_wire(plan.layout, np.full(len(total), 77, np.uint32)))
+    sizes = [fixedpoint.packed_size(f.size, f.bits) for f in plan.layout]
+    good[sizes[0] + sizes[1] - 1] |= 0xC0  # bits behind the second tensor's last value
+    with pytest.raises(errors.FieldError, match="bits set behind"):
+        fixedpoint.add_wire(plan.layout, bytes(good), total)
+    assert not total.any()
+
+
+def test_an_aborted_attempt_is_repeated_word_for_word_under_fresh_masks(tmp_path: Path) -> None:
+    world = World(tmp_path, n=3, alive_seconds=1e9)
+    trained: list[int] = []
+    for toy in world.toys.values():
+        run = toy.run
+        toy.run = lambda work, run=run: trained.append(work.plan.round) or run(work)
+    uploads: dict[int, bytes] = {}
+    vectors: dict[int, Any] = {}
+    original = world.run.on
+
+    def on(sender: str, message: m.Message, now: float) -> Any:
+        if sender == "c001" and isinstance(message, m.MaskedUpload):
+            uploads[message.round] = bytes(message.vector)
+            vectors[message.round] = dict(world.journals["c001"]._blobs)
+        if sender == "c002" and isinstance(message, m.MaskedUpload) and message.round == 1:
+            return []
+        return original(sender, message, now)
+
+    world.run.on = on  # type: ignore[method-assign]
+    everybody(world)
+    assert world.run.error is None
+    assert uploads[1] != uploads[2]
+    name = next(n for n in vectors[1] if n.startswith("vector"))
+    assert vectors[1][name] == vectors[2][name]
+    assert vectors[2][name] != vectors[3][name]
+    assert sorted(trained) == [1] * 3 + [3] * 3 + [4] * 3  # nothing was trained for round 2
+
+
+@pytest.mark.parametrize("protection", ["masks", "bfv"])
+@pytest.mark.parametrize("how", ["raises", "nan", "infinity"])
+def test_a_failure_of_training_looks_like_any_other_upload(
+    tmp_path: Path, how: str, protection: str
+) -> None:
+    def run(folder: str, fail: bool) -> tuple[World, list[tuple[str, int]]]:
+        world = World(tmp_path / folder, 4, protection=protection, weights="uniform",
+                      metrics="final", rounds=1)  # fmt: skip
+        sent: list[tuple[str, int]] = []
+
+        def tap(sender: str, recipient: str, message: m.Message) -> m.Message:
+            if sender == "c002":
+                sent.append((type(message).__name__, len(m.CATALOGUE.encode(message))))
+            return message
+
+        world.tamper = tap
+        toy, train = world.toys["c002"], world.toys["c002"].run
+
+        def failing(work: Work) -> Any:
+            if not work.plan.training or not fail:
+                return train(work)
+            if how == "raises":
+                raise errors.UpdateError("CUDA out of memory")
+            bad = np.nan if how == "nan" else np.inf
+            return {"ctx": np.full((2, 3), bad), "extra": np.zeros(4)}, 1.0
+
+        toy.run = failing
+        for other in world.toys.values():
+            other.weight = 1.0
+        everybody(world)
+        return world, sent
+
+    good, expected = run("good", False)
+    bad, sent = run("bad", True)
+    assert bad.run.error is None
+    assert not bad.errors
+    sizes = {k: n for k, n in expected if k != "CipherUpload"}
+    assert [k for k, _ in sent] == [k for k, _ in expected]
+    assert {k: n for k, n in sent if k != "CipherUpload"} == sizes
+    assert bad.sessions["c002"].failed_because is not None
+    assert bad.store.summary()["rounds"][0]["metrics"]["contributors"] == 4
+    start = np.full(10, 0.5)
+    others = [0.5 * (t.target - start) for n, t in bad.toys.items() if n != "c002"]
+    assert np.allclose(bad.sessions["c001"].final, start + np.sum(others, 0) / 4, atol=1e-5)
+
+
+def test_weights_in_buckets_hide_all_but_the_power_of_two(tmp_path: Path) -> None:
+    world = federation(tmp_path, weights="bucket", rounds=1)
+    everybody(world)
+    first = world.store.summary()["rounds"][0]
+    assert first["metrics"]["weight"] == 4 + 8 + 8 + 16 + 32
