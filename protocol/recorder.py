@@ -8,6 +8,7 @@ of the other ends. Records:
     open     a process began to write: format, name, role, mode, roster
     frame    way, peer, type, run, round, size, BLAKE2b-256 of the frame, offset if it is kept
     plan     the fields of a round plan, hex, when its first frame passes
+    terms    those of a run's terms, likewise
     segment  first of every later segment: as open, with the chain before it
     dropped  segments up to this one were deleted to keep within the limit
     close    the process ended in order
@@ -37,7 +38,7 @@ from secure_fedprompt.protocol.keys import Identity, Member
 from secure_fedprompt.protocol.locking import lock
 from secure_fedprompt.protocol.roster import Roster
 
-FORMAT = "secure-fedprompt/audit/1"
+FORMAT = "secure-fedprompt/audit/2"
 START = bytes(32)
 MALFORMED = "malformed"
 Record = dict[str, Any]
@@ -104,6 +105,7 @@ class Recorder:
         self._places: dict[str, int] = {}  # frames that this segment holds already
         self._last: tuple[Any, str] = (None, "")  # a broadcast frame and its digest
         self._planned: tuple[tuple[bytes, int], set[bytes]] = (b"", 0), set()  # plans of a round
+        self._termed = b""  # digest of the last terms
         self._whole = True  # no record is half written
         self._lines: BinaryIO | None = None
         self._frames: BinaryIO | None = None
@@ -152,6 +154,9 @@ class Recorder:
             if plan.digest not in self._planned[1]:
                 self._planned[1].add(plan.digest)
                 self._write("plan", plan=encode_fields(plan).hex())
+        if isinstance(message, m.Terms) and message.terms.digest != self._termed:
+            self._termed = message.terms.digest
+            self._write("terms", terms=encode_fields(message.terms).hex())
 
     def head(self, message: m.RoundEnd | m.Finish) -> m.LogHead:
         """The signed head of the log at the end of a round, or of the run (round 0)."""

@@ -14,7 +14,12 @@ from zmq.utils import z85
 
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.codec import MAX_FRAME
-from secure_fedprompt.protocol.errors import CodecError, ConfigError, PortInUseError
+from secure_fedprompt.protocol.errors import (
+    CodecError,
+    ConfigError,
+    PortInUseError,
+    TrailingBytesError,
+)
 from secure_fedprompt.protocol.keys import Identity
 from secure_fedprompt.protocol.recorder import Recorder
 from secure_fedprompt.protocol.roster import Roster
@@ -96,13 +101,16 @@ class Hub:
                 parts = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again:
                 return
-            if len(parts) != 2:
+            if len(parts) < 2:
                 continue
             name = self._names[str(parts[1].get("User-Id"))]
             self._routes[name] = parts[0].bytes
-            frame = parts[1].buffer
+            frame: bytes | memoryview = parts[1].buffer
             decoded: m.Message | None = None
             try:
+                if len(parts) != 2:
+                    frame = b"".join(part.buffer for part in parts[1:])
+                    raise TrailingBytesError(f"a frame of {len(parts) - 1} parts")
                 message = decoded = m.CATALOGUE.decode(frame)
             except CodecError as error:
                 message = m.Leave(type(error).__name__, m.line(f"malformed frame: {error}"))

@@ -86,7 +86,8 @@ def test_frames_in_another_order_show(good: dict[str, Path], tmp_path: Path) -> 
 
 def reconnected(log: Log, at: int, peer: str, way: str) -> None:
     """Put another Hello into a log."""
-    hello = next(e for e in log.entries if e.kind == "Hello")
+    known = VICTIM if log.role == "server" else "server"
+    hello = next(e for e in log.entries if e.kind == "Hello" and e.peer == known)
     log.entries.insert(at, dataclasses.replace(hello, way=way, peer=peer, place=None))
 
 
@@ -148,7 +149,7 @@ def forged(folder: Path, records: list[dict[str, Any]], mode: str = "full") -> L
     members = [
         {"name": x.name, "role": x.role, "identity": x.identity.hex()} for x in known.members
     ]
-    about = {"format": "secure-fedprompt/audit/1", "name": "server", "role": "server",
+    about = {"format": "secure-fedprompt/audit/2", "name": "server", "role": "server",
              "mode": mode, "roster": members}  # fmt: skip
     chain, lines = bytes(32), []
     for n, record in enumerate([{"kind": "open", "cut": 0, **about}, *records, {"kind": "close"}]):

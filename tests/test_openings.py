@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from federation import World
+from federation import Toy, World
 from rounds import identity, make_encrypted_plan, make_parties, make_plan, make_updates, names
 from test_run import expected_prompt
 
@@ -390,7 +390,7 @@ def test_a_published_key_is_of_the_dead_attempt_alone() -> None:
     outcome = run_round(plan, parties, make_updates(plan), tap=tap)
     assert outcome.round.excluded == "c001"
     again = dataclasses.replace(plan, round=2, attempt=2)
-    state, (advert,) = participant.start(parties["c002"], again)
+    _, (advert,) = participant.start(parties["c002"], again)
     assert isinstance(advert, m.Advert)
     from secure_fedprompt.server.opening import public_of
 
@@ -417,12 +417,11 @@ def test_a_maker_that_seals_garbage_is_excluded_and_nothing_is_opened_over_a_few
             return message
         plan, made = world.run.current.plan, []
         for grant in message.grants:
-            if grant.recipient not in ("c002", "c003"):
-                grant = dataclasses.replace(grant, box=os.urandom(len(grant.box)))
-                body = grant.body(plan, message.key)
-                signature = identity("c001").sign(Purpose.KEY_GRANT, body)
-                grant = dataclasses.replace(grant, signature=signature)
-            made.append(grant)
+            garbage = dataclasses.replace(grant, box=os.urandom(len(grant.box)))
+            body = garbage.body(plan, message.key)
+            signature = identity("c001").sign(Purpose.KEY_GRANT, body)
+            good = grant.recipient in ("c002", "c003")
+            made.append(grant if good else dataclasses.replace(garbage, signature=signature))
         changed = dataclasses.replace(message, grants=tuple(made))
         signature = identity("c001").sign(Purpose.KEY_GRANT, changed.body(plan))
         return dataclasses.replace(changed, signature=signature)
@@ -481,6 +480,56 @@ def test_each_grant_is_sealed_to_a_key_of_its_own_keying() -> None:
     runs = {p.keyring.secret.public_key().public_bytes_raw() for p in parties.values()}
     assert len(set(asks.values())) == 6
     assert not runs & set(asks.values())
+
+
+def test_a_site_can_be_added_while_a_run_goes_on(tmp_path: Path) -> None:
+    """The server is started again with a larger roster; clients that have it too go on."""
+    from rounds import roster
+
+    world = world_of(tmp_path, n=4, rounds=3)
+    world.pump(nth(m.Advert, 2, 1))
+    before = world.run.state.terms
+    world.roster = roster(5)
+    restart(world)
+    after = world.run.state.terms
+    assert before is not None
+    assert after is not None
+    assert (after.clients, after.quorum, after.colluders) == (5, 4, 2)
+    world.toys["c005"], world.journals["c005"] = Toy(0.9, 14.0), MemoryJournal()
+    for name in names(5):
+        world.join(name)
+    world.pump()
+    assert world.run.error is None, world.run.error
+    assert not world.errors
+    rounds = world.store.summary()["rounds"]
+    assert [r["learning_round"] for r in rounds if r["outcome"] == "done"] == [1, 2, 3, 4]
+    assert rounds[-1]["cohort"] == list(names(5))
+    assert any("roster" in kind and "5 clients, quorum 4, c = 2" in str(v)
+               for kind, v in world.events)  # fmt: skip
+
+
+def test_a_client_goes_on_under_a_larger_roster_only_with_that_roster(tmp_path: Path) -> None:
+    from rounds import roster
+
+    world = world_of(tmp_path, n=4, rounds=3)
+    world.pump(nth(m.Advert, 2, 1))
+    world.roster = roster(5)
+    restart(world)
+    for name in names(4):
+        world.reconnect(name)  # the same processes, with the old file
+    world.pump()
+    assert all("copy the same roster file" in str(e) for e in world.errors.values())
+    assert set(world.errors) == set(names(4))
+
+
+def test_a_run_does_not_grow_in_the_middle_of_an_opening(tmp_path: Path) -> None:
+    from rounds import roster
+
+    world = world_of(tmp_path, n=4)
+    world.pump(nth(m.UnmaskRequest, 2, 1))
+    world.roster = roster(5)
+    with pytest.raises(errors.ConfigError, match="let that round end with the old roster"):
+        restart(world)
 
 
 def test_the_memory_journal_keeps_the_same_rules() -> None:

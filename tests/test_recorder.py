@@ -382,7 +382,7 @@ HOSTILE = [
     b'{"kind":"plan","n":1,"at":0,"plan":"zz"}',
     b'{"kind":"plan","n":1,"at":0,"plan":"00ff"}',
     b'{"kind":"segment","n":1,"at":0,"previous":7}',
-    b'{"kind":"open","n":1,"at":0,"format":"secure-fedprompt/audit/1","name":"x"}',
+    b'{"kind":"open","n":1,"at":0,"format":"secure-fedprompt/audit/2","name":"x"}',
     b'{"kind":["frame"],"n":1}',
     b'{"n":true,"kind":"close"}',
     b'{"n":' + b"9" * 5000 + b',"kind":"close"}',
@@ -443,8 +443,8 @@ def test_a_roster_may_grow_between_runs_and_an_owner_not_change(tmp_path: Path) 
     assert [len(read.rosters[run]) for run in read.runs] == [4, 5]
     put(log := made(tmp_path), upload(2), other)
     log.close()
-    assert [fault.what for fault in Log.read(tmp_path).faults] == [
-        "the roster changed within a run"
-    ]
+    read = Log.read(tmp_path)
+    assert not read.faults  # members came and went: the terms tell whether they might
+    assert [run for run, _ in read.steps] == [other.run.hex()]
     made(tmp_path, name="c002").close()
     assert Log.read(tmp_path).faults[-1].what == "the log changes its owner"

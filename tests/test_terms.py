@@ -201,11 +201,9 @@ def test_lists_that_differ_in_pairs_solve_nothing() -> None:
 # -- one terms message against one client ----------------------------------------------------------
 
 
-def begun(
-    tmp_path: Path, n: int = 10, policy: Policy = Policy(), **changes: Any
-) -> tuple[Any, Any]:
+def begun(tmp_path: Path, n: int = 10, **changes: Any) -> tuple[Any, Any]:
     """A client that waits for its terms, and the honest ones."""
-    world = World(tmp_path, n, policy, **{"weights": "uniform", "metrics": "final", **changes})
+    world = World(tmp_path, n, Policy(), **{"weights": "uniform", "metrics": "final", **changes})
     sent: list[m.Terms] = []
 
     def until(world: World, message: m.Message) -> bool:
@@ -494,7 +492,7 @@ def test_a_failure_of_training_looks_like_any_other_upload(
         everybody(world)
         return world, sent
 
-    good, expected = run("good", False)
+    _, expected = run("good", False)
     bad, sent = run("bad", True)
     assert bad.run.error is None
     assert not bad.errors

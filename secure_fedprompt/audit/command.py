@@ -44,7 +44,11 @@ def main(argv: list[str] | None = None) -> int:
         "--roster", metavar="FILE",
         help="the federation's roster, from a source that you trust: the logs' keys must be its",
     )  # fmt: skip
-    parser.add_argument("--run", default="", metavar="ID", help="of several, the last by default")
+    parser.add_argument(
+        "--run", default="", metavar="ID",
+        help="judge this run, and only mention others of the log; by default the last is judged in "
+        "full, and no other may have broken its promises",
+    )  # fmt: skip
     parser.add_argument(
         "--secrets", type=Path, metavar="FILE",
         help="a client's private record (private_record = true): look for its values on the wire",

@@ -145,19 +145,23 @@ def _content(entry: Entry) -> tuple[str, str, int, int]:
 
 
 def _passed(log: Log, run: str, way: str, peer: str) -> list[tuple[int, Entry]]:
-    """Frames of a run to or from a peer, with the number of their connection.
+    """Frames of a run to or from a peer, and of no run on the same connections, with the number of
+    their connection.
 
     Every connection begins with the client's Hello.
     """
     found, connection = [], 0
     hello = "in" if log.role == "server" else "out"
+    used: set[int] = set()  # connections of the run: what they carried beside it counts as well
     for entry in log.entries:
         if entry.peer != peer:
             continue
         connection += entry.kind == "Hello" and entry.way == hello
-        if entry.way == way and entry.run == run:
+        if entry.run == run:
+            used.add(connection)
+        if entry.way == way and entry.run in ("", run) and entry.kind != "Alive":
             found.append((connection, entry))
-    return found
+    return [(number, entry) for number, entry in found if number in used or entry.run]
 
 
 def _aligned(sent: list[tuple[int, Entry]], got: list[tuple[int, Entry]]) -> set[int] | None:

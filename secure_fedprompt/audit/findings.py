@@ -21,6 +21,7 @@ CHECKS = {
     "cross-check": "what one end says it sent is what the other says it received",
     "catalogue": "every frame is a message of the catalogue",
     "plans": "everybody was sent the same plan, and rounds followed it",
+    "terms": "every plan follows from the signed terms, and one sum was opened for each prompt",
     "protection": "what the plan protects was sent under its protection",
     "keys": "no key material beside the messages that carry it sealed",
     "uniformity": "protected payloads look uniform (finds accidents, proves no secrecy)",

@@ -22,6 +22,7 @@ from secure_fedprompt.protocol.recorder import (
     run_and_round,
     segments,
 )
+from secure_fedprompt.protocol.terms import RunTerms
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,9 @@ class Log:
 
     Attributes:
         name, role: of its owner, as the log says; modes: that it was written in.
-        roster: name -> (role, identity key in hex), the last one; rosters: by run.
+        roster: name -> (role, identity key in hex), the last one; rosters: by run, the last one.
+        steps: run, and number of the record, where a run went on with another roster.
+        terms: by run, each with the number of its record.
         entries: the frames, in order.
         faults: what contradicts the chain, with places.
         plans: by run (hex) and round, sound ones only; conflicts: rounds with a second, other one.
@@ -84,6 +87,8 @@ class Log:
     modes: set[str] = field(default_factory=set)
     roster: dict[str, tuple[str, str]] = field(default_factory=dict)
     rosters: dict[str, dict[str, tuple[str, str]]] = field(default_factory=dict)
+    steps: list[tuple[str, int]] = field(default_factory=list)
+    terms: dict[str, list[tuple[int, RunTerms]]] = field(default_factory=dict)
     entries: list[Entry] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
     plans: dict[tuple[str, int], RoundPlan] = field(default_factory=dict)
@@ -236,8 +241,8 @@ class _Reader:
                 elif record.segment != segment:
                     self._fault(where, record.n, f"segment {record.segment} in another's file")
             case records.Frame():
-                if record.run and log.rosters.setdefault(record.run, log.roster) != log.roster:
-                    self._fault(where, record.n, "the roster changed within a run")
+                if record.run:
+                    self._roster(record, where)
                 place = None if record.offset is None else (segment, record.offset)
                 log.entries.append(Entry(
                     record.n, record.at, record.way, record.peer, record.type, record.run,
@@ -245,8 +250,32 @@ class _Reader:
                 ))  # fmt: skip
             case records.Plan():
                 self._plan(record, where)
+            case records.Terms():
+                self._terms(record, where)
             case records.Dropped():
                 self.dropped = max(self.dropped, record.segment)
+
+    def _roster(self, record: records.Frame, where: str) -> None:
+        """A run may go on with more members; who stays, stays who it was."""
+        log = self.log
+        before = log.rosters.get(record.run)
+        if before == log.roster:
+            return
+        log.rosters[record.run] = log.roster
+        if before is None:
+            return
+        log.steps.append((record.run, record.n))
+        for name in sorted(set(before) & set(log.roster)):
+            if before[name] != log.roster[name]:
+                self._fault(where, record.n, f"within a run, {name} became another")
+
+    def _terms(self, record: records.Terms, where: str) -> None:
+        try:
+            terms = decode_fields(RunTerms, bytes.fromhex(record.terms))
+        except (SecureFedPromptError, ValueError) as error:
+            self._fault(where, record.n, f"record {record.n} holds no terms: {error}")
+            return
+        self.log.terms.setdefault(terms.run.hex(), []).append((record.n, terms))
 
     def _owner(self, record: records.Open | records.Segment, where: str) -> None:
         log = self.log

@@ -10,9 +10,11 @@ from secure_fedprompt.audit import uniformity
 from secure_fedprompt.audit.fields import TYPES
 from secure_fedprompt.audit.findings import Finding, failed, noted, warned
 from secure_fedprompt.audit.log import Entry, Log
+from secure_fedprompt.audit.terms import check_terms
 from secure_fedprompt.protocol import homomorphic
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.errors import SecureFedPromptError
+from secure_fedprompt.protocol.expand import Purpose, digest
 from secure_fedprompt.protocol.plan import RoundPlan
 from secure_fedprompt.protocol.recorder import MALFORMED
 
@@ -40,6 +42,8 @@ def check_promises(log: Log, run: str) -> Iterator[Finding]:
     decoded = list(log.messages(run))
     yield from _labels(log, entries, log.rosters[run])
     yield from _plans(log, run, entries, decoded)
+    yield from check_terms(log, run, decoded)
+    yield from _initial(log, run, entries, decoded)
     yield from _protection(log, run, entries)
     yield from _masks(log, run, decoded)
     yield from _keys(log, run, decoded)
@@ -118,6 +122,27 @@ def _plans(log: Log, run: str, entries: list[Entry], decoded: Decoded) -> Iterat
         yield failed("plans", log.name, text)
     if not protections:
         yield failed("plans", log.name, "no plan of this run is on record")
+
+
+def _initial(log: Log, run: str, entries: list[Entry], decoded: Decoded) -> Iterator[Finding]:
+    """A starting prompt comes before the first plan, which begins from it."""
+    first = min((e.n for e in entries if e.kind == "Plan" and e.run == run), default=None)
+    plans = [plan for (of, _), plan in sorted(log.plans.items()) if of == run]
+    base = next((plan.base_digest for plan in plans if plan.learning_round == 1), None)
+    part = {name for plan in plans for name in plan.cohort}
+    vectors = {e.n: x.vector for e, x in decoded if isinstance(x, m.Initial)}
+    for entry in entries:
+        if entry.kind != "Initial":
+            continue
+        where = f"{log.name}: record {entry.n}"
+        who = entry.peer if entry.way == "in" else log.name
+        if first is not None and entry.n > first:
+            text = f"a starting prompt of {who} in the middle of the run: it could hold an update"
+            yield failed("protection", where, text)
+        vector = vectors.get(entry.n)
+        if vector is not None and base is not None and digest(Purpose.BASE, vector) != base:
+            text = f"the run does not begin from the starting prompt of {who}"
+            yield (failed if who in part else warned)("protection", where, text)
 
 
 def _protection(log: Log, run: str, entries: list[Entry]) -> Iterator[Finding]:
@@ -233,6 +258,7 @@ def _uniform(log: Log, run: str, decoded: Decoded) -> Iterator[Finding]:
             continue
         try:
             found += uniformity.payloads(message, plan, who)
+            found += uniformity.boxes(message, plan, who)
         except SecureFedPromptError as error:
             where = f"{log.name}: record {entry.n}, round {entry.round}"
             yield failed("uniformity", where, f"upload of {who} is not what the plan says: {error}")

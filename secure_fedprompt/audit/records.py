@@ -70,6 +70,10 @@ class Plan(_Base, frozen=True, tag="plan", kw_only=True):
     plan: Hex
 
 
+class Terms(_Base, frozen=True, tag="terms", kw_only=True):
+    terms: Hex
+
+
 class Dropped(_Base, frozen=True, tag="dropped", kw_only=True):
     segment: Number
 
@@ -78,7 +82,7 @@ class Close(_Base, frozen=True, tag="close", kw_only=True):
     pass
 
 
-Record = Open | Segment | Frame | Plan | Dropped | Close
+Record = Open | Segment | Frame | Plan | Terms | Dropped | Close
 _DECODER = msgspec.json.Decoder(Record)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -13,7 +13,7 @@ from rich.table import Table
 from secure_fedprompt import __version__
 from secure_fedprompt.audit.compare import check_log, check_pair
 from secure_fedprompt.audit.fields import TYPES, expected_size, in_the_clear, protected
-from secure_fedprompt.audit.findings import CHECKS, Finding, Level, failed, noted
+from secure_fedprompt.audit.findings import CHECKS, Finding, Level, failed, noted, warned
 from secure_fedprompt.audit.log import Log
 from secure_fedprompt.audit.private import Private, check_private
 from secure_fedprompt.audit.promises import check_pooled, check_promises, row_of
@@ -73,14 +73,15 @@ def audit(
     """Check one run in one log, against the logs of other ends if they are given.
 
     Args:
-        run: first digits of its id; empty for the last.
+        run: first digits of its id; empty for the last, and then no other run of the log may have
+            broken its promises either.
         private: what a client alone knows, to look for it.
         roster: the federation's, from another source than the logs.
 
     Raises:
         ConfigError: the log does not hold the run.
     """
-    runs = log.runs
+    runs, named = log.runs, bool(run)
     chosen = [r for r in runs if r.startswith(run)] if run else runs[-1:]
     if len(chosen) != 1:
         raise ConfigError(
@@ -90,7 +91,7 @@ def audit(
     (run,) = chosen
     findings: list[Finding] = []
     whole = log.kept(run)
-    ran = {"chain", "heads", "catalogue", "plans", "protection"}
+    ran = {"chain", "heads", "catalogue", "plans", "terms", "protection"}
     ran |= {"frames", "keys"} if whole else set()
     for one in (log, *peers):
         findings += check_log(one, run)
@@ -108,6 +109,8 @@ def audit(
         text = "one log alone is internally consistent at best: --peer holds it against another end"
         findings.append(noted("cross-check", log.name, text))
     findings += check_pooled([log, *peers])
+    for one in (log, *peers):
+        findings += _other_runs(one, run, named)
     findings += row_of(log, run)
     if private is not None:
         ran.add("private values")
@@ -127,7 +130,23 @@ def audit(
                  findings)  # fmt: skip
 
 
-_BY_LABEL = ("catalogue", "plans", "protection")
+_BY_LABEL = ("catalogue", "plans", "terms", "protection")
+
+
+def _other_runs(log: Log, run: str, named: bool) -> Iterator[Finding]:
+    """Nothing that crossed the wire goes unmentioned: the log's other runs are judged as well."""
+    for other in log.runs:
+        if other == run:
+            continue
+        broken = [f for f in check_promises(log, other) if f.level is Level.FAIL]
+        plans = [plan for (of, _), plan in log.plans.items() if of == other]
+        under = f"under {plans[-1].protection}" if plans else "without a plan"
+        where = f"{log.name}: run {other[:8]}"
+        if not broken:
+            yield noted("protection", where, f"another run of this log, {under}: kept, by itself")
+            continue
+        text = f"another run of this log, {under}: NOT KEPT ({broken[0].text})"
+        yield (warned if named and plans else failed)("protection", where, text)
 
 
 def _pairs(logs: Sequence[Log]) -> list[tuple[Log, Log]]:

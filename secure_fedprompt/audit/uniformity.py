@@ -40,6 +40,7 @@ class Payload:
 
     Attributes:
         part: what the words are of; only payloads of the same part are subtracted.
+        alone: whether it is not subtracted from others.
     """
 
     client: str
@@ -47,6 +48,7 @@ class Payload:
     part: str
     words: Words
     modulus: int
+    alone: bool = False
 
 
 def payloads(message: m.Message, plan: RoundPlan, client: str) -> Iterator[Payload]:
@@ -70,6 +72,29 @@ def payloads(message: m.Message, plan: RoundPlan, client: str) -> Iterator[Paylo
                     places = range(half * degree, (half + 1) * degree)
                     words = np.array([found[k] for k in places], np.uint64)
                     yield Payload(client, plan.round, f"ciphertext {i}.{half}", words, modulus)
+
+
+def boxes(message: m.Message, plan: RoundPlan, client: str) -> Iterator[Payload]:
+    """Sealed boxes, byte by byte, and shares that are uniform without the other one."""
+    match message:
+        case m.Shares():
+            sealed = {"boxes": bytes(message.boxes)}
+        case m.KeyGrant():
+            sealed = {"grants": b"".join(bytes(grant.box) for grant in message.grants)}
+        case m.SealedPrompt():
+            sealed = {"box": bytes(message.box)}
+        case m.KeyShares():
+            sealed = {"box": bytes(message.box)}
+            words = np.frombuffer(message.share, "<u4")
+            yield Payload(client, plan.round, "share of selection keys", words, 1 << 32)
+        case m.HelperOutcome():
+            sealed = {"boxes": bytes(message.boxes)}
+        case _:
+            return
+    for name, data in sealed.items():
+        words = np.frombuffer(data, np.uint8).astype(np.uint32)
+        part = f"{type(message).__name__}.{name}"
+        yield Payload(client, plan.round, part, words, 256, alone=True)
 
 
 def _fields(layout: Layout, vector: bytes | memoryview) -> Iterator[tuple[Field, Words]]:
@@ -129,6 +154,8 @@ def _tests(found: list[Payload]) -> Iterator[tuple[str, str, Payload, Payload | 
         yield where, text, payload, None
     groups = defaultdict[tuple[object, ...], list[Payload]](list)
     for payload in found:
+        if payload.alone:
+            continue
         same = payload.part, payload.modulus, len(payload.words)
         groups["client", payload.client, *same].append(payload)
         groups["round", payload.round, *same].append(payload)
