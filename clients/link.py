@@ -15,8 +15,8 @@ import zmq
 from zmq.utils import z85
 from zmq.utils.monitor import recv_monitor_message
 
+from secure_fedprompt.protocol import chunks
 from secure_fedprompt.protocol import messages as m
-from secure_fedprompt.protocol.codec import MAX_FRAME
 from secure_fedprompt.protocol.errors import (
     ConfigError,
     NotOnRosterError,
@@ -70,8 +70,9 @@ class CurveLink:
         self._socket.curve_serverkey = z85.encode(server_key)
         self._socket.curve_publickey = z85.encode(identity.curve_public())
         self._socket.curve_secretkey = z85.encode(identity.curve.private_bytes_raw())
-        self._socket.maxmsgsize = MAX_FRAME
-        self._socket.rcvhwm = self._socket.sndhwm = 64
+        self._socket.maxmsgsize = chunks.LIMIT
+        self._socket.rcvhwm = self._socket.sndhwm = chunks.QUEUE
+        self._coming = chunks.Assembler()
         self._socket.heartbeat_ivl, self._socket.heartbeat_timeout = 2000, 10000
         self._socket.reconnect_ivl, self._socket.reconnect_ivl_max = 200, 3000
         self._monitor = self._socket.get_monitor_socket()
@@ -100,7 +101,8 @@ class CurveLink:
         if self._recorder is not None:  # first, or a kill in between would hide a frame
             self._recorder.record("out", self._recorder.server, message, frame)
         with contextlib.suppress(zmq.Again):
-            self._socket.send(frame, zmq.NOBLOCK, copy=False)
+            for chunk in chunks.split(frame):
+                self._socket.send(chunk, zmq.NOBLOCK, copy=False)
 
     def receive(self, timeout: float) -> m.Message | None:
         """The next frame, or None after ``timeout`` seconds.
@@ -111,16 +113,19 @@ class CurveLink:
         """
         self._poller.poll(int(timeout * 1000))
         self._watch()
-        try:
-            frame = self._socket.recv(zmq.NOBLOCK, copy=False)
-        except zmq.Again:
-            return None
+        frame: bytes | memoryview | None = None
+        while frame is None:
+            try:
+                chunk = self._socket.recv(zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                return None
+            frame = self._coming.add(chunk.buffer)
         message: m.Message | None = None
         try:
-            message = m.CATALOGUE.decode(frame.buffer)
+            message = m.CATALOGUE.decode(frame)
         finally:
             if self._recorder is not None:
-                self._recorder.record("in", self._recorder.server, message, frame.buffer)
+                self._recorder.record("in", self._recorder.server, message, frame)
         if self._recorder is not None and isinstance(message, m.RoundEnd | m.Finish):
             self.send(self._recorder.head(message))
         return message

@@ -19,7 +19,7 @@ from secure_fedprompt.protocol.homomorphic import SCHEMES
 from secure_fedprompt.protocol.plan import default_threshold, tolerated_colluders
 from secure_fedprompt.protocol.recorder import recorder
 from secure_fedprompt.protocol.settings import ServerSettings
-from secure_fedprompt.server.hub import Hub
+from secure_fedprompt.server.hub import Hub, bound_connections
 from secure_fedprompt.server.run import Run
 from secure_fedprompt.server.store import Store
 
@@ -81,6 +81,7 @@ def serve(settings: ServerSettings, json_path: str | None) -> int:
         with contextlib.ExitStack() as stack:
             if log is not None:
                 stack.callback(log.close)
+            bound_connections(len(roster.members))
             hub = Hub(settings.bind, identity, roster, denied, count, log)
             stack.callback(hub.close)
             where = "resuming" if state.run else "waiting for"

@@ -12,8 +12,9 @@ import zmq
 from zmq.auth.thread import ThreadAuthenticator
 from zmq.utils import z85
 
+from secure_fedprompt.protocol import chunks
 from secure_fedprompt.protocol import messages as m
-from secure_fedprompt.protocol.codec import MAX_FRAME
+from secure_fedprompt.protocol.chunks import Assembler
 from secure_fedprompt.protocol.errors import (
     CodecError,
     ConfigError,
@@ -25,7 +26,18 @@ from secure_fedprompt.protocol.recorder import Recorder
 from secure_fedprompt.protocol.roster import Roster
 
 DOMAIN = "secure-fedprompt"
+CONNECTIONS = 4096  # open files: as many strangers can hold a chunk each until they have to leave
 Counter = Callable[[str, str, str, int], None]
+
+
+def bound_connections(members: int) -> None:
+    """Bound what unauthenticated connections can take in sum, by the number of open files."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = max(CONNECTIONS, 2 * members + 256)
+    if soft == resource.RLIM_INFINITY or soft > wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 class _Admission:
@@ -66,6 +78,7 @@ class Hub:
     ) -> None:
         self._names = {z85.encode(member.curve).decode(): member.name for member in roster.members}
         self._routes: dict[str, bytes] = {}
+        self._coming: dict[str, Assembler] = {}
         self._count, self._recorder = count, recorder
         self.context = zmq.Context()
         self._zap = ThreadAuthenticator(self.context)
@@ -77,8 +90,8 @@ class Hub:
         self._socket.curve_server = True
         self._socket.curve_secretkey = z85.encode(identity.curve.private_bytes_raw())
         self._socket.router_mandatory = True
-        self._socket.maxmsgsize = MAX_FRAME
-        self._socket.rcvhwm = self._socket.sndhwm = 64
+        self._socket.maxmsgsize = chunks.LIMIT
+        self._socket.rcvhwm = self._socket.sndhwm = chunks.QUEUE
         self._socket.heartbeat_ivl, self._socket.heartbeat_timeout = 2000, 10000
         self._socket.handshake_ivl = 5000
         try:
@@ -104,13 +117,18 @@ class Hub:
             if len(parts) < 2:
                 continue
             name = self._names[str(parts[1].get("User-Id"))]
-            self._routes[name] = parts[0].bytes
+            if self._routes.get(name) != parts[0].bytes:
+                self._routes[name], self._coming[name] = parts[0].bytes, Assembler()
             frame: bytes | memoryview = parts[1].buffer
             decoded: m.Message | None = None
             try:
                 if len(parts) != 2:
                     frame = b"".join(part.buffer for part in parts[1:])
                     raise TrailingBytesError(f"a frame of {len(parts) - 1} parts")
+                whole = self._coming[name].add(parts[1].buffer)
+                if whole is None:
+                    continue
+                frame = whole
                 message = decoded = m.CATALOGUE.decode(frame)
             except CodecError as error:
                 message = m.Leave(type(error).__name__, m.line(f"malformed frame: {error}"))
@@ -130,7 +148,8 @@ class Hub:
         if self._recorder is not None:  # first, or a kill in between would hide a frame
             self._recorder.record("out", name, message, frame)
         try:
-            self._socket.send_multipart([route, frame], zmq.NOBLOCK, copy=False)
+            for chunk in chunks.split(frame):
+                self._socket.send_multipart([route, chunk], zmq.NOBLOCK, copy=False)
         except zmq.ZMQError:
             return False
         self._count(name, "down", type(message).__name__, len(frame))

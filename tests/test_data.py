@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import tracemalloc
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -82,6 +84,90 @@ def test_labels_follow_their_images_through_subsets(tmp_path: Path) -> None:
     part = train.subset(np.random.default_rng(0).permutation(len(train))[:6])
     for i in range(len(part)):
         assert part.image(i).getpixel((0, 0))[0] == 40 * part.labels[i]  # type: ignore[index]
+
+
+def packed(path: Path, members: dict[str, bytes]) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        for name, data in members.items():
+            file.writestr(zipfile.ZipInfo(name), data, zipfile.ZIP_DEFLATED)
+    return path
+
+
+def png(width: int, height: int) -> bytes:
+    data = io.BytesIO()
+    Image.new("1", (width, height)).save(data, "png")
+    return data.getvalue()
+
+
+def test_zip_names_are_read_however_they_are_written(tmp_path: Path) -> None:
+    small = png(9, 8)
+    names = ("./cat/1.png", "cat//2.png", "dog/./1.png", "dog/2.png", "dog/3.png", "cat/3.png")
+    path = packed(tmp_path / "d.zip", dict.fromkeys(names, small))
+    train, test = sets.folder_sets(path, None, 0.34, 0)
+    assert train.class_names == ("cat", "dog")
+    assert [train.image(i).size for i in range(len(train))] == [(9, 8)] * 4
+    assert len(test) == 2
+    for name in ("../cat/1.png", "/cat/1.png"):
+        path = packed(tmp_path / "bad.zip", {name: small, "dog/1.png": small})
+        with pytest.raises(DataError, match="a path outside of it"):
+            sets.folder_sets(path, None, 0.5, 0)
+    path = packed(tmp_path / "twice.zip", {"cat/1.png": small, "./cat/1.png": small})
+    with pytest.raises(DataError, match="'cat/1.png' twice"):
+        sets.folder_sets(path, None, 0.5, 0)
+
+
+def test_bombs_are_refused_before_they_are_unpacked(tmp_path: Path) -> None:
+    """A few kilobytes of zip must not take gigabytes of memory."""
+    wide, small = png(9_000, 8_000), png(9, 8)
+    assert len(wide) < 100_000
+    zeros = bytes(sets.MAX_FILE + 1)
+    members = {"cat/1.png": wide, "cat/2.png": small, "dog/1.png": zeros, "dog/2.png": small}
+    path = packed(tmp_path / "bomb.zip", members)
+    assert path.stat().st_size < 400_000
+    folder = tmp_path / "folder"
+    for name in ("cat/1.png", "cat/2.png", "dog/2.png"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(members[name])
+    tracemalloc.start()
+    for source in (path, folder):
+        found = unreadable(source)
+        assert "9000 x 8000 pixels, at most" in found["cat/1.png"]
+        assert source is folder or "bytes unpacked, at most" in found["dog/1.png"]
+        assert not {"cat/2.png", "dog/2.png"} & set(found)
+    assert tracemalloc.get_traced_memory()[1] < 50_000_000
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda data: data[:60] + b"\xff" * 20 + data[80:],  # the compressed stream
+        lambda data: with_method(data, 99),  # a compression that nobody knows
+    ],
+)
+def test_damaged_members_are_named(tmp_path: Path, spoil: Callable[[bytes], bytes]) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (40, 40, 3), np.uint8)
+    data = io.BytesIO()
+    Image.fromarray(noise).save(data, "png")
+    path = packed(tmp_path / "d.zip", {"cat/1.png": data.getvalue(), "dog/1.png": png(9, 8)})
+    path.write_bytes(spoil(path.read_bytes()))
+    assert "1.png cannot be read" in unreadable(path)["cat/1.png"]
+
+
+def with_method(data: bytes, method: int) -> bytes:
+    at = data.index(b"PK\x01\x02") + 10
+    return data[:at] + method.to_bytes(2, "little") + data[at + 2 :]
+
+
+def unreadable(source: Path) -> dict[str, str]:
+    found = {}
+    for images in sets.folder_sets(source, None, 0.0, 0):
+        for i in range(len(images)):
+            try:
+                images.image(i)
+            except DataError as error:
+                found[str(images._keys[i])] = str(error)
+    return found
 
 
 @pytest.mark.parametrize(

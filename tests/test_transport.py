@@ -10,6 +10,8 @@ from contextlib import ExitStack, closing
 import numpy as np
 import pytest
 import zmq
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from rounds import (
     float_sum,
     identity,
@@ -27,13 +29,13 @@ from secure_fedprompt.clients import participant
 from secure_fedprompt.clients.encrypted import Opening
 from secure_fedprompt.clients.link import CurveLink
 from secure_fedprompt.clients.state import Ready, State
-from secure_fedprompt.protocol import errors
+from secure_fedprompt.protocol import chunks, errors
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.codec import VERSION
 from secure_fedprompt.protocol.keys import Identity
 from secure_fedprompt.server.coordinator import Deadlines, Stage
 from secure_fedprompt.server.encrypted import make_round
-from secure_fedprompt.server.hub import Hub
+from secure_fedprompt.server.hub import CONNECTIONS, Hub, bound_connections
 
 PATIENCE = 20.0
 
@@ -128,14 +130,104 @@ def test_malformed_frames_are_reported_with_their_sender(
 ) -> None:
     link = connect(identity("c003"))
     link.connect()
-    link._socket.send(bytes((VERSION, 0xFF)) + b"garbage")
+    link._socket.send(bytes((3, VERSION, 0xFF)) + b"garbage")
     ((sender, message),) = collect(hub, 1)
     assert sender == "c003"
     assert isinstance(message, m.Leave)
     assert message.error == "UnknownTypeError"
-    link._socket.send_multipart([b"two", b"parts"])
+    for parts, error in (([b"two", b"parts"], "TrailingBytesError"), ([b""], "FieldError"),
+                         ([b"\x09x"], "FieldError")):  # fmt: skip
+        link._socket.send_multipart(parts)
+        ((sender, message),) = collect(hub, 1)
+        assert (sender, message.error) == ("c003", error)
     link.send(m.Alive())
     assert collect(hub, 1) == [("c003", m.Alive())]
+
+
+def test_large_frames_cross_in_chunks_both_ways(
+    hub: Hub, connect: Callable[..., CurveLink]
+) -> None:
+    link = connect(identity("c003"))
+    link.connect()
+    large = m.MaskedUpload(bytes(16), 1, np.random.default_rng(0).bytes(5 * chunks.CHUNK + 17))
+    link.send(large)
+    link.send(m.Alive())
+    (_, first), (_, second) = collect(hub, 2)
+    assert (bytes(first.vector), second) == (large.vector, m.Alive())
+    assert hub.send("c003", large)
+    received = link.receive(PATIENCE)
+    while received is None:
+        received = link.receive(PATIENCE)
+    assert bytes(received.vector) == large.vector
+
+
+def test_strangers_make_the_server_hold_no_more_than_a_chunk(hub: Hub) -> None:
+    """It is the announced size that a socket allocates, before anybody has shown a key."""
+    port = int(hub.address.rsplit(":", 1)[1])
+    greeting = b"\xff" + bytes(8) + b"\x7f\x03\x00" + b"CURVE".ljust(20, b"\0") + bytes(32)
+    for size, held in ((chunks.LIMIT // 2, True), (60_000_000, False)):
+        with socket.create_connection(("127.0.0.1", port), 5.0) as stranger:
+            stranger.sendall(greeting)
+            received = b""
+            while len(received) < 64:
+                received += stranger.recv(64 - len(received))
+            stranger.sendall(b"\x06" + size.to_bytes(8, "big"))
+            stranger.settimeout(1.0 if held else PATIENCE)
+            try:
+                closed = stranger.recv(1) == b""
+            except TimeoutError:
+                closed = False
+            except ConnectionError:
+                closed = True
+            assert closed is not held
+
+
+def test_open_files_bound_the_connections() -> None:
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        bound_connections(5)
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        assert soft <= CONNECTIONS
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+@given(st.integers(0, 3 * chunks.CHUNK + 5))
+@settings(max_examples=20, deadline=None)
+def test_chunks_make_the_frame_again(size: int) -> None:
+    frame = np.random.default_rng(size).bytes(size)
+    assembler = chunks.Assembler()
+    made = [assembler.add(memoryview(part)) for part in chunks.split(frame)]
+    assert made[:-1] == [None] * (len(made) - 1)
+    assert made[-1] is not None
+    assert bytes(made[-1]) == frame
+
+
+def test_a_frame_that_a_lost_connection_cut_is_forgotten() -> None:
+    assembler = chunks.Assembler()
+    one, two = (list(chunks.split(bytes((i,)) * (2 * chunks.CHUNK))) for i in (1, 2))
+    assert assembler.add(memoryview(one[0])) is None
+    assert assembler.add(memoryview(two[0])) is None  # the next frame begins
+    assert assembler.add(memoryview(two[1])) == b"\2" * (2 * chunks.CHUNK)
+    assert assembler.add(memoryview(one[1])) is None  # the rest of what was cut
+
+
+def test_a_frame_without_an_end_is_refused_before_it_fills_the_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(chunks, "MAX_FRAME", 3 * chunks.CHUNK)
+    assembler = chunks.Assembler()
+    part = memoryview(b"\0" + bytes(chunks.CHUNK))
+    assert assembler.add(memoryview(b"\1" + bytes(chunks.CHUNK))) is None
+    assert assembler.add(part) is None
+    assert assembler.add(part) is None
+    with pytest.raises(errors.TooLargeError):
+        assembler.add(part)
+    assert assembler.add(part) is None
+    with pytest.raises(errors.FieldError):
+        assembler.add(memoryview(b"\3" + bytes(chunks.CHUNK + 1)))
 
 
 def test_unencrypted_peers_get_nothing(hub: Hub) -> None:

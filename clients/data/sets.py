@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import io
+import warnings
 import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -18,6 +20,12 @@ from secure_fedprompt.clients.data import generated
 from secure_fedprompt.protocol.errors import DataError
 
 Index = NDArray[np.int64]
+MAX_PIXELS = 64_000_000  # of an image: decoded, it takes three bytes for each, and more on the way
+MAX_FILE = 256_000_000  # bytes of an image file that is packed in a zip
+_UNREADABLE = (
+    UnidentifiedImageError, OSError, ValueError, SyntaxError, EOFError, MemoryError, RuntimeError,
+    NotImplementedError, zipfile.BadZipFile, zlib.error, Image.DecompressionBombError,
+)  # fmt: skip
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm"}
 
 
@@ -50,7 +58,7 @@ class ImageSet:
         key = self._keys[i]
         try:
             return self._open(key).convert("RGB")
-        except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
+        except _UNREADABLE as error:
             raise DataError(f"image {key} cannot be read ({error}): repair or remove it") from None
 
     def subset(self, index: Index) -> ImageSet:
@@ -116,11 +124,26 @@ def _folder(path: Path) -> _Source:
     files = [PurePosixPath(p.relative_to(path).as_posix()) for p in path.rglob("*") if p.is_file()]
 
     def open_file(name: PurePosixPath) -> Image.Image:
-        image = Image.open(path / name)
+        image = _bounded(path / name)
         image.load()
         return image
 
     return _Source(str(path), sorted(files), open_file)
+
+
+def _bounded(file: Path | io.BytesIO) -> Image.Image:
+    """An image that is not decoded yet, unless decoding would take too much memory.
+
+    Raises:
+        ValueError: it would.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the bound here is lower
+        image = Image.open(file)
+    if image.width * image.height > MAX_PIXELS:
+        image.close()
+        raise ValueError(f"{image.width} x {image.height} pixels, at most {MAX_PIXELS:,}")
+    return image
 
 
 def _zip(path: Path) -> _Source:
@@ -128,8 +151,24 @@ def _zip(path: Path) -> _Source:
         archive = zipfile.ZipFile(path)
     except (zipfile.BadZipFile, OSError) as error:
         raise DataError(f"data set {path} is not a readable zip file: {error}") from None
-    names = sorted(PurePosixPath(name) for name in archive.namelist() if not name.endswith("/"))
-    return _Source(str(path), names, lambda name: Image.open(io.BytesIO(archive.read(str(name)))))
+    members: dict[PurePosixPath, zipfile.ZipInfo] = {}
+    for info in archive.infolist():
+        name = PurePosixPath(info.filename)  # without "./" and "//"
+        if info.is_dir():
+            continue
+        if name.is_absolute() or ".." in name.parts:
+            raise DataError(f"data set {path}: {info.filename!r} is a path outside of it")
+        if name in members:
+            raise DataError(f"data set {path} holds {str(name)!r} twice")
+        members[name] = info
+
+    def open_member(name: PurePosixPath) -> Image.Image:
+        info = members[name]
+        if info.file_size > MAX_FILE:
+            raise ValueError(f"{info.file_size:,} bytes unpacked, at most {MAX_FILE:,}")
+        return _bounded(io.BytesIO(archive.read(info)))
+
+    return _Source(str(path), sorted(members), open_member)
 
 
 def _by_class(source: _Source, inside: str, names: tuple[str, ...] | None) -> ImageSet:
