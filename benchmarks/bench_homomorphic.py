@@ -34,7 +34,7 @@ from secure_fedprompt.protocol import homomorphic
 from secure_fedprompt.protocol.client_noise import NONE as NO_NOISE
 from secure_fedprompt.protocol.fixedpoint import size_layout
 from secure_fedprompt.protocol.layout import TensorSpec
-from secure_fedprompt.protocol.plan import NO_KEY, NO_SEED, RoundPlan
+from secure_fedprompt.protocol.plan import NO_KEY, NO_SEED, RoundPlan, default_threshold
 from secure_fedprompt.protocol.roster import Roster
 from secure_fedprompt.protocol.selection.task import NONE
 from secure_fedprompt.server.coordinator import Deadlines
@@ -53,10 +53,12 @@ def make_plan(n: int, dim: int, tensors: int, protection: str, roster: Roster) -
     )
     names = tuple(member.name for member in roster.members)
     return RoundPlan(
-        run=os.urandom(16), round=1, learning_round=1, rounds=1, method="promptfl",
+        run=os.urandom(16), terms=bytes(32), round=1, attempt=1, learning_round=1, rounds=1000,
+        method="promptfl", members=n, bucket=0,
         protection=protection, settings_digest=bytes(32), model_fingerprint=bytes(32),
         classes_digest=bytes(32), roster_digest=roster.digest, base_digest=os.urandom(32),
-        cohort=names, quorum=3, threshold=3, degree=0, graph_seed=NO_SEED, clip=1.0,
+        cohort=names, quorum=default_threshold(n), threshold=default_threshold(n), degree=0,
+        graph_seed=NO_SEED, clip=1.0,
         max_weight=4096, uniform=0, layout=layout,
         parameters=homomorphic.choose(protection, n), maker=names[0], election=1, key=NO_KEY,
         grants=names[1:], selection=NONE, noise=NO_NOISE,
@@ -73,7 +75,7 @@ def ours(n: int, dim: int, tensors: int, protection: str, repeat: int) -> list[d
     for number in range(1, repeat + 2):  # the first one makes and grants the key
         updates = {f.name: rng.normal(0, 0.05, f.shape) for f in plan.layout if f.update}
         values = {**updates, **{k: np.float64(64) for k in ("seen", "correct", "loss")}}
-        plan = replace(plan, round=number)
+        plan = replace(plan, round=number, learning_round=number, base_digest=os.urandom(32))
         run_keys = {name: party.ready(plan.run) for name, party in parties.items()}
         server = make_round(plan, b"", keys[1], Deadlines(1, 1), run_keys)
         meter = metered.run(server, parties, values, 64.0)

@@ -56,7 +56,8 @@ def make_plan(n: int, dim: int, bits: int, graph: str, roster: Roster, number: i
         degree, threshold = choose_degree(n, dropout=0.1, corruption=0.1)
         seed = os.urandom(32)
     return RoundPlan(
-        run=os.urandom(16), round=number, learning_round=1, rounds=1, method="promptfl",
+        run=os.urandom(16), terms=bytes(32), round=number, attempt=1, learning_round=1, rounds=1,
+        method="promptfl", members=n, bucket=0,
         protection="masks", settings_digest=bytes(32), model_fingerprint=bytes(32),
         classes_digest=bytes(32), roster_digest=roster.digest, base_digest=os.urandom(32),
         cohort=tuple(m.name for m in roster.members), quorum=quorum, threshold=threshold,

@@ -24,7 +24,7 @@ from secure_fedprompt.protocol.roster import Roster
 from secure_fedprompt.server.coordinator import Round, Stage
 
 T = TypeVar("T")
-POLICY = Policy(protections=("masks", "bfv", "ckks"), graphs=("complete", "regular"))
+POLICY = Policy(protections=("masks", "bfv", "ckks"), graphs=("complete", "regular"), colluders=0)
 Keys = tuple[dict[str, Identity], Roster]
 
 
