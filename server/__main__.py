@@ -131,12 +131,21 @@ def warn(console: Console, settings: ServerSettings, clients: int) -> None:
             f"secure selection, scope {settings.selection_scope}: this server and the helper "
             f"({who}) must not collude"
         )
+    counts = {"samples": "image count", "bucket": "image count to a power of two"}
+    shown = [counts[settings.weights]] if settings.weights in counts else []
+    shown += ["test counts"] if settings.metrics == "rounds" else []
+    if shown:
+        console.print(
+            f"[yellow]weights = {settings.weights!r}, metrics = {settings.metrics!r}[/]: if one "
+            f"client drops out between two rounds, their sums differ by its {' and '.join(shown)}; "
+            "'uniform' and 'final' keep counts out of what can be compared"
+        )
     t = settings.threshold or default_threshold(clients)
     if settings.protection in SCHEMES:
         console.print(
             f"{settings.protection}: the server adds ciphertexts and learns no sum. All clients "
             "share one key: safe while this server follows the protocol and no client colludes "
-            "with it"
+            f"with it; among themselves, {max(0, t - 2)} clients learn no more than sums"
         )
         return
     if settings.graph == "regular":
