@@ -14,6 +14,7 @@ Records are JSON lines; vectors, frames and bases are files beside them, mode 06
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -23,8 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from secure_fedprompt.protocol.averaging import Prompt
+from secure_fedprompt.protocol.codec import encode_fields
 from secure_fedprompt.protocol.errors import (
     ConfigError,
     OpenedError,
@@ -33,6 +36,7 @@ from secure_fedprompt.protocol.errors import (
 )
 from secure_fedprompt.protocol.locking import lock
 from secure_fedprompt.protocol.plan import UNSHARED, RoundPlan
+from secure_fedprompt.protocol.terms import RunTerms
 
 Record = dict[str, Any]
 Names = tuple[str, ...]
@@ -44,6 +48,7 @@ class _Base:
 
     revealed_in: set[str] = field(default_factory=set)  # runs
     lists: list[tuple[str, int, Names]] = field(default_factory=list)  # run, round, survivors
+    bounds: set[bytes] = field(default_factory=set)  # of the runs that these lists were signed in
 
 
 @dataclass
@@ -51,13 +56,19 @@ class _Run:
     """What was done in one run."""
 
     terms: bytes = b""
+    counts: str = ""
     round: int = 0
     learning_round: int = 0
     attempt: int = 0
     base: str = ""
+    under: str = ""  # digest of the terms of the last round
     uploaded: int = 0
-    vectors: dict[int, tuple[str, str, str]] = field(default_factory=dict)  # terms, base, file
+    vectors: dict[int, tuple[str, str, str, str]] = field(default_factory=dict)
     opened: dict[int, int] = field(default_factory=dict)  # learning round -> round
+
+
+def _near(one: Prompt, other: NDArray[np.float32], tolerance: float) -> bool:
+    return len(one) == len(other) and float(np.abs(one - other).max(initial=0.0)) <= tolerance
 
 
 class MemoryJournal:
@@ -68,6 +79,7 @@ class MemoryJournal:
         self._bases: dict[str, _Base] = {}
         self._starts: dict[str, set[str]] = {}  # own starting prompt -> bounds of its runs
         self._near: tuple[str, ...] = ()  # bases near the present one, itself included
+        self._bounds = b""  # of the present run
         self._blobs: dict[str, bytes] = {}
 
     # -- terms -----------------------------------------------------------------------------------
@@ -89,10 +101,18 @@ class MemoryJournal:
             if run != other_than.hex() and self._runs[run].round > 0
         }
 
-    def accept_terms(self, run: bytes, terms: bytes, start: bytes, bounds: bytes) -> None:
+    def counts_of(self, other_than: bytes) -> set[str]:
+        """How other runs, whatever their start, counted what does not depend on a prompt."""
+        return {
+            made.counts for run, made in self._runs.items()
+            if run != other_than.hex() and made.round > 0 and made.counts
+        }  # fmt: skip
+
+    def accept_terms(self, terms: RunTerms, start: bytes) -> None:
         """Remember terms; ``start`` is the digest of this client's own starting prompt."""
-        self._apply({"event": "terms", "run": run.hex(), "terms": terms.hex(),
-                     "start": start.hex(), "bounds": bounds.hex()})  # fmt: skip
+        self._apply({"event": "terms", "run": terms.run.hex(), "terms": encode_fields(terms).hex(),
+                     "start": start.hex(), "bounds": terms.bounds.hex(),
+                     "counts": terms.counts})  # fmt: skip
 
     # -- a round ---------------------------------------------------------------------------------
 
@@ -136,28 +156,44 @@ class MemoryJournal:
             raise ReplayError(
                 f"learning round {plan.learning_round} begins from another prompt than before"
             )
+        if run.base == plan.base_digest.hex() and run.under != plan.terms.hex():
+            raise ReplayError(  # or each of two rosters could open a sum of it
+                f"learning round {plan.learning_round} was begun under other terms: it must end "
+                "before the roster changes"
+            )
         self._apply({"event": "round", "run": plan.run.hex(), "round": plan.round,
                      "learning_round": plan.learning_round, "attempt": plan.attempt,
-                     "base": plan.base_digest.hex()})  # fmt: skip
+                     "base": plan.base_digest.hex(), "terms": plan.terms.hex()})  # fmt: skip
 
-    def note_base(self, plan: RoundPlan, prompt: Prompt, tolerance: float) -> None:
+    def note_base(
+        self, plan: RoundPlan, prompts: Sequence[Prompt], tolerance: float, bounds: bytes
+    ) -> set[bytes]:
         """Remember the prompt of a round, and find those that are near it.
 
         Args:
-            prompt: flat float32; of learning round 1 the client's own, which no server can nudge.
+            prompts: flat float32; in learning round 1 also the client's own start, so that no nudge
+                of it hides one from the other.
             tolerance: largest difference between values of near prompts.
+            bounds: of the run, see ``RunTerms.bounds``.
+
+        Returns:
+            other bounds under which lists of a near prompt were signed.
         """
-        name, data = plan.base_digest.hex(), prompt.astype("<f4").tobytes()
-        near = [name]
-        for other in self._bases:
-            kept = self._get(f"base-{other[:32]}") if other != name else None
-            if kept is not None and len(kept) == len(data):
-                apart = np.abs(np.frombuffer(kept, "<f4") - np.frombuffer(data, "<f4"))
-                if not len(apart) or float(apart.max()) <= tolerance:
-                    near.append(other)
-        self._near = tuple(near)
-        if self._get(f"base-{name[:32]}") is None:
-            self._put(f"base-{name[:32]}", data)
+        name = plan.base_digest.hex()
+        mine = [prompt.astype("<f4") for prompt in prompts]
+        near = {name}
+        for other in set(self._bases) - near:
+            for kept in (self._get(f"base-{other[:32]}"), self._get(f"start-{other[:32]}")):
+                theirs = np.frombuffer(kept or b"", "<f4")
+                if kept is not None and any(_near(one, theirs, tolerance) for one in mine):
+                    near.add(other)
+        self._near = tuple(sorted(near))
+        for kind, prompt in zip(("base", "start"), mine, strict=False):
+            if self._get(f"{kind}-{name[:32]}") is None:
+                self._put(f"{kind}-{name[:32]}", prompt.tobytes())
+        used = set().union(*(self._bases[n].bounds for n in near if n in self._bases))
+        self._bounds = bounds
+        return used - {bounds}
 
     def near_lists(self, plan: RoundPlan) -> list[Names]:
         """Survivor lists, of other rounds, whose sums may be open for a base near the plan's."""
@@ -178,17 +214,19 @@ class MemoryJournal:
 
     def keep_vector(self, plan: RoundPlan, data: bytes) -> None:
         """Keep what is uploaded for a learning round, before it leaves."""
-        name = f"vector-{plan.run.hex()[:16]}"
+        name = f"vector-{plan.run.hex()}"
         self._put(name, data)
         self._apply({"event": "vector", "run": plan.run.hex(), "terms": plan.terms.hex(),
                      "base": plan.base_digest.hex(), "learning_round": plan.learning_round,
-                     "file": name})  # fmt: skip
+                     "file": name, "digest": hashlib.sha256(data).hexdigest()})  # fmt: skip
 
     def vector(self, plan: RoundPlan) -> bytes | None:
         """What was uploaded for this learning round and base before, or None."""
         run = self._runs.get(plan.run.hex(), _Run())
-        *of, name = run.vectors.get(plan.learning_round, ("", "", ""))
-        return self._get(name) if of == [plan.terms.hex(), plan.base_digest.hex()] else None
+        *of, name, known = run.vectors.get(plan.learning_round, ("", "", "", ""))
+        data = self._get(name) if of == [plan.terms.hex(), plan.base_digest.hex()] else None
+        same = data is not None and hashlib.sha256(data).hexdigest() == known
+        return data if same else None
 
     def claim_upload(self, run: bytes, round: int) -> None:
         """Raises UpdateReusedError if something was uploaded in this round: its masks are used."""
@@ -203,19 +241,19 @@ class MemoryJournal:
 
         Lists of sums that tell nothing are not remembered beyond that.
         """
-        self._put(f"opening-{plan.run.hex()[:16]}", opening)
-        if not plan.telling:
-            return
-        self._apply({"event": "list", "run": plan.run.hex(), "round": plan.round,
-                     "base": plan.base_digest.hex(), "survivors": list(survivors)})  # fmt: skip
+        if plan.telling:  # first: what can be opened must be on the list of lists
+            self._apply({"event": "list", "run": plan.run.hex(), "round": plan.round,
+                         "base": plan.base_digest.hex(), "survivors": list(survivors),
+                         "bounds": self._bounds.hex()})  # fmt: skip
+        self._put(f"opening-{plan.run.hex()}", opening)
 
     def keep_opening(self, plan: RoundPlan, opening: bytes) -> None:
         """Keep what this client tells of a sum that it has opened."""
-        self._put(f"opening-{plan.run.hex()[:16]}", opening)
+        self._put(f"opening-{plan.run.hex()}", opening)
 
     def opening(self, run: bytes) -> bytes | None:
         """What was kept with the last survivor list of a run, until the learning round is over."""
-        return self._get(f"opening-{run.hex()[:16]}")
+        return self._get(f"opening-{run.hex()}")
 
     def record_reveal(self, plan: RoundPlan) -> None:
         """Note, before it is sent, that a sum is being opened.
@@ -236,8 +274,8 @@ class MemoryJournal:
 
     def forget(self, run: bytes) -> None:
         """A learning round is over: its vector and its opening are not needed any more."""
-        self._drop(f"vector-{run.hex()[:16]}")
-        self._drop(f"opening-{run.hex()[:16]}")
+        self._drop(f"vector-{run.hex()}")
+        self._drop(f"opening-{run.hex()}")
 
     # -- storage ---------------------------------------------------------------------------------
 
@@ -254,22 +292,24 @@ class MemoryJournal:
         run = self._runs.setdefault(str(record["run"]), _Run())
         match record["event"]:
             case "terms":
-                run.terms = bytes.fromhex(record["terms"])
+                run.terms, run.counts = bytes.fromhex(record["terms"]), str(record["counts"])
                 entry = f"{record['run']} {record['bounds']}"
                 self._starts.setdefault(record["start"], set()).add(entry)
             case "round":
                 run.round, run.attempt = int(record["round"]), int(record["attempt"])
                 run.learning_round, run.base = int(record["learning_round"]), str(record["base"])
+                run.under = str(record["terms"])
             case "vector":
                 number = int(record["learning_round"])
                 of = str(record["terms"]), str(record["base"])
-                run.vectors[number] = (*of, str(record["file"]))
+                run.vectors[number] = (*of, str(record["file"]), str(record["digest"]))
             case "upload":
                 run.uploaded = int(record["round"])
             case "list":
                 made = self._bases.setdefault(str(record["base"]), _Base())
                 names = tuple(str(name) for name in record["survivors"])
                 made.lists.append((str(record["run"]), int(record["round"]), names))
+                made.bounds.add(bytes.fromhex(record["bounds"]))
             case "reveal":
                 run.opened[int(record["learning_round"])] = int(record["round"])
                 made = self._bases.setdefault(str(record["base"]), _Base())
@@ -337,7 +377,7 @@ class FileJournal(MemoryJournal):
         super()._apply(record)
 
     def _path(self, name: str) -> Path:
-        if not re.fullmatch(r"[a-z]+-[0-9a-f]{16,32}", name):
+        if not re.fullmatch(r"[a-z]+-[0-9a-f]{32}", name):
             raise ConfigError(f"journal names a file {name!r}: it is damaged")
         return self._folder / "kept" / name
 

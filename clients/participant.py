@@ -1,7 +1,7 @@
 """A client in one round, as a state machine without I/O.
 
     start(party, plan) -> Advertised -> Shared -> MaskedReady -> Uploaded -> Agreed -> Revealed
-                                          |-> Complained
+                                          |-> Doubting -> Complained
 
 ``state.on(message)`` returns the next state and the frames to send, or raises a named error and
 changes nothing. Randomness and the journal (what must survive a crash) are arguments. A state
@@ -20,6 +20,7 @@ from secure_fedprompt.clients.selecting import check_helper
 from secure_fedprompt.clients.state import Complained, Party, Ready, State, Step, words_of
 from secure_fedprompt.protocol import client_noise, fixedpoint, masking, shamir
 from secure_fedprompt.protocol import messages as m
+from secure_fedprompt.protocol.agreement_proof import AgreementProof, prove
 from secure_fedprompt.protocol.codec import UpTo, decode_fields, encode_fields
 from secure_fedprompt.protocol.errors import (
     AdvertMismatchError,
@@ -36,6 +37,8 @@ from secure_fedprompt.protocol.expand import Purpose, add_masks
 from secure_fedprompt.protocol.keys import agree, seal, unseal, verify
 from secure_fedprompt.protocol.layout import Vector
 from secure_fedprompt.protocol.plan import MAX_COHORT, RoundPlan
+
+_NO_PROOF = AgreementProof(bytes(32), bytes(32), bytes(32))
 
 
 def start(party: Party, plan: RoundPlan) -> Step:
@@ -132,11 +135,20 @@ class Advertised(State):
             incoming[peer] = masking.seal_key(plan, peer, own, shared)
         listed = m.adverts_digest(message.adverts)
         mask_keys = {peer: by_name[peer].mask_key for peer in incoming}
+        seal_keys = {peer: by_name[peer].seal_key for peer in incoming}
         reply = m.Shares(plan.run, plan.round, b"".join(boxes), bytes(64))
-        signature = self.party.identity.sign(Purpose.BOXES, reply.body(plan))
+        signature = self.party.identity.sign(Purpose.BOXES, reply.body(plan, listed))
         reply = replace(reply, signature=signature)
         after = Shared(
-            self.party, plan, self.secrets, own_shares, incoming, mask_keys, listed, tuple(names)
+            self.party,
+            plan,
+            self.secrets,
+            own_shares,
+            incoming,
+            mask_keys,
+            seal_keys,
+            listed,
+            tuple(names),
         )
         return after, [reply]
 
@@ -147,6 +159,7 @@ class Shared(State):
     own_shares: bytes
     incoming: Mapping[str, bytes]  # peer -> key of the box it sealed for us
     mask_keys: Mapping[str, bytes]
+    seal_keys: Mapping[str, bytes]
     adverts: bytes
     advertised: tuple[str, ...]
 
@@ -170,13 +183,48 @@ class Shared(State):
             try:
                 shares[peer] = unseal(self.incoming[peer], box, context, peer)
             except SealError:
-                secret = self.secrets.seal.private_bytes_raw()
-                complaint = m.Complaint(plan.run, plan.round, peer, secret)
-                return Complained(self.party, plan, peer), [complaint]
+                key = self.seal_keys[peer]
+                after = Doubting(
+                    self.party, plan, peer, box, key, self.secrets, self.adverts, self.advertised
+                )
+                return after, [m.Complaint(plan.run, plan.round, peer)]
         pairs = {
             peer: self.secrets.pair_key(plan, own, peer, self.mask_keys[peer]) for peer in senders
         }
         return MaskedReady(self.party, plan, self.secrets, pairs, self.adverts, shares), []
+
+
+@dataclass(frozen=True, repr=False)
+class Doubting(State):
+    """A box did not open. Its dealer is accused only if it signed that very box: a server that
+    alters boxes must not get anything for it."""
+
+    dealer: str
+    box: bytes
+    seal_key: bytes  # the dealer's
+    secrets: masking.RoundSecrets
+    adverts: bytes
+    advertised: tuple[str, ...]
+
+    def on(self, message: m.Message) -> Step:
+        return super().on(message) if isinstance(message, m.Evidence) else (self, [])
+
+    def _on_Evidence(self, message: m.Evidence) -> Step:
+        plan, party, dealer = self.plan, self.party, self.dealer
+        if message.dealer != dealer:
+            raise AdvertMismatchError(f"evidence about {message.dealer!r}, asked was {dealer!r}")
+        dealt = m.Shares(plan.run, plan.round, message.boxes, message.signature)
+        identity = party.roster.identity_of(dealer)
+        verify(identity, Purpose.BOXES, dealt.body(plan, self.adverts), dealt.signature, dealer)
+        near = masking.neighbourhoods(plan)[dealer]
+        recipients = [n for n in near if n in self.advertised and n != dealer]
+        at = m.BOX * recipients.index(party.name)
+        if bytes(message.boxes[at : at + m.BOX]) != self.box:
+            raise SealError(f"the box that {dealer} sealed for us was altered on its way")
+        accusation = m.Accusation(plan.run, plan.round, dealer, _NO_PROOF)
+        secret, context = self.secrets.seal.private_bytes_raw(), accusation.body(plan, party.name)
+        proof = prove(secret, self.seal_key, context, party.entropy)
+        return Complained(party, plan, dealer), [replace(accusation, proof=proof)]
 
 
 @dataclass(frozen=True, repr=False)
@@ -231,7 +279,7 @@ class Uploaded(State):
         return after, [m.Consistent(plan.run, plan.round, signature)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class _Kept:
     """An ``Agreed`` on the disk."""
 

@@ -349,25 +349,27 @@ class Session:
         self.party.policy.check_terms(terms, self.party.roster_clients)
         self._check_seen(terms, start)
         if before != encode_fields(terms):
-            digest_ = digest(Purpose.BASE, prompt_bytes(start))
-            journal.accept_terms(self.run, encode_fields(terms), digest_, terms.bounds)
+            journal.accept_terms(terms, digest(Purpose.BASE, prompt_bytes(start)))
         self.terms = terms
         return [accept]
 
     def _check_seen(self, terms: RunTerms, start: Prompt) -> None:
-        """Refuse other bounds for a prompt that this client has trained from before, unless its
-        operator accepts them: two sums of one prompt that are cut off in different places tell
-        what lies between."""
-        if self._exempt or any(
-            word and terms.digest.hex().startswith(word) for word in self._accept
-        ):
-            return
-        seen = self.party.journal.bounds_of(digest(Purpose.BASE, prompt_bytes(start)), self.run)
+        """Refuse other bounds for what this client has contributed before, unless its operator
+        accepts them: two sums that are cut off in different places tell what lies between."""
+        journal = self.party.journal
+        seen = journal.bounds_of(digest(Purpose.BASE, prompt_bytes(start)), self.run)
         if seen and terms.bounds not in seen:
+            self._ask(terms, "from the same starting prompt under other bounds or settings")
+        if terms.counts and (counted := journal.counts_of(self.run) - {terms.counts}):
+            self._ask(terms, f"that counted {min(counted)} where this one counts {terms.counts}")
+
+    def _ask(self, terms: RunTerms, what: str) -> None:
+        """Ask the operator's word for terms, unless it was given."""
+        word = terms.digest.hex()
+        if not self._exempt and not any(given and word.startswith(given) for given in self._accept):
             raise AcceptanceError(
-                "this client took part in a run from the same starting prompt under other bounds "
-                "or training settings: if that is meant, start it again with "
-                f"--accept {terms.digest.hex()[:16]}"
+                f"this client took part in a run {what}: if that is meant, start it again with "
+                f"--accept {word[:16]}"
             )
 
     def _plan(self, message: m.Plan) -> Replies:
@@ -445,9 +447,12 @@ class Session:
         base = self._floats(data)
         if self._agreed and self._agreed[0] == plan.learning_round and self._agreed[1] != data:
             raise MismatchError("global prompt is not the one that the last sum gives")
-        start = self.workload.initial()
-        noted = start if plan.learning_round == 1 else base
-        self.party.journal.note_base(plan, noted, _NEAR * float(start.std()))
+        start, terms = self.workload.initial(), self.terms
+        assert terms is not None
+        prompts = [base, start] if plan.learning_round == 1 else [base]
+        tolerance = _NEAR * float(start.std())
+        if self.party.journal.note_base(plan, prompts, tolerance, terms.bounds):
+            self._ask(terms, "from nearly the same prompt under other bounds or settings")
         return base
 
     def _open(self, plan: RoundPlan) -> bytes:
@@ -535,7 +540,7 @@ def _place(plan: RoundPlan) -> _Place:
     return plan.run, plan.learning_round, plan.base_digest
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class _Result:
     """What training gave."""
 

@@ -114,6 +114,11 @@ class Party:
             raise TermsError("terms: digest of other nonces than those that were sent")
         if digest(Purpose.BASE, message.start) != terms.start:
             raise TermsError("terms: starting prompt is not the one that they name")
+        if terms.roster_digest == self.roster.digest and terms.clients != self.roster_clients:
+            raise TermsError(
+                f"terms: {terms.clients} clients, the roster has {self.roster_clients}: any of "
+                "them could be in a cohort"
+            )
         if terms.roster_digest != self.roster.digest:
             raise RosterMismatchError(
                 f"server's roster {terms.roster_digest.hex()[:16]} is not ours "

@@ -222,6 +222,7 @@ class LocalTrainer:
         self.model_fingerprint = backbone.fingerprint
         self.classes_digest = classes_digest(train.class_names)
         self.weight = float(len(train))
+        self.hold_seconds = 0.0  # as the client's settings say
         self._sets = train, test
         self._features = {features[0].needs: features} if features else {}
         self.keep: Path | None = None  # folder for what the method must not forget

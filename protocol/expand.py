@@ -65,6 +65,7 @@ class Purpose(IntEnum):
     NONCES = 32
     BOXES = 33
     KEY_ASK = 34
+    AGREEMENT = 35
 
 
 _TAGS = {purpose: TAG + purpose.name.lower().encode() + b"\0" for purpose in Purpose}

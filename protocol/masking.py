@@ -69,6 +69,7 @@ def _tail(population: int, marked: int, draws: int, at_least: int) -> float:
     return (top + math.log(sum(math.exp(t - top) for t in terms))) / math.log(2)
 
 
+@functools.lru_cache(maxsize=64)
 def choose_degree(
     clients: int, *, dropout: float, corruption: float, sigma: int = 40, eta: int = 30
 ) -> tuple[int, int]:

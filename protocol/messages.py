@@ -11,7 +11,9 @@
                        <-           Adverts
       Shares           ->                            sealed key shares for each peer
                        <-           Inbox
-     (Complaint        ->                            a box does not open: ends the attempt)
+     (Complaint        ->                            a box does not open
+                       <-           Evidence         what its dealer signed
+      Accusation       ->                            proof: ends the attempt)
       MaskedUpload     ->                            (PlainUpload without protection)
                        <-           SurvivorList
       Consistent       ->                            signature on the list
@@ -57,6 +59,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
+from secure_fedprompt.protocol.agreement_proof import AgreementProof
 from secure_fedprompt.protocol.codec import (
     MAX_FRAME,
     U8,
@@ -232,9 +235,9 @@ class Shares(Printable):
     boxes: Annotated[Blob, UpTo(BOX * MAX_COHORT)]
     signature: Signature
 
-    def body(self, plan: RoundPlan) -> bytes:
-        """What the dealer signs."""
-        return plan.digest + digest(Purpose.BOXES, self.boxes)
+    def body(self, plan: RoundPlan, adverts: bytes) -> bytes:
+        """What the dealer signs; ``adverts`` is the digest of those that it dealt to."""
+        return plan.digest + adverts + digest(Purpose.BOXES, self.boxes)
 
 
 @dataclass(frozen=True, repr=False)
@@ -249,19 +252,38 @@ class Inbox(Printable):
 
 @dataclass(frozen=True, repr=False)
 class Complaint(Printable):
-    """The box that ``dealer`` sealed for the sender does not open.
-
-    It ends the attempt, so that the sender can show the key that it should have opened with.
-
-    Attributes:
-        secret: X25519 private key, of the advert's ``seal_key`` or of ``KeyAsk``; of this attempt
-            alone, and good for nothing afterwards.
-    """
+    """A box that came from ``dealer`` does not open."""
 
     run: RunId
     round: U32
     dealer: Name
-    secret: Digest
+
+
+@dataclass(frozen=True, repr=False)
+class Evidence(Printable):
+    """What ``dealer`` sent and signed: was the box altered on its way?"""
+
+    run: RunId
+    round: U32
+    dealer: Name
+    boxes: Annotated[Blob, UpTo(BOX * MAX_COHORT)]
+    signature: Signature
+
+
+@dataclass(frozen=True, repr=False)
+class Accusation(Printable):
+    """The box that ``dealer`` signed does not open: proof of the key that should open it."""
+
+    run: RunId
+    round: U32
+    dealer: Name
+    proof: AgreementProof
+
+    def body(self, plan: RoundPlan, name: str) -> bytes:
+        """What the proof is about."""
+        return b"".join(
+            (plan.digest, len(name).to_bytes(2, "little"), name.encode(), self.dealer.encode())
+        )
 
 
 @dataclass(frozen=True, repr=False)
@@ -591,7 +613,8 @@ CATALOGUE = Catalogue(
     Withdraw, Rejoin, Leave, Refused,
     KeyRequest, KeyGrant, KeyBox, CipherUpload, CipherSum, Opened, SealedRequest, SealedPrompt,
     HelperPlan, HelperOffer, HelperAnswer, KeyShares, HelperInputs, HelperChoices, HelperTables,
-    HelperOutcome, Outcome, LogHead, Terms, Accept, Contest, Complaint, KeyAsk,
+    HelperOutcome, Outcome, LogHead, Terms, Accept, Contest, Complaint, Evidence,
+    Accusation, KeyAsk,
 )  # fmt: skip
 
 TO_HELPER = (HelperPlan, HelperAnswer, HelperInputs, HelperTables)

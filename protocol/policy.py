@@ -88,6 +88,7 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         if terms.rounds > self.max_rounds:
             raise PolicyError(_above("max_rounds", self.max_rounds, f"{terms.rounds} rounds"))
         rooms = [("min_clip", self.min_clip, terms.clip, True),
+                 ("min_clip", self.min_clip, terms.noise.clip, terms.noise.used),
                  ("min_weight", self.min_weight, terms.max_weight, not terms.uniform),
                  ("min_seen", self.min_seen, terms.max_seen, terms.metrics != "off")]  # fmt: skip
         for limit, least, found, used in rooms:

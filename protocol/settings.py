@@ -156,9 +156,11 @@ class ServerSettings(MethodSettings, frozen=True, forbid_unknown_fields=True, kw
         bind: ZeroMQ address to listen on.
         run_dir: folder of this run; one that holds an unfinished run is resumed.
         clients: clients to wait for; 0 is all on the roster.
-        min_clients: fewest clients to go on with; never below the quorum, floor(2n/3) + 1 of
-            ``clients``, except without protection.
+        min_clients: fewest clients to go on with; never below the quorum, floor(2n/3) + 1 of all
+            clients on the roster, except without protection.
         rounds: learning rounds.
+        stop_after: stop in good order after this learning round (or after the one that is under
+            way), to go on later with the same run_dir, and perhaps a larger roster; 0 is off.
         max_attempts: tries of a learning round before the run fails; clients allow 10.
         protection: "masks"; "bfv" or "ckks" (the server adds ciphertexts and learns no sum; it must
             be honest-but-curious, and no client may collude with it); "none" for benchmarks.
@@ -204,6 +206,7 @@ class ServerSettings(MethodSettings, frozen=True, forbid_unknown_fields=True, kw
     clients: Count = 0
     min_clients: Positive = 3
     rounds: Positive = 10
+    stop_after: Count = 0
     max_attempts: Annotated[int, Meta(ge=1, le=10)] = 3
     protection: str = "masks"
     key_maker: str = ""

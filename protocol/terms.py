@@ -39,6 +39,7 @@ from secure_fedprompt.protocol.layout import Layout, TensorSpec
 from secure_fedprompt.protocol.plan import (
     MAX_ATTEMPTS,
     MAX_COHORT,
+    MAX_VALUES,
     NO_KEY,
     NO_SEED,
     PROTECTIONS,
@@ -46,6 +47,7 @@ from secure_fedprompt.protocol.plan import (
     default_threshold,
     tolerated_colluders,
 )
+from secure_fedprompt.protocol.ring import MAX_BITS, MIN_BITS
 from secure_fedprompt.protocol.selection import task
 from secure_fedprompt.protocol.selection.task import Selection
 from secure_fedprompt.protocol.settings import CHOICES, MethodSettings
@@ -161,6 +163,13 @@ class RunTerms:
         return digest(Purpose.BOUNDS, self.settings, numbers.encode(), encode_fields(self.noise))
 
     @property
+    def counts(self) -> str:
+        """What is counted of a client and where it is cut off; empty if nothing is."""
+        weights = "" if self.uniform else f"{self.weights} up to {self.max_weight}"
+        seen = "" if self.metrics == "off" else f"{self.metrics} up to {self.max_seen}"
+        return f"{weights}; {seen}" if weights or seen else ""
+
+    @property
     def evaluations(self) -> int:
         """Sums of counters after the last learning round."""
         return int(self.metrics != "off")
@@ -181,6 +190,20 @@ class RunTerms:
         if self.protection not in PROTECTIONS:
             raise TermsError(f"terms: protection {self.protection!r} is not known")
         n = self.clients
+        ranges = {
+            "clients": 1 <= n <= MAX_COHORT, "ring_bits": MIN_BITS <= self.ring_bits <= MAX_BITS,
+            "clip": 0 < self.clip <= 1e6, "max_weight": self.max_weight >= 1,
+            "max_seen": self.max_seen >= 1, "regular": self.regular <= 1,
+            "dropout": 0 <= self.dropout < 1, "corruption": 0 <= self.corruption < 1,
+            "selection": self.selection <= FEDERATION,
+            "noise": 0 <= self.noise.clip <= 1e6 and 0 <= self.noise.multiplier <= 1e6,
+            "stage_seconds": 0 < self.stage_seconds <= 1e9,
+            "training_seconds": 0 < self.training_seconds <= 1e9,
+            "tensors": 1 <= sum(tensor.size for tensor in self.tensors) <= MAX_VALUES,
+        }  # fmt: skip
+        for name, good in ranges.items():
+            if not good:
+                raise TermsError(f"terms: {name} = {_short(getattr(self, name))} is out of range")
         least = 1 if self.protection == "none" else default_threshold(n)
         if not least <= self.quorum <= n:
             raise TermsError(f"terms: quorum {self.quorum} of {n} clients, at least {least}")
@@ -196,8 +219,6 @@ class RunTerms:
                 f"terms: upload_after {self.upload_after:g} s is not below training_seconds "
                 f"{self.training_seconds:g}"
             )
-        if not (0 <= self.dropout < 1 and 0 <= self.corruption < 1) or self.regular > 1:
-            raise TermsError(f"terms: dropout {self.dropout}, corruption {self.corruption}")
         try:
             settings = self.method
             rounds = [1, self.rounds, *([self.rounds + 1] if self.evaluations else [])]

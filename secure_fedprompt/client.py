@@ -122,7 +122,7 @@ def take_part(settings: ClientSettings, json_path: str | None) -> int:
             names = sorted(member.name for member in roster.with_role("client"))
             trainer = load_trainer(settings, console, progress)
             trainer.seat = names.index(me.name), len(names)
-            trainer.keep = state_dir
+            trainer.keep, trainer.hold_seconds = state_dir, settings.hold_seconds
             party = Party(me.name, identity, roster, settings.policy, journal, os.urandom)
             session = Session(party, trainer, settings.method, settings.accept)
             record = state_dir if settings.private_record else None
@@ -154,7 +154,7 @@ def loop(
         record: folder for the private record, if one is kept.
     """
     connections, alive_at, greeted, rounds, told = 0, 0.0, 0.0, 0, 0
-    pace = Pace()
+    pace = Pace(trainer.hold_seconds)
     job: tuple[Work, Future[Result]] | None = None
     welcome: Future[list[m.Message]] | None = None
     with ThreadPoolExecutor(1) as pool:
@@ -178,8 +178,8 @@ def loop(
                     welcome = pool.submit(session.on, message)
                 elif message is not None:
                     replies += react(session, message, console)
-                    if isinstance(message, m.Plan):
-                        pace.begin(message.plan.round, session.terms, time.monotonic())
+                    if isinstance(message, m.Plan) and session.terms is not None:
+                        pace.begin(message.plan, session.terms.upload_after, time.monotonic())
                 told = tell_sums(console, session, told)
                 if job is None and session.work is not None:
                     job = session.work, pool.submit(trainer.run, session.work)
@@ -216,14 +216,13 @@ def settle(
     Raises:
         SecureFedPromptError: training was cancelled.
     """
-    number = work.plan.round
     try:
         result = outcome(future)
     except SecureFedPromptError as error:
-        pace.trained(number, time.monotonic(), failed=True)
+        pace.trained(work.plan, time.monotonic(), failed=True)
         return fail(console, session, work, error, trainer)
     sent = session.trained(work, result)
-    pace.trained(number, time.monotonic())
+    pace.trained(work.plan, time.monotonic())
     if sent and isinstance(result, tuple):
         uploaded(console, record, session, work, trainer, result)
     return sent

@@ -5,7 +5,7 @@ from __future__ import annotations
 from secure_fedprompt.clients.data.settings import DataSettings
 from secure_fedprompt.clients.privacy_settings import PrivacySettings
 from secure_fedprompt.protocol.policy import Policy
-from secure_fedprompt.protocol.settings import Count, Positive, Seconds
+from secure_fedprompt.protocol.settings import Count, NonNegative, Positive, Seconds
 
 
 class ModelSettings(DataSettings, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -38,6 +38,8 @@ class ClientSettings(ModelSettings, frozen=True, forbid_unknown_fields=True, kw_
         augment: train on random crops and flips instead of cached features.
         accept: first hex digits of the terms of a run that train from a prompt that this client has
             trained from before, under other bounds or settings; its error message names them.
+        hold_seconds: seconds from a round's plan before which nothing is uploaded, whatever the
+            terms say, so that neither how long training takes nor whether it failed shows.
         patience: seconds without a connection before giving up.
         audit: log of frames, in state_dir/audit: "off", "headers" (sizes, digests), or "full".
         audit_mb: most megabytes of that log; its oldest parts go first.
@@ -53,6 +55,7 @@ class ClientSettings(ModelSettings, frozen=True, forbid_unknown_fields=True, kw_
     seed: int = -1
     augment: bool = False
     accept: tuple[str, ...] = ()
+    hold_seconds: NonNegative = 0.0
     patience: Seconds = 60.0
     audit: str = "headers"
     audit_mb: Positive = 2048

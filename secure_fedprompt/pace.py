@@ -3,38 +3,46 @@
 from __future__ import annotations
 
 from secure_fedprompt.protocol import messages as m
-from secure_fedprompt.protocol.terms import RunTerms
+from secure_fedprompt.protocol.plan import RoundPlan
 
 UPLOADS = (m.MaskedUpload, m.CipherUpload, m.PlainUpload, m.KeyShares)
 
 
 class Pace:
-    """When uploads leave: not before ``upload_after``, and not sooner for having failed.
+    """Holds uploads back: for ``upload_after``, and for a failure as long as training ever took.
 
     How long training takes shows how many images there are, and a failure would show by its haste.
+    Time counts from the first plan of a learning round: no later attempt at it shortens a hold, and
+    neither does a deadline. A failure before anything was trained is held by ``upload_after``.
     """
 
-    def __init__(self) -> None:
-        self._round, self._began, self._after, self._longest = 0, 0.0, 0.0, 0.0
-        self._limit, self._failed = 0.0, False
+    def __init__(self, at_least: float = 0.0) -> None:
+        """``at_least``: seconds that this client holds uploads back, whatever the terms say."""
+        self._at_least, self._after = at_least, 0.0
+        self._here: tuple[bytes, int] = (b"", 0)
+        self._began, self._longest, self._failed = 0.0, 0.0, False
         self._held: list[m.Message] = []
 
-    def begin(self, round_: int, terms: RunTerms | None, now: float) -> None:
-        """A plan came."""
-        self._round, self._began, self._failed, self._held = round_, now, False, []
-        if terms is not None:
-            self._after, self._limit = terms.upload_after, 0.9 * terms.training_seconds
+    def begin(self, plan: RoundPlan, upload_after: float, now: float) -> None:
+        """A plan was taken up."""
+        here = plan.run, plan.learning_round
+        if here != self._here:
+            self._here, self._began, self._failed = here, now, False
+        self._after = max(self._at_least, upload_after)
+        self._held = []  # what an aborted attempt was about to send
 
-    def trained(self, round_: int, now: float, *, failed: bool = False) -> None:
-        """Training ended; the longest so far is what a failure waits for."""
-        if round_ == self._round and not self._failed:
-            self._failed = failed
-            self._longest = max(self._longest, 0.0 if failed else now - self._began)
+    def trained(self, plan: RoundPlan, now: float, *, failed: bool = False) -> None:
+        """Training for a plan ended."""
+        if (plan.run, plan.learning_round) != self._here:
+            return
+        self._failed = self._failed or failed
+        if not failed:
+            self._longest = max(self._longest, now - self._began)
 
     def due(self, replies: list[m.Message], now: float) -> list[m.Message]:
-        """What may leave now, of these replies and of earlier ones."""
+        """What may leave now, of these replies and of those that were held."""
         self._held += [reply for reply in replies if isinstance(reply, UPLOADS)]
-        wait = min(max(self._after, self._longest if self._failed else 0.0), self._limit)
+        wait = max(self._after, self._longest if self._failed else 0.0)
         free = [reply for reply in replies if not isinstance(reply, UPLOADS)]
         if now - self._began >= wait:
             free, self._held = free + self._held, []

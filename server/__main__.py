@@ -92,6 +92,9 @@ def serve(settings: ServerSettings, json_path: str | None) -> int:
             loop(hub, run)
         if run.error:
             raise run.error
+        if run.stopped:
+            console.print(f"start again with run_dir = {str(folder)!r} to go on", soft_wrap=True)
+            return 0
         summary = store.summary()
         store.event("finished", f"prompt {summary['prompt']}")
         command.write_json(json_path, summary)

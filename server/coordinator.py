@@ -35,7 +35,7 @@ from secure_fedprompt.protocol.plan import RoundPlan
 from secure_fedprompt.protocol.roster import Roster
 from secure_fedprompt.protocol.shamir import Entropy
 from secure_fedprompt.server.aggregate import MaskedSum, PlainSum, masks_to_remove
-from secure_fedprompt.server.opening import Pending, share_box_is_bad
+from secure_fedprompt.server.opening import Pending, share_box_is_bad, signed_boxes
 from secure_fedprompt.server.selection import Outbox, Selector
 
 
@@ -166,7 +166,7 @@ class Round:
         of = getattr(message, "run", None), getattr(message, "round", None)
         if not self.involves(sender) or of != (self.plan.run, self.plan.round):
             return []  # late: a frame may cross the end of its round
-        if isinstance(message, m.Complaint):
+        if isinstance(message, m.Complaint | m.Accusation):
             return self._judge(sender, message, now)
         if isinstance(message, m.FROM_HELPER):
             return self._help(sender, message, now)
@@ -189,13 +189,17 @@ class Round:
             self.waiting = set()
         return self._settle(now)
 
-    def _judge(self, sender: str, complaint: m.Complaint, now: float) -> Outbox:
-        """A box did not open: the attempt ends, without its dealer or without its accuser."""
-        if self.stage not in UPLOADING or not self._is_dealer(complaint.dealer, sender):
-            self.faults[sender] = f"complains about {complaint.dealer!r}, who sent it no box"
+    def _judge(self, sender: str, message: m.Complaint | m.Accusation, now: float) -> Outbox:
+        """A box did not open. With a proof the attempt ends, without its dealer or its accuser."""
+        dealer = message.dealer
+        if self.stage not in UPLOADING or not self._is_dealer(dealer, sender):
+            self.faults[sender] = f"complains about {dealer!r}, who sent it no box"
             return self.lost(sender, now)
-        dealer = complaint.dealer
-        if self._box_is_bad(sender, complaint):
+        if isinstance(message, m.Complaint):
+            if (evidence := self._evidence(dealer)) is not None:
+                return [(sender, evidence)]
+            self.excluded, what = dealer, f"{dealer} did not sign the boxes that it dealt"
+        elif self._box_is_bad(sender, message):
             self.excluded, what = dealer, f"{dealer} sealed a box for {sender} that does not open"
         else:
             self.excluded, what = sender, f"{sender} says falsely that a box of {dealer} is bad"
@@ -205,13 +209,17 @@ class Round:
     def _is_dealer(self, dealer: str, recipient: str) -> bool:
         return recipient in self._places.get(dealer, ())
 
-    def _box_is_bad(self, sender: str, complaint: m.Complaint) -> bool:
-        dealt = self._dealt[complaint.dealer]
-        at = self._places[complaint.dealer][sender]
-        box = bytes(dealt.boxes[at : at + m.BOX])
-        return share_box_is_bad(
-            self.plan, self.roster, self._adverts, dealt, box, sender, complaint
-        )
+    def _evidence(self, dealer: str) -> m.Evidence | None:
+        """What a dealer signed, or None if it did not sign it."""
+        plan, dealt = self.plan, self._dealt[dealer]
+        if not signed_boxes(plan, self.roster, tuple(self._adverts.values()), dealer, dealt):
+            return None
+        return m.Evidence(plan.run, plan.round, dealer, dealt.boxes, dealt.signature)
+
+    def _box_is_bad(self, sender: str, accusation: m.Accusation) -> bool:
+        at = self._places[accusation.dealer][sender]
+        box = bytes(self._dealt[accusation.dealer].boxes[at : at + m.BOX])
+        return share_box_is_bad(self.plan, self._adverts, box, sender, accusation)
 
     def back(self, name: str, now: float) -> Outbox:
         """A client came back, with a new connection: an opening asks it again."""

@@ -13,10 +13,9 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
-
 from secure_fedprompt.protocol import homomorphic
 from secure_fedprompt.protocol import messages as m
+from secure_fedprompt.protocol.agreement_proof import lift
 from secure_fedprompt.protocol.errors import (
     AdvertMismatchError,
     FieldError,
@@ -25,7 +24,7 @@ from secure_fedprompt.protocol.errors import (
 )
 from secure_fedprompt.protocol.expand import Purpose, digest
 from secure_fedprompt.protocol.homomorphic import CipherSum
-from secure_fedprompt.protocol.keys import agree, verify
+from secure_fedprompt.protocol.keys import verify
 from secure_fedprompt.protocol.packing import Packing
 from secure_fedprompt.protocol.plan import NO_KEY, RoundPlan
 from secure_fedprompt.protocol.roster import Roster
@@ -79,7 +78,6 @@ class EncryptedRound(Round):
         self._agreed = NO_KEY
         self._reporters: list[str] = []
         self._reported: set[str] = set()  # who can send the sealed prompt
-        self._probe = X25519PrivateKey.generate()
         self._early: dict[str, m.Message] = {}  # of key holders, while others get the key
 
     def start(self, now: float) -> Outbox:
@@ -120,12 +118,17 @@ class EncryptedRound(Round):
         granted = self._granted is not None and recipient in self._asks
         return granted and dealer == self.plan.maker
 
-    def _box_is_bad(self, sender: str, complaint: m.Complaint) -> bool:
+    def _judge(self, sender: str, message: m.Complaint | m.Accusation, now: float) -> Outbox:
+        if isinstance(message, m.Complaint):
+            self.faults[sender] = "a complaint without a proof"
+            return self.lost(sender, now)
+        return super()._judge(sender, message, now)
+
+    def _box_is_bad(self, sender: str, accusation: m.Accusation) -> bool:
         assert self._granted is not None
         maker, ask = self.run_keys[self.plan.maker], self._asks[sender]
-        bad, _ = grant_is_bad(self.plan, maker, ask, self._granted, complaint)
         self.burnt = True  # seen by the server, or not held by everybody: never to be used
-        return bad
+        return grant_is_bad(self.plan, maker, ask, self._granted, accusation)
 
     def back(self, name: str, now: float) -> Outbox:
         if self.stage is Stage.REPORTING and name in self._reported and name not in self.answers:
@@ -189,7 +192,7 @@ class EncryptedRound(Round):
                 if message.name != sender:
                     raise AdvertMismatchError(f"{sender} asks under the name {message.name!r}")
                 verify(identity, Purpose.KEY_ASK, message.body(plan), message.signature, sender)
-                agree(self._probe, message.seal_key, sender)  # refuses points of small order
+                lift(message.seal_key)  # refuses keys about which nothing could be proved
             case m.KeyGrant():
                 body = message.body(plan)
                 verify(identity, Purpose.KEY_GRANT, body, message.signature, sender)

@@ -6,18 +6,17 @@ be finished, by a restarted server as well.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
-from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
-
 from secure_fedprompt.protocol import homomorphic, masking
 from secure_fedprompt.protocol import messages as m
+from secure_fedprompt.protocol.agreement_proof import check, lift
 from secure_fedprompt.protocol.codec import Digest, Many
-from secure_fedprompt.protocol.errors import CiphertextError, ProtocolError
+from secure_fedprompt.protocol.errors import CiphertextError, PointError, ProtocolError
 from secure_fedprompt.protocol.expand import Purpose, digest
-from secure_fedprompt.protocol.keys import agree, unseal, verify
+from secure_fedprompt.protocol.keys import unseal, verify
 from secure_fedprompt.protocol.plan import MAX_COHORT, NO_KEY, RoundPlan
 from secure_fedprompt.protocol.roster import Roster
 
@@ -43,28 +42,36 @@ class Pending:
     ciphertexts: Annotated[tuple[m.Vector, ...], Many(m.MAX_CIPHERTEXTS)] = ()
 
 
-def public_of(secret: bytes) -> bytes:
-    return X25519PrivateKey.from_private_bytes(secret).public_key().public_bytes_raw()
+def signed_boxes(
+    plan: RoundPlan, roster: Roster, adverts: Sequence[m.Advert], dealer: str, dealt: m.Shares
+) -> bool:
+    """Whether a dealer signed its boxes, with a key that anything can be proved about."""
+    try:
+        identity = roster.identity_of(dealer)
+        body = dealt.body(plan, m.adverts_digest(adverts))
+        verify(identity, Purpose.BOXES, body, dealt.signature, dealer)
+        lift(next(a.seal_key for a in adverts if a.name == dealer))
+    except ProtocolError:
+        return False
+    return True
 
 
 def share_box_is_bad(
     plan: RoundPlan,
-    roster: Roster,
     adverts: Mapping[str, m.Advert],
-    dealt: m.Shares,
     box: bytes,
     accuser: str,
-    complaint: m.Complaint,
+    accusation: m.Accusation,
 ) -> bool:
-    """Whether the dealer is to blame, judged with the key that the accuser published."""
-    dealer = complaint.dealer
-    if public_of(complaint.secret) != adverts[accuser].seal_key:
+    """Whether the dealer is to blame: the box that it signed does not open with the key that the
+    two have agreed on."""
+    dealer, context = accusation.dealer, accusation.body(plan, accuser)
+    own, other = adverts[accuser].seal_key, adverts[dealer].seal_key
+    try:
+        shared = check(accusation.proof, own, other, context)
+    except ProtocolError:
         return False
     try:
-        identity = roster.identity_of(dealer)
-        verify(identity, Purpose.BOXES, dealt.body(plan), dealt.signature, dealer)
-        secret = X25519PrivateKey.from_private_bytes(complaint.secret)
-        shared = agree(secret, adverts[dealer].seal_key, dealer)
         key = masking.seal_key(plan, dealer, accuser, shared)
         unseal(key, box, masking.seal_context(plan, dealer, accuser), dealer)
     except ProtocolError:
@@ -77,23 +84,27 @@ def grant_is_bad(
     maker: m.Ready,
     ask: m.KeyAsk,
     granted: m.KeyGrant,
-    complaint: m.Complaint,
-) -> tuple[bool, bool]:
-    """Whether the maker is to blame, and whether the server has now seen a cohort key."""
-    if public_of(complaint.secret) != ask.seal_key:
-        return False, False
+    accusation: m.Accusation,
+) -> bool:
+    """Whether the maker is to blame for a grant that is of no use."""
     grant = next(g for g in granted.grants if g.recipient == ask.name)
+    context = accusation.body(plan, ask.name)
     try:
-        secret = X25519PrivateKey.from_private_bytes(complaint.secret)
-        key = masking.grant_key(plan, ask.name, agree(secret, maker.seal_key, maker.name))
-        context = masking.seal_context(plan, maker.name, ask.name)
-        data = unseal(key, bytes(grant.box), context, maker.name)
+        shared = check(accusation.proof, ask.seal_key, maker.seal_key, context)
+    except PointError:
+        return True
     except ProtocolError:
-        return True, False
-    fits = digest(Purpose.COHORT_KEY, data[32:], data[:32]) == granted.key
+        return False
+    try:
+        key = masking.grant_key(plan, ask.name, shared)
+        data = unseal(
+            key, bytes(grant.box), masking.seal_context(plan, maker.name, ask.name), maker.name
+        )
+    except ProtocolError:
+        return True
     scheme = homomorphic.scheme(plan.protection, plan.parameters)
     try:
         scheme.read(homomorphic.sealapi().SecretKey(), data[32:])
     except CiphertextError:
-        return True, True
-    return not fits, True
+        return True
+    return digest(Purpose.COHORT_KEY, data[32:], data[:32]) != granted.key

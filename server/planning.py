@@ -184,7 +184,7 @@ def check_roster(settings: ServerSettings, roster: Roster) -> None:
     listed = len(roster.with_role("client"))
     if settings.clients > listed:
         raise ConfigError(f"clients = {settings.clients}: the roster has {listed}")
-    n = settings.clients or listed
+    n = listed  # whoever is on the roster could be in some cohort: quorums must meet in all of it
     least, quorum = default_threshold(n), quorum_of(settings, n)
     if settings.protection != "none" and 0 < settings.threshold < least:
         raise ConfigError(
@@ -318,7 +318,7 @@ def terms_of(settings: ServerSettings, roster: Roster, state: RunState) -> RunTe
     """
     assert state.start is not None
     names = [member.name for member in roster.with_role("client")]
-    n = settings.clients or len(names)
+    n = len(names)
     quorum = quorum_of(settings, n)
     regular = settings.graph == "regular" and settings.protection == "masks"
     encrypted, secure = settings.protection in SCHEMES, settings.selection == "secure"

@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
-from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol import shamir
+from secure_fedprompt.protocol.agreement_proof import lift
 from secure_fedprompt.protocol.averaging import Prompt, averaged, metrics_of, prompt_bytes
 from secure_fedprompt.protocol.codec import decode_fields, encode_fields
 from secure_fedprompt.protocol.errors import (
@@ -36,7 +36,7 @@ from secure_fedprompt.protocol.errors import (
 )
 from secure_fedprompt.protocol.expand import Purpose
 from secure_fedprompt.protocol.homomorphic import SCHEMES
-from secure_fedprompt.protocol.keys import Identity, agree, verify
+from secure_fedprompt.protocol.keys import Identity, verify
 from secure_fedprompt.protocol.plan import MAX_ATTEMPTS, NO_KEY, RoundPlan
 from secure_fedprompt.protocol.roster import Roster
 from secure_fedprompt.protocol.settings import ServerSettings
@@ -94,7 +94,7 @@ class Run:
     Attributes:
         identity: the server's, which signs the terms.
         helpers: processes of role helper; they take part in no round, and in no count.
-        error: why the run failed, or None.
+        error: why the run failed, or None. stopped: whether it is to be gone on with.
     """
 
     settings: ServerSettings
@@ -109,6 +109,7 @@ class Run:
     current: Round | None = None
     error: SecureFedPromptError | None = None
     over: bool = False
+    stopped: bool = False
     attempts: int = 0
     last_reason: str = ""
 
@@ -116,11 +117,14 @@ class Run:
         check_settings(self.settings)
         check_roster(self.settings, self.roster)
         self.expected = self.settings.clients or len(self.roster.with_role("client"))
-        quorum = quorum_of(self.settings, self.expected)
+        quorum = quorum_of(self.settings, len(self.roster.with_role("client")))
         self.needed = max(self.settings.min_clients, quorum)
+        listed = len(self.roster.with_role("client"))
         if self.needed > self.expected:
             raise ConfigError(
-                f"min_clients = {self.settings.min_clients}: the run has {self.expected} clients"
+                f"clients = {self.expected}: at least {self.needed} of the {listed} on the roster "
+                "are needed (min_clients, and floor(2n/3) + 1 of the roster): take those who do "
+                "not take part off it"
             )
         self.gather_until = self.began + self.settings.gather_seconds
         self.initial_from, self.initial_until = "", 0.0
@@ -134,7 +138,6 @@ class Run:
         self.unhelpful: set[str] = set()  # who failed as helpers
         self.stranded_until = 0.0  # wait for somebody who can open the prompt
         self.restarts = 0  # of the nonces
-        self._probe = X25519PrivateKey.generate()
         self._resume()
 
     def _resume(self) -> None:
@@ -154,9 +157,11 @@ class Run:
                 "roster", f"changed: {grown.clients} clients, quorum {grown.quorum}, "
                 f"c = {grown.colluders}; clients need the same roster file and a restart",
             )  # fmt: skip
-            if state.pending:
+            if state.attempt:  # one prompt, two rosters: each could open a sum of it
                 raise ConfigError(
-                    "a sum is being opened: let that round end with the old roster, then change it"
+                    f"learning round {state.learning_round} has begun with the old roster: start "
+                    "once more with that file and --stop-after "
+                    f"{state.learning_round}, then change it"
                 )
             state.terms = grown
             self.ledger.save(state)
@@ -311,7 +316,7 @@ class Run:
         identity = self.roster.identity_of(sender, "client", "helper")
         body = message.body(self.roster.digest)
         verify(identity, Purpose.RUN_KEY, body, message.signature, sender)
-        agree(self._probe, message.seal_key, sender)  # refuses points of small order
+        lift(message.seal_key)  # refuses keys about which nothing could be proved
         others = (c.ready for name, c in self.everybody().items() if name != sender)
         if message.seal_key in {ready.seal_key for ready in others if ready}:
             raise AdvertMismatchError(f"run key of {sender} is another client's")
@@ -518,6 +523,13 @@ class Run:
             for name in contesting:
                 out += self._dismiss(name, now)
             return out + (self._maybe_start(now) if self.current is None else [])
+        if self.settings.stop_after and state.attempt == 0 and (
+            state.learning_round > self.settings.stop_after
+        ):  # fmt: skip
+            self.over = self.stopped = True
+            text = f"stopped after learning round {state.learning_round - 1}, as it was asked to"
+            self.ledger.event("stopped", text)
+            return out + self._finish_frames(reason=f"the server {text}: start it again to go on")
         out += self._call_back(now)
         present = sum(c.accepted for c in self.clients.values())
         if present < max(self.needed, self._wanted()) and now < self.gather_until:
@@ -642,13 +654,13 @@ class Run:
         self.ledger.event("failed", str(error))
         return self._finish_frames()
 
-    def _finish_frames(self, names: Iterable[str] = ()) -> Outbox:
+    def _finish_frames(self, names: Iterable[str] = (), reason: str = "") -> Outbox:
         """The last frame to these clients, or to all."""
         names = names or tuple(self.everybody())
         if not self.state.run:
             refusal = _refused(self.error or RunFailedError("the run is over"))
             return [(name, refusal) for name in names]
-        finish = m.Finish(self.state.run, self.state.base, m.line(self.error or ""))
+        finish = m.Finish(self.state.run, self.state.base, m.line(self.error or reason))
         return [(name, finish) for name in names]
 
 

@@ -46,7 +46,7 @@ CREATE TABLE IF NOT EXISTS traffic (
 CREATE TABLE IF NOT EXISTS events (at REAL, kind TEXT, text TEXT);
 """
 _FREE = {"key", "roster", "bind", "run_dir", "gather_seconds", "alive_seconds", "max_attempts",
-         "audit", "audit_mb"}  # what the terms of a run do not fix  # fmt: skip
+         "stop_after", "audit", "audit_mb"}  # what the terms of a run do not fix  # fmt: skip
 
 
 def open_run(folder: Path) -> sqlite3.Connection:

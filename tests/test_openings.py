@@ -7,18 +7,30 @@ import os
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from federation import Toy, World
-from rounds import identity, make_encrypted_plan, make_parties, make_plan, make_updates, names
+from rounds import (
+    identity,
+    make_encrypted_plan,
+    make_parties,
+    make_plan,
+    make_updates,
+    names,
+    roster,
+)
+from safetensors.numpy import load_file
 from test_run import expected_prompt
 
 from secure_fedprompt.clients import encrypted, participant
 from secure_fedprompt.clients.journal import FileJournal, MemoryJournal
-from secure_fedprompt.protocol import errors
+from secure_fedprompt.protocol import errors, masking
 from secure_fedprompt.protocol import messages as m
+from secure_fedprompt.protocol.agreement_proof import AgreementProof, check
 from secure_fedprompt.protocol.codec import decode_fields
 from secure_fedprompt.protocol.expand import Purpose
+from secure_fedprompt.protocol.keys import unseal
 from secure_fedprompt.server.coordinator import Stage
 from secure_fedprompt.server.opening import Pending
 from secure_fedprompt.simulate import run_round
@@ -189,10 +201,6 @@ def test_what_is_kept_is_private_and_goes_when_the_learning_round_ends(tmp_path:
 
 
 def test_a_journal_cannot_name_a_file_elsewhere(tmp_path: Path) -> None:
-    line = (
-        '{"event":"vector","run":"00","terms":"","base":"","learning_round":1,"file":"../../x"}\n'
-    )
-    (tmp_path / "journal.jsonl").write_text(line)
     journal = FileJournal(tmp_path / "journal.jsonl")
     with pytest.raises(errors.ConfigError, match="damaged"):
         journal._get("../../x")
@@ -288,30 +296,119 @@ def test_the_word_accepts_these_terms_and_no_others(tmp_path: Path) -> None:
         assert (world.run.error is None) is good
 
 
+def test_counts_are_cut_off_in_the_same_place_in_every_run(tmp_path: Path) -> None:
+    """They do not depend on a prompt: another start and another bound are enough to solve for them."""
+    first = first_run(tmp_path)  # weights = "samples", max_weight 4096, from another start
+    for changes, asked in (({"max_weight": 256, "seed": 1}, True), ({"max_seen": 5000}, True),
+                           ({"weights": "uniform", "metrics": "off"}, False)):  # fmt: skip
+        world = World(tmp_path / str(changes), 5, **changes)
+        world.journals, world.clock = first.journals, 1.0
+        start = np.random.default_rng(7).normal(0, 0.02, 10).astype(np.float32)
+        for toy in world.toys.values():
+            toy.initial = lambda start=start: start
+            toy.weight = 1.0 if "metrics" in changes else toy.weight
+        world.start_server()
+        for name in names(5):
+            world.join(name)
+        world.pump()
+        assert bool(world.errors) is asked, world.errors
+        assert all("that counted samples up to 4096" in str(e) for e in world.errors.values())
+
+
+def test_a_later_prompt_of_one_run_cannot_begin_another_under_other_bounds(tmp_path: Path) -> None:
+    world = world_of(tmp_path / "1", 4, weights="uniform", metrics="off")
+    world.pump()
+    assert world.run.error is None
+    other = World(tmp_path / "2", 4, weights="uniform", metrics="off", clip=0.5)
+    other.journals, other.clock, other.withdraws = world.journals, 1.0, False
+    prompt = load_file(tmp_path / "1" / "prompts" / "global-0001.safetensors")
+    start = np.concatenate([prompt["ctx"].reshape(-1), prompt["extra"]])
+    for toy in other.toys.values():
+        toy.initial = lambda: start
+    other.start_server()
+    for name in names(4):
+        other.join(name)
+    other.pump()
+    assert all(isinstance(e, errors.AcceptanceError) for e in other.errors.values())
+    assert set(other.errors) == set(names(4))
+
+
+def test_a_nudged_start_is_near_its_own_prompt_and_the_clients(tmp_path: Path) -> None:
+    """The start may differ by 1e-5 from a client's own; what is near either of them is near."""
+    journal, start = MemoryJournal(), np.linspace(-0.04, 0.04, 10).astype(np.float32)
+    nudged, plan = start + np.float32(9e-6), make_plan(4, rounds=3)
+    tolerance = 1e-4 * float(start.std())
+    journal.begin_round(plan)
+    assert not journal.note_base(plan, [nudged, start], tolerance, b"b")
+    journal.record_survivors(plan, plan.cohort, b"")
+    journal.record_reveal(plan)
+    for number, prompt in ((2, nudged), (3, start)):
+        now = dataclasses.replace(plan, round=number, learning_round=number,
+                                  base_digest=bytes((number,)) * 32)  # fmt: skip
+        journal.begin_round(now)
+        assert journal.note_base(now, [prompt + np.float32(7e-9)], tolerance, b"c") == {b"b"}
+        assert journal.near_lists(now) == [plan.cohort]
+    far = dataclasses.replace(plan, round=9, learning_round=4, base_digest=b"9" * 32)
+    journal.begin_round(far)
+    assert not journal.note_base(far, [start + np.float32(5e-5)], tolerance, b"c")
+    assert journal.near_lists(far) == []
+
+
+def test_a_list_is_on_record_before_what_can_open_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    journal, plan = MemoryJournal(), make_plan(4)
+    journal.begin_round(plan)
+
+    def killed(name: str, data: bytes) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(journal, "_put", killed)
+    with pytest.raises(KeyboardInterrupt):
+        journal.record_survivors(plan, plan.cohort, b"shares")
+    assert [names_ for _, _, names_ in journal._bases[plan.base_digest.hex()].lists] == [
+        plan.cohort
+    ]
+    assert journal.opening(plan.run) is None
+
+
+def test_a_kept_vector_is_of_its_run_and_whole() -> None:
+    journal, plan = MemoryJournal(), make_plan(4, run=b"r" * 16)
+    twin = make_plan(4, run=b"r" * 8 + b"s" * 8)
+    journal.keep_vector(plan, b"one")
+    journal.keep_vector(twin, b"two")
+    assert (journal.vector(plan), journal.vector(twin)) == (b"one", b"two")
+    journal._put(f"vector-{plan.run.hex()}", b"another")
+    assert journal.vector(plan) is None
+
+
 # -- bad boxes -------------------------------------------------------------------------------------
 
 
-def spoiled(plan: Any, message: m.Shares, dealer: str, victims: tuple[int, ...]) -> m.Shares:
-    boxes = bytearray(message.boxes)
-    for i in victims:
-        boxes[m.BOX * i] ^= 1
-    made = dataclasses.replace(message, boxes=bytes(boxes))
-    signature = identity(dealer).sign(Purpose.BOXES, made.body(plan))
-    return dataclasses.replace(made, signature=signature)
+class Spoiler:
+    """Dealers that seal garbage for some, and sign it."""
+
+    def __init__(self, victims: dict[str, tuple[int, ...]]) -> None:
+        self.victims, self.plan, self.adverts = victims, None, b""
+
+    def __call__(self, sender: str, recipient: str, message: m.Message) -> m.Message:
+        if isinstance(message, m.Plan):
+            self.plan = message.plan
+        if isinstance(message, m.Adverts):
+            self.adverts = m.adverts_digest(message.adverts)
+        if not isinstance(message, m.Shares) or sender not in self.victims:
+            return message
+        boxes = bytearray(message.boxes)
+        for i in self.victims[sender]:
+            boxes[m.BOX * i] ^= 1
+        made = dataclasses.replace(message, boxes=bytes(boxes))
+        signature = identity(sender).sign(Purpose.BOXES, made.body(self.plan, self.adverts))
+        return dataclasses.replace(made, signature=signature)
 
 
 def test_a_dealer_of_bad_boxes_is_excluded_and_its_victims_are_not(tmp_path: Path) -> None:
     """Two clients that spoil boxes each round would be left alone with their target."""
     world = World(tmp_path, 10, alive_seconds=12.0)
     world.withdraws = True
-    bad = {"c001": (2, 3, 4), "c002": (5, 6, 7)}
-
-    def tap(sender: str, recipient: str, message: m.Message) -> m.Message:
-        if isinstance(message, m.Shares) and sender in bad and world.run.current:
-            return spoiled(world.run.current.plan, message, sender, bad[sender])
-        return message
-
-    world.tamper = tap
+    world.tamper = Spoiler({"c001": (2, 3, 4), "c002": (5, 6, 7)})
     for name in names(10):
         world.join(name)
     world.pump()
@@ -326,9 +423,87 @@ def test_a_dealer_of_bad_boxes_is_excluded_and_its_victims_are_not(tmp_path: Pat
     assert world.run.over
 
 
-def test_who_complains_falsely_is_excluded_instead(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def altered_inbox(victims: tuple[str, ...], dealer: str = "c001") -> Any:
+    """A server that flips a bit in what a dealer sealed for some."""
+
+    def tap(sender: str, recipient: str, message: m.Message) -> m.Message:
+        if isinstance(message, m.Inbox) and recipient in victims and dealer in message.senders:
+            boxes = bytearray(message.boxes)
+            boxes[m.BOX * message.senders.index(dealer)] ^= 1
+            return dataclasses.replace(message, boxes=bytes(boxes))
+        return message
+
+    return tap
+
+
+def test_a_server_that_alters_boxes_learns_no_key_by_it() -> None:
+    """Complaints would open boxes of everybody else to it. The dealer signed another box."""
+    plan = make_plan(7)  # quorum 5
+    tap = altered_inbox(("c004", "c005"))
+    outcome = run_round(plan, make_parties(7), make_updates(plan), tap=tap)
+    kinds = [type(m.CATALOGUE.decode(f)) for _, _, f in outcome.frames]
+    assert kinds.count(m.Complaint) == kinds.count(m.Evidence) == 2
+    assert m.Accusation not in kinds
+    assert set(outcome.errors) == {"c004", "c005"}
+    assert all("was altered on its way" in str(e) for e in outcome.errors.values())
+    assert outcome.round.stage is Stage.DONE  # the others went on
+    assert not outcome.round.excluded
+
+
+@pytest.mark.parametrize(
+    "what", ["signature", "boxes of another round", "other adverts", "boxes for others"]
+)
+def test_evidence_must_be_what_the_dealer_signed_for_these_adverts(what: str) -> None:
+    """A server that shows two clients different adverts, or old boxes, must not get a proof."""
+    plan, parties = make_plan(5), make_parties(5)
+    if what == "boxes of another round":
+        kept: list[m.Shares] = []
+        run_round(plan, parties, make_updates(plan), tap=lambda s, r, x: (
+            kept.append(x) or x if isinstance(x, m.Shares) and s == "c001" else x))  # fmt: skip
+        plan = dataclasses.replace(plan, round=2, learning_round=2, rounds=2, base_digest=b"2" * 32)
+
+    flip = altered_inbox(("c003",))
+
+    def tap(sender: str, recipient: str, message: m.Message) -> m.Message:
+        if isinstance(message, m.Evidence):
+            match what:
+                case "signature":
+                    return dataclasses.replace(message, signature=bytes(64))
+                case "other adverts":
+                    dealt = m.Shares(plan.run, plan.round, message.boxes, bytes(64))
+                    body = dealt.body(plan, b"a" * 32)
+                    signature = identity("c001").sign(Purpose.BOXES, body)
+                    return dataclasses.replace(message, signature=signature)
+                case "boxes of another round":
+                    old = kept[0]
+                    return dataclasses.replace(message, boxes=old.boxes, signature=old.signature)
+        if isinstance(message, m.Adverts) and what == "boxes for others" and recipient == "c001":
+            fewer = tuple(a for a in message.adverts if a.name != "c002")  # places move by one
+            return dataclasses.replace(message, adverts=fewer)
+        return flip(sender, recipient, message)
+
+    outcome = run_round(plan, parties, make_updates(plan), tap=tap)
+    kinds = [type(m.CATALOGUE.decode(f)) for _, _, f in outcome.frames]
+    assert m.Accusation not in kinds
+    if what != "boxes for others":
+        assert isinstance(outcome.errors["c003"], errors.SignatureError)
+
+
+def test_a_dealer_that_signs_nothing_is_excluded() -> None:
+    plan = make_plan(5)
+
+    def tap(sender: str, recipient: str, message: m.Message) -> m.Message:
+        if isinstance(message, m.Shares) and sender == "c002":
+            boxes = bytes(len(message.boxes))
+            return dataclasses.replace(message, boxes=boxes, signature=bytes(64))
+        return message
+
+    outcome = run_round(plan, make_parties(5), make_updates(plan), tap=tap)
+    assert outcome.round.excluded == "c002"
+    assert "c002 did not sign the boxes that it dealt" in outcome.round.reason
+
+
+def test_who_complains_falsely_is_excluded_instead(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = participant.unseal
 
     def unseal(key: bytes, box: bytes, context: bytes, sender: str) -> bytes:
@@ -345,58 +520,57 @@ def test_who_complains_falsely_is_excluded_instead(
     assert not any(isinstance(m.CATALOGUE.decode(f), m.SurvivorList) for _, _, f in outcome.frames)
 
 
-@pytest.mark.parametrize("secret", [bytes(range(32)), bytes(32)])
-def test_a_complaint_with_another_key_excludes_its_sender(secret: bytes) -> None:
+def test_an_accusation_shows_one_agreement_and_no_key() -> None:
+    """It opens the box of this dealer for this accuser, and the one the other way."""
+    plan, parties = make_plan(5), make_parties(5)
+    spoiler = Spoiler({"c001": (0,)})
+    outcome = run_round(plan, parties, make_updates(plan), tap=spoiler)
+    assert outcome.round.excluded == "c001"
+    frames = [(s, m.CATALOGUE.decode(f)) for s, r, f in outcome.frames if not r]
+    adverts = {s: x for s, x in frames if isinstance(x, m.Advert)}
+    (accusation,) = [x for _, x in frames if isinstance(x, m.Accusation)]
+    own, other = adverts["c002"].seal_key, adverts["c001"].seal_key
+    context = accusation.body(plan, "c002")
+    shared = check(accusation.proof, own, other, context)
+    key = masking.seal_key(plan, "c003", "c002", shared)
+    sent = {s: bytes(x.boxes) for s, x in frames if isinstance(x, m.Shares)}
+    with pytest.raises(errors.SealError):  # a box of another dealer
+        unseal(key, sent["c003"][m.BOX : 2 * m.BOX], masking.seal_context(plan, "c003", "c002"), "")
+    for wrong in (
+        accusation.body(plan, "c003"),
+        accusation.body(dataclasses.replace(plan, round=2), "c002"),
+        dataclasses.replace(accusation, dealer="c003").body(plan, "c002"),
+    ):
+        with pytest.raises(errors.SignatureError):
+            check(accusation.proof, own, other, wrong)
+
+
+@pytest.mark.parametrize("who", ["a peer that sent no box", "nobody"])
+def test_a_complaint_about_nobody_costs_its_sender_alone(who: str) -> None:
     plan = make_plan(5)
 
     def tap(sender: str, recipient: str, message: m.Message) -> m.Message:
         if sender == "c004" and isinstance(message, m.MaskedUpload):
-            return m.Complaint(plan.run, plan.round, "c001", secret)
-        return message
-
-    outcome = run_round(plan, make_parties(5), make_updates(plan), tap=tap)
-    assert outcome.round.excluded == "c004"
-
-
-def test_a_complaint_about_nobody_costs_its_sender_alone() -> None:
-    plan = make_plan(5)
-
-    def tap(sender: str, recipient: str, message: m.Message) -> m.Message:
-        if sender == "c004" and isinstance(message, m.MaskedUpload):
-            return m.Complaint(plan.run, plan.round, "c009", bytes(32))
+            return m.Complaint(plan.run, plan.round, "c004" if "peer" in who else "c009")
         return message
 
     outcome = run_round(plan, make_parties(5), make_updates(plan), tap=tap)
     assert outcome.round.stage is Stage.DONE
     assert outcome.round.dropped == {"c004": "collecting"}
-    assert "c009" in outcome.round.faults["c004"]
+    assert "who sent it no box" in outcome.round.faults["c004"]
 
 
-def test_a_published_key_is_of_the_dead_attempt_alone() -> None:
-    """What the complaint shows opens the accuser's boxes of this attempt, and nothing later."""
-    plan, parties = make_plan(5), make_parties(5)
-    adverts: dict[int, m.Advert] = {}
-    shown: list[m.Complaint] = []
+def test_an_accusation_without_a_proof_excludes_its_sender() -> None:
+    plan = make_plan(5)
 
     def tap(sender: str, recipient: str, message: m.Message) -> m.Message:
-        if isinstance(message, m.Shares) and sender == "c001":
-            return spoiled(plan, message, sender, (0,))
-        if isinstance(message, m.Advert) and sender == "c002":
-            adverts[message.round] = message
-        if isinstance(message, m.Complaint):
-            shown.append(message)
+        if sender == "c004" and isinstance(message, m.MaskedUpload):
+            nothing = AgreementProof(bytes(32), bytes(32), bytes(32))
+            return m.Accusation(plan.run, plan.round, "c001", nothing)
         return message
 
-    outcome = run_round(plan, parties, make_updates(plan), tap=tap)
-    assert outcome.round.excluded == "c001"
-    again = dataclasses.replace(plan, round=2, attempt=2)
-    _, (advert,) = participant.start(parties["c002"], again)
-    assert isinstance(advert, m.Advert)
-    from secure_fedprompt.server.opening import public_of
-
-    assert public_of(shown[0].secret) == adverts[1].seal_key
-    assert advert.seal_key != adverts[1].seal_key
-    assert advert.mask_key not in (adverts[1].mask_key, adverts[1].seal_key)
+    outcome = run_round(plan, make_parties(5), make_updates(plan), tap=tap)
+    assert outcome.round.excluded == "c004"
 
 
 # -- bad grants ------------------------------------------------------------------------------------
@@ -482,14 +656,21 @@ def test_each_grant_is_sealed_to_a_key_of_its_own_keying() -> None:
     assert not runs & set(asks.values())
 
 
-def test_a_site_can_be_added_while_a_run_goes_on(tmp_path: Path) -> None:
-    """The server is started again with a larger roster; clients that have it too go on."""
-    from rounds import roster
-
-    world = world_of(tmp_path, n=4, rounds=3)
-    world.pump(nth(m.Advert, 2, 1))
-    before = world.run.state.terms
+def stopped(tmp_path: Path, after: int = 1) -> World:
+    world = world_of(tmp_path, n=4, rounds=3, stop_after=after)
+    world.pump()
+    assert world.run.stopped
+    assert all("as it was asked to" in str(e) for e in world.errors.values())
+    world.errors, world.lost = {}, set()
+    world.settings = msgspec.structs.replace(world.settings, stop_after=0)
     world.roster = roster(5)
+    return world
+
+
+def test_a_site_can_be_added_between_two_learning_rounds(tmp_path: Path) -> None:
+    """The server is started again with a larger roster; clients that have it too go on."""
+    world = stopped(tmp_path)
+    before = world.run.state.terms
     restart(world)
     after = world.run.state.terms
     assert before is not None
@@ -509,11 +690,7 @@ def test_a_site_can_be_added_while_a_run_goes_on(tmp_path: Path) -> None:
 
 
 def test_a_client_goes_on_under_a_larger_roster_only_with_that_roster(tmp_path: Path) -> None:
-    from rounds import roster
-
-    world = world_of(tmp_path, n=4, rounds=3)
-    world.pump(nth(m.Advert, 2, 1))
-    world.roster = roster(5)
+    world = stopped(tmp_path)
     restart(world)
     for name in names(4):
         world.reconnect(name)  # the same processes, with the old file
@@ -522,14 +699,18 @@ def test_a_client_goes_on_under_a_larger_roster_only_with_that_roster(tmp_path: 
     assert set(world.errors) == set(names(4))
 
 
-def test_a_run_does_not_grow_in_the_middle_of_an_opening(tmp_path: Path) -> None:
-    from rounds import roster
-
+def test_a_roster_does_not_change_in_the_middle_of_a_learning_round(tmp_path: Path) -> None:
+    """Old and new quorum need not share an honest client: each could open a sum of one prompt."""
     world = world_of(tmp_path, n=4)
-    world.pump(nth(m.UnmaskRequest, 2, 1))
+    world.pump(nth(m.Advert, 2, 1))
     world.roster = roster(5)
-    with pytest.raises(errors.ConfigError, match="let that round end with the old roster"):
+    with pytest.raises(errors.ConfigError, match="learning round 2 has begun.*--stop-after 2"):
         restart(world)
+    plan, parties = make_plan(4), make_parties(4)
+    participant.start(parties["c001"], plan)
+    grown = dataclasses.replace(plan, round=2, attempt=2, terms=b"t" * 32)
+    with pytest.raises(errors.ReplayError, match="begun under other terms"):
+        participant.start(parties["c001"], grown)
 
 
 def test_the_memory_journal_keeps_the_same_rules() -> None:

@@ -19,6 +19,7 @@ from rounds import OPEN, identity, make_plan, names, roster
 from secure_fedprompt.clients.session import Work
 from secure_fedprompt.protocol import errors, fixedpoint
 from secure_fedprompt.protocol import messages as m
+from secure_fedprompt.protocol.client_noise import Noise
 from secure_fedprompt.protocol.expand import Purpose
 from secure_fedprompt.protocol.layout import TensorSpec, Values
 from secure_fedprompt.protocol.policy import Policy
@@ -228,7 +229,9 @@ def with_settings(message: m.Terms, **changes: Any) -> m.Terms:
 
 REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "a smaller federation": (
-        {"clients": 3, "quorum": 3, "colluders": 1}, errors.PolicyError, "asks for 3 .10 clients"),
+        {"clients": 3, "quorum": 3, "colluders": 1}, errors.TermsError, "3 clients, the roster has 10"),
+    "a slightly smaller one": (
+        {"clients": 8, "quorum": 6, "colluders": 3}, errors.TermsError, "8 clients, the roster"),
     "a quorum of a smaller one": ({"quorum": 5}, errors.TermsError, "quorum 5 of 10"),
     "another c than the quorum gives": ({"colluders": 5}, errors.TermsError, "they tolerate 3"),
     "hardly any clip": ({"clip": 0.001}, errors.PolicyError, "policy.min_clip is 0.1"),
@@ -243,7 +246,19 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "eleven attempts": ({"attempts": 11}, errors.TermsError, "11 attempts"),
     "another roster": ({"roster_digest": bytes(32)}, errors.RosterMismatchError, "same roster"),
     "another start": ({"start": bytes(32)}, errors.TermsError, "starting prompt"),
-    "a sum that overflows": ({"clip": 1e9}, errors.TermsError, "ring"),
+    "a sum that overflows": (
+        {"clip": 1e6, "ring_bits": 8}, errors.TermsError, "do not fit a 8-bit ring|steps for clip"),
+    "a huge clip": ({"clip": 1e305}, errors.TermsError, "clip = 1e.305 is out of range"),
+    "no ring": ({"ring_bits": 0}, errors.TermsError, "ring_bits = 0"),
+    "more corruption than clients": ({"corruption": 1e308}, errors.TermsError, "corruption"),
+    "endless noise": (
+        {"noise": Noise(1e300, 1e300, 3)}, errors.TermsError, "noise = .* is out of range"),
+    "noise that clips everything": (
+        {"noise": Noise(0.002, 0.05, 7), "metrics": "off"}, errors.PolicyError, "policy.min_clip"),
+    "another federation": ({"clients": 65535}, errors.TermsError, "65535 clients"),
+    "no tensors": ({"tensors": ()}, errors.TermsError, "tensors"),
+    "a tensor of everything": (
+        {"tensors": (TensorSpec("ctx", (1 << 30,)),)}, errors.TermsError, "tensors"),
     "a hold past the deadline": ({"upload_after": 1e4}, errors.TermsError, "upload_after"),
 }  # fmt: skip
 

@@ -21,6 +21,7 @@ SHARE = "a share that is uniform without the other one"
 PROTECTED: dict[type, dict[str, str]] = {
     m.Shares: {"boxes": AEAD},
     m.Inbox: {"boxes": AEAD},
+    m.Evidence: {"boxes": AEAD},
     m.MaskedUpload: {"vector": "pairwise and self masks"},
     m.KeyGrant: {"grants": AEAD},
     m.KeyBox: {"grant": AEAD},
