@@ -321,6 +321,8 @@ class Session:
     def _terms(self, message: m.Terms) -> Replies:
         """Judge the terms of the run, once."""
         settings, journal = self.settings, self.party.journal
+        if not self.run:
+            return []  # crossed our greeting: it is of a connection that has ended
         if settings is None or message.run != self.run or message.terms.run != self.run:
             raise UnexpectedMessageError("terms of a run that did not welcome us")
         terms = self.party.check_terms(message, self._commitments)
@@ -374,7 +376,9 @@ class Session:
 
     def _plan(self, message: m.Plan) -> Replies:
         plan, terms = message.plan, self.terms
-        if plan.run != self.run or not self.run:
+        if not self.run:
+            return []  # crossed our greeting
+        if plan.run != self.run:
             raise UnexpectedMessageError("plan of a run that did not welcome us")
         if terms is None:
             raise UnexpectedMessageError("a plan before the terms of its run")

@@ -185,7 +185,7 @@ class Round:
             self.faults[sender] = f"{type(error).__name__}: {error}"
             return self.lost(sender, now)
         self.waiting.discard(sender)
-        if self._short and len(self.answers) >= self._needed:
+        if self._short and self._suffices(now):
             self.waiting = set()
         return self._settle(now)
 
@@ -349,9 +349,9 @@ class Round:
         if self.stage in UPLOADING:
             for name in set(self.plan.cohort) - set(names) - set(self.dropped):
                 self.dropped[name] = str(self.stage)
-        if self.stage in OPENINGS and len(names) < self._needed and now < self._open_until:
-            return self._hope()
-        if len(names) < self.plan.quorum:
+        if not self._suffices(now):
+            if self.stage in OPENINGS and now < self._open_until:
+                return self._hope(now)
             return self._abort(
                 f"{len(names)} of {len(self.plan.cohort)} clients answered while {self.stage}, "
                 f"{self.plan.quorum} are needed"
@@ -365,7 +365,7 @@ class Round:
         except BadShareError as error:
             if set(self._survivors) - set(names) and now < self._open_until:
                 self._needed = len(names) + 1  # one more share may tell right from wrong
-                return self._hope()
+                return self._hope(now)
             self.suspect = error.owner
             if error.owner:
                 self.faults[error.owner] = f"BadShareError: {error}"
@@ -373,7 +373,12 @@ class Round:
         except ProtocolError as error:
             return self._abort(f"{type(error).__name__}: {error}")
 
-    def _hope(self) -> Outbox:
+    def _suffices(self, now: float) -> bool:
+        """Whether the stage can end with the answers that it has."""
+        wanted = self._needed if now < self._open_until else self.plan.quorum
+        return len(self.answers) >= (wanted if self.stage in OPENINGS else self.plan.quorum)
+
+    def _hope(self, now: float) -> Outbox:
         """Wait for survivors to come back: nothing but this sum can be opened any more."""
         self.waiting = set(self._survivors) - set(self.answers)
         self.deadline, self._short = self._open_until, True
@@ -468,7 +473,7 @@ class Round:
         assert isinstance(self._sum, MaskedSum)
         self._sum.words[:] = np.frombuffer(pending.words, "<u4")
         self._begin(Stage.UNMASKING, (), now)
-        self._hope()
+        self._hope(now)
 
     def _unmask(self, names: tuple[str, ...], now: float) -> Outbox:
         reveals = {

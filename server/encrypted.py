@@ -148,10 +148,20 @@ class EncryptedRound(Round):
         self.pending, self._survivors, self.key = pending, pending.survivors, pending.key
         self.dropped = dict.fromkeys(pending.dropped, str(Stage.COLLECTING))
         self._begin(Stage.OPENING, (), now)
-        self._hope()
+        self._hope(now)
 
-    def _hope(self) -> Outbox:
-        super()._hope()
+    def _suffices(self, now: float) -> bool:
+        """Also, once a deadline has passed, with fewer clients that all agree: who was started
+        again has lost the key, and will not answer."""
+        if super()._suffices(now) or self.stage is not Stage.OPENING:
+            return super()._suffices(now)
+        opened = {a.sealed for a in self.answers.values() if isinstance(a, m.Opened)}
+        few = len(self.answers) >= 2 or now >= self._open_until
+        return len(opened) == 1 and few and now >= self.deadline
+
+    def _hope(self, now: float) -> Outbox:
+        super()._hope(now)
+        self.deadline = min(self._open_until, now + self.deadlines.stage)
         present = sorted(self.waiting - self._gone)  # a lost frame costs nothing to send again
         return [(name, self._request()) for name in present]
 
@@ -274,7 +284,7 @@ class EncryptedRound(Round):
         if others and votes < self.plan.quorum:
             if set(self._survivors) - set(names) and now < self._open_until:
                 self._needed = len(names) + 1
-                return self._hope()
+                return self._hope(now)
             return self._abort(f"clients opened the sum to {1 + len(others)} different prompts")
         if (self._agreed != NO_KEY) != self.plan.training:
             return self._abort("clients disagree with the plan on whether there is a new prompt")

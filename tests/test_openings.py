@@ -156,6 +156,20 @@ def test_an_opening_waits_for_who_can_finish_it_and_then_says_so(tmp_path: Path)
     assert [r["outcome"] for r in rounds] == ["aborted"]  # nothing else was tried
 
 
+@pytest.mark.parametrize("left", [1, 2])
+def test_who_is_left_with_the_key_can_finish_an_opening(tmp_path: Path, left: int) -> None:
+    """Under encryption a restarted client cannot open the sum that it is in: the key is gone."""
+    world = world_of(tmp_path, protection="bfv", rounds=3)
+    world.pump(nth(m.CipherSum, 2, 1))
+    for name in names(4)[left:]:
+        world.join(name)
+    world.pump()
+    assert world.run.error is None, world.run.error
+    rounds = world.store.summary()["rounds"]
+    assert [r["learning_round"] for r in rounds if r["outcome"] == "done"] == [1, 2, 3, 4]
+    assert len({s.final.tobytes() for s in world.sessions.values()}) == 1
+
+
 def test_no_second_sum_of_a_learning_round_is_opened(tmp_path: Path) -> None:
     plan, parties = make_plan(5), make_parties(5)
     assert run_round(plan, parties, make_updates(plan)).round.stage is Stage.DONE

@@ -129,6 +129,22 @@ def test_a_client_stays_in_one_run_with_one_set_of_settings(tmp_path: Path) -> N
         session.on(m.Welcome(m.run_id(bytes(32), nonces), bytes(32), nonces, good.settings, 0))
 
 
+def test_frames_that_cross_a_greeting_are_of_the_past(tmp_path: Path) -> None:
+    """A client that greets again before it has terms waits for a new welcome."""
+    world = World(tmp_path)
+    for name in names(4):
+        world.join(name)
+    terms: list[m.Terms] = []
+    world.pump(lambda w, message: isinstance(message, m.Terms) and not terms.append(message))  # type: ignore[func-returns-value]
+    session = world.sessions["c001"]
+    session.hello()
+    assert session.on(terms[0]) == []
+    world.reconnect("c001")
+    world.pump()
+    assert world.run.error is None
+    assert not world.errors
+
+
 def test_learning_rounds_do_not_go_back_and_the_run_does_not_grow(tmp_path: Path) -> None:
     world = World(tmp_path)
     for name in names(4):
