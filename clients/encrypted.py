@@ -70,6 +70,8 @@ class Granting(State):
     def _on_KeyRequest(self, message: m.KeyRequest) -> Step:
         plan, party = self.plan, self.party
         names = [ask.name for ask in message.recipients]
+        if not names and plan.key != NO_KEY:  # whoever lacks the key has gone
+            return EncryptedReady(party, plan, self.key), []
         if names != sorted(set(names)) or not set(names) <= set(plan.grants) or not names:
             raise AdvertMismatchError("key is not requested for those whom the plan names")
         if len({ask.seal_key for ask in message.recipients}) != len(names):

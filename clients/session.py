@@ -123,11 +123,13 @@ class Session:
         self._nonce, self._opened_nonce = party.entropy(32), False
         self._greetings = -1  # since the last plan of this process, but for the first
         self._planned = False
+        self._greeting = False  # until we are welcomed
         self._commitments: tuple[m.Nonce, ...] = ()
         self.run = b""
         self.settings: MethodSettings | None = None
         self.terms: RunTerms | None = None
         self._parked: State | None = None  # an opening that a reconnection interrupted
+        self._resumed = False  # whether the round under way is such an opening
         self._kept: _Result | None = None  # of training, for another attempt
         self._failing: _Place | None = None  # where training failed
         self.round: State | None = None
@@ -150,6 +152,7 @@ class Session:
         if isinstance(self.round, Agreed | Revealed | Sent | Reported):
             self._parked = self.round
         self.round = self.work = self._entered = None
+        self._resumed, self._greeting = False, True
         self._greetings += 1
         self._helper.reset()
         if self._opened_nonce and self.terms is None:  # it is known: the next run needs another
@@ -194,7 +197,9 @@ class Session:
                     self._agreed = self._agreed if message.reason else self._made or self._agreed
                     self._conclude(done=not message.reason)
                 return []
-            case m.UnmaskRequest() | m.CipherSum() | m.SealedRequest() if self.round is None:
+            case m.UnmaskRequest() | m.CipherSum() | m.SealedRequest() if (
+                self.round is None or self._resumed
+            ):
                 return self._resume(message)
         if self.round is None:
             return []  # a frame of a round that a reconnection ended
@@ -311,7 +316,7 @@ class Session:
             self.workload.prepare(settings)
         self.settings, self.run = settings, message.run
         self._commitments = message.commitments
-        self._opened_nonce = True
+        self._opened_nonce, self._greeting = True, False
         ready = self.party.ready(self.run, self._nonce)
         if not message.need_initial:
             return [ready]
@@ -321,7 +326,7 @@ class Session:
     def _terms(self, message: m.Terms) -> Replies:
         """Judge the terms of the run, once."""
         settings, journal = self.settings, self.party.journal
-        if not self.run:
+        if self._greeting:
             return []  # crossed our greeting: it is of a connection that has ended
         if settings is None or message.run != self.run or message.terms.run != self.run:
             raise UnexpectedMessageError("terms of a run that did not welcome us")
@@ -376,7 +381,7 @@ class Session:
 
     def _plan(self, message: m.Plan) -> Replies:
         plan, terms = message.plan, self.terms
-        if not self.run:
+        if self._greeting:
             return []  # crossed our greeting
         if plan.run != self.run:
             raise UnexpectedMessageError("plan of a run that did not welcome us")
@@ -402,7 +407,7 @@ class Session:
         if not (plan.encrypted and plan.learning_round > 1):
             self._prompt(plan, self._raw)  # refused before anything is done
         self.round, replies = participant.start(self.party, plan)
-        self._greetings, self._planned = 0, True
+        self._greetings, self._planned, self._resumed = 0, True, False
         return self._ready(replies)
 
     @property
@@ -415,7 +420,7 @@ class Session:
 
     def _resume(self, message: m.Message) -> Replies:
         """Help to finish an opening that a lost connection or a crash interrupted."""
-        state = self._parked
+        state = self.round or self._parked
         data = self.party.journal.opening(self.run) if self.run else None
         if data and not isinstance(state, Sent):
             encrypted_ = self.terms is not None and self.terms.protection in SCHEMES
@@ -424,6 +429,7 @@ class Session:
             return []
         state, replies = state.on(message)
         self.round, self._entered, self._parked = state, state.plan, None
+        self._resumed = True  # the request may have crossed our greeting, and come once more
         return self._ready(replies)
 
     def _conclude(self, *, done: bool) -> None:

@@ -97,11 +97,10 @@ class EncryptedRound(Round):
             self._gone.add(name)  # it has no key to take part with
         if not self._asks:
             self.keyed = plan.key != NO_KEY
-            return (
-                self._abort("nobody asked for the cohort key")
-                if not self.keyed
-                else (self._go_on(now))
-            )
+            if not self.keyed:
+                return self._abort("nobody asked for the cohort key")
+            nobody = m.KeyRequest(plan.run, plan.round, ())
+            return [(plan.maker, nobody), *self._go_on(now)]
         self._begin(Stage.KEYING, (plan.maker,), now)
         request = m.KeyRequest(plan.run, plan.round, tuple(self._asks.values()))
         return [(plan.maker, request)]

@@ -84,6 +84,7 @@ class Client:
     accepted: bool = False
     contests: bool = False
     missed: bool = False  # a learning round went by without it
+    called: bool = False  # to greet again
     key: bytes = NO_KEY  # digest of the cohort key that it holds
 
 
@@ -193,14 +194,11 @@ class Run:
             return self._hello(sender, message, now)
         client = self.clients.get(sender) or self.helpers.get(sender)
         if client is None:
-            if not isinstance(message, m.Alive) or now < self.rejoin.get(sender, 0.0):
-                return []
-            self.rejoin[sender] = now + SAME_HELLO
-            return [(sender, m.Rejoin())]
+            return self._call(sender, now) if isinstance(message, m.Alive) else []
         client.seen = now
         match message:
             case m.Alive():
-                return []
+                return self._call(sender, now) if client.called else []
             case m.Ready():
                 return self._ready(sender, client, message, now)
             case m.Leave():
@@ -443,6 +441,7 @@ class Run:
             )
             return out + self._start_anew(now)
         self.ledger.save(state)
+        self.gather_until = max(self.gather_until, now + self.settings.stage_seconds)
         return out + self._go_on(now)
 
     def _wanted(self) -> int:
@@ -456,10 +455,18 @@ class Run:
         missed = [name for name, client in self.clients.items() if client.missed]
         for name in missed:
             before = self.clients[name]
-            self.clients[name] = Client(before.commitment, now, 0.0, welcomed=True)
+            self.clients[name] = Client(before.commitment, now, -1e9, welcomed=True, called=True)
+            self.rejoin.pop(name, None)
         if missed:
             self.gather_until = max(self.gather_until, now + self.settings.stage_seconds)
-        return [(name, m.Rejoin()) for name in missed]
+        return [frame for name in missed for frame in self._call(name, now)]
+
+    def _call(self, name: str, now: float) -> Outbox:
+        """Ask for a greeting; one that crossed another is not believed, so it is asked again."""
+        if now < self.rejoin.get(name, 0.0):
+            return []
+        self.rejoin[name] = now + SAME_HELLO
+        return [(name, m.Rejoin())]
 
     def _welcome_all(self) -> Outbox:
         waiting = [name for name, client in self.everybody().items() if not client.welcomed]

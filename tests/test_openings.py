@@ -146,6 +146,37 @@ def test_reveals_are_repeated_and_never_another_one(tmp_path: Path) -> None:
     assert world.run.error is None
 
 
+def test_a_request_that_crossed_a_greeting_may_come_again(tmp_path: Path) -> None:
+    """It was answered, to a server that did not listen: the same answer is given once more."""
+    world = world_of(tmp_path)
+    requests: list[m.UnmaskRequest] = []
+
+    def until(w: World, message: m.Message) -> bool:
+        return isinstance(message, m.UnmaskRequest) and not requests.append(message)  # type: ignore[func-returns-value]
+
+    world.pump(until)  # that of c001
+    session = world.sessions["c001"]
+    world.reconnect("c001")
+    (first,) = session.on(requests[0])
+    world.pump()
+    assert world.run.error is None
+    assert not world.errors
+    assert isinstance(first, m.Reveal)
+    assert world.store.summary()["rounds"][0]["outcome"] == "done"
+
+
+def test_a_key_that_nobody_asks_for_any_more_holds_up_nobody(tmp_path: Path) -> None:
+    world = world_of(tmp_path, protection="bfv", rounds=3)
+    world.pump(nth(m.RoundEnd, 1, 4))
+    world.join("c004")  # without the key: the plan grants it
+    world.pump(nth(m.KeyAsk, 2, 1))
+    world.lost.add("c004")
+    world.pump()
+    assert world.run.error is None, world.run.error
+    second = world.store.summary()["rounds"][1]
+    assert (second["outcome"], list(second["dropped"])) == ("done", ["c004"])
+
+
 def test_an_opening_waits_for_who_can_finish_it_and_then_says_so(tmp_path: Path) -> None:
     world = world_of(tmp_path, n=4)
     world.pump(nth(m.UnmaskRequest, 1, 1))

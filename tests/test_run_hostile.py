@@ -145,6 +145,56 @@ def test_frames_that_cross_a_greeting_are_of_the_past(tmp_path: Path) -> None:
     assert not world.errors
 
 
+def test_a_plan_that_crosses_a_greeting_is_not_taken_up(tmp_path: Path) -> None:
+    """The server counts on the client no more; what it is planned for comes after the welcome."""
+    world = World(tmp_path, rounds=3)
+    for name in names(4):
+        world.join(name)
+    plans: list[m.Plan] = []
+    world.pump(lambda w, message: isinstance(message, m.Plan) and not plans.append(message))  # type: ignore[func-returns-value]
+    session = world.sessions["c004"]
+    world.reconnect("c004")
+    assert session.on(plans[0]) == []
+    world.pump()
+    assert world.run.error is None
+    assert not world.errors
+
+
+def test_who_missed_a_round_is_called_until_it_greets_again(tmp_path: Path) -> None:
+    """A client does not believe a Rejoin that crossed its greeting."""
+    world = World(tmp_path, rounds=4, alive_seconds=12.0)
+    for name in names(4):
+        world.join(name)
+    ignored: list[m.Rejoin] = []
+
+    def tamper(sender: str, recipient: str, message: m.Message) -> m.Message:
+        if isinstance(message, m.Rejoin) and recipient == "c004" and not ignored:
+            ignored.append(message)
+            return m.Alive()  # the client takes no notice of it
+        return message
+
+    world.tamper = tamper
+    session = world.sessions["c004"]
+    original = session.on
+    session.on = lambda x: [] if isinstance(x, m.Alive) else original(x)
+    done: set[int] = set()
+
+    def until(world: World, message: m.Message) -> bool:
+        if isinstance(message, m.Consistent) and message.round == 1 and 1 not in done:
+            done.add(1)
+            world.lost.add("c004")
+            world.run.gone("c004", world.clock)
+        if isinstance(message, m.MaskedUpload) and message.round == 2 and 2 not in done:
+            done.add(2)
+            world.reconnect("c004")
+        return False
+
+    world.pump(until)
+    assert ignored
+    assert world.run.error is None
+    assert world.store.summary()["rounds"][-1]["cohort"] == list(names(4))
+
+
 def test_learning_rounds_do_not_go_back_and_the_run_does_not_grow(tmp_path: Path) -> None:
     world = World(tmp_path)
     for name in names(4):
