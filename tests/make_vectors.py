@@ -151,6 +151,25 @@ def main() -> None:
     request = next(f for f in received if isinstance(CATALOGUE.decode(f), m.UnmaskRequest))
     until = [f.hex() for f in received[: received.index(request) + 1]] + [request.hex()]
     write("client_second_unmask", {"client": CLIENT, "frames": until, "error": "SecondUnmaskError"})
+    # A second sum of the learning round that it has helped to open.
+    again = m.Plan(dataclasses.replace(plan(), round=2, attempt=2), b"")
+    until = [f.hex() for f in received[: received.index(request) + 1]] + [
+        CATALOGUE.encode(again).hex()
+    ]
+    write("client_second_sum", {"client": CLIENT, "frames": until, "error": "OpenedError"})
+    # A box that does not open, and evidence that its dealer did not sign.
+    until = []
+    for frame in received:
+        message = CATALOGUE.decode(frame)
+        if isinstance(message, m.Inbox):
+            boxes = bytes([message.boxes[0] ^ 1]) + bytes(message.boxes[1:])
+            until.append(CATALOGUE.encode(dataclasses.replace(message, boxes=boxes)).hex())
+            break
+        until.append(frame.hex())
+    sealed = bytes(m.BOX * 4)
+    evidence = m.Evidence(plan().run, plan().round, "c002", sealed, bytes(64))
+    until.append(CATALOGUE.encode(evidence).hex())
+    write("client_altered_box", {"client": CLIENT, "frames": until, "error": "SignatureError"})
     # The server's side: all frames to it, with one bad share at the bare threshold.
     to_server = [[s, f.hex()] for s, r, f in frames if not r]
     for row in reversed(to_server):

@@ -287,6 +287,29 @@ def test_a_client_killed_in_the_middle_is_dropped_and_the_run_ends(federation: A
     assert rounds[-1]["cohort"] == ["alice", "bob", "carol"]
 
 
+@pytest.mark.slow
+def test_a_spent_budget_is_told_to_its_owner_and_to_nobody_else(federation: Any) -> None:
+    f = federation(rounds=3, alive_seconds=6.0)
+    config = f.folder / "alice" / "client.toml"
+    dp = '\n[dp]\nkind = "sample"\ntarget_epsilon = 0.5\ndelta = 1e-3\nretries = 0\n'
+    config.write_text(config.read_text() + dp)
+    spent = {"run": "00", "round": 1, "sigma": 4.0, "rate": 0.25, "steps": 4000}
+    (f.folder / "alice" / "state").mkdir(exist_ok=True)
+    ledger = f.folder / "alice" / "state" / "privacy.jsonl"
+    ledger.write_text(json.dumps(spent) + "\n")
+    for i in range(5):
+        f.start(i)
+    assert f.started["server"].wait(LONG) == 0, f.log("server")
+    assert f.started["alice"].wait(LONG) == 11, f.log("alice")
+    assert f.log("alice").strip().splitlines()[-1].startswith("BudgetError: target_epsilon = 0.5")
+    assert "a zero update is sent in its place" in " ".join(f.log("alice").split())
+    assert list((f.folder / "alice" / "state").glob("prompt-*.safetensors"))  # nothing is lost
+    assert [r["metrics"]["contributors"] for r in f.rounds()] == [4, 4, 4, 4]
+    told = f.log("server") + "".join(f.log(name) for name in ("bob", "carol", "dave"))
+    for word in ("udget", "epsilon", "failed"):
+        assert word not in told
+
+
 def test_mistakes_are_one_line_and_an_exit_code(federation: Any, tmp_path: Path) -> None:
     """Each wrong client is told what is wrong; the server goes on waiting for right ones."""
     f = federation(gather_seconds=LONG)
