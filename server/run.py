@@ -534,9 +534,11 @@ class Run:
             state.learning_round > self.settings.stop_after
         ):  # fmt: skip
             self.over = self.stopped = True
-            text = f"stopped after learning round {state.learning_round - 1}, as it was asked to"
+            text = f"after learning round {state.learning_round - 1}, as it was asked to"
             self.ledger.event("stopped", text)
-            return out + self._finish_frames(reason=f"the server {text}: start it again to go on")
+            return out + self._finish_frames(
+                reason=f"the server stopped {text}: start it again to go on"
+            )
         out += self._call_back(now)
         present = sum(c.accepted for c in self.clients.values())
         if present < max(self.needed, self._wanted()) and now < self.gather_until:
