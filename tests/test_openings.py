@@ -308,6 +308,7 @@ def test_other_bounds_for_the_same_start_need_the_operators_word(tmp_path: Path)
     assert set(world.errors) == set(names(5))
     (error,) = {str(e) for e in world.errors.values()}
     assert all(isinstance(e, errors.AcceptanceError) for e in world.errors.values())
+    assert not world.store.summary()["rounds"]  # the terms were refused, not a plan
     word = error.split("--accept ")[1]
     assert world.run.state.terms is not None
     assert world.run.state.terms.digest.hex().startswith(word)
@@ -397,6 +398,21 @@ def test_a_nudged_start_is_near_its_own_prompt_and_the_clients(tmp_path: Path) -
     journal.begin_round(far)
     assert not journal.note_base(far, [start + np.float32(5e-5)], tolerance, b"c")
     assert journal.near_lists(far) == []
+
+
+def test_clients_remember_their_own_start_beside_the_runs(tmp_path: Path) -> None:
+    world = World(tmp_path, 4, rounds=1)
+    spread(world)
+    own = world.toys["c002"].initial()
+    nudged = own + np.float32(9e-6)
+    world.toys["c001"].initial = lambda: nudged  # who is asked for it
+    for name in names(4):
+        world.join(name)
+    world.pump()
+    assert world.run.error is None
+    kept = world.journals["c002"]._blobs
+    assert nudged.tobytes() in [v for k, v in kept.items() if k.startswith("base-")]
+    assert [v for k, v in kept.items() if k.startswith("start-")] == [own.tobytes()]
 
 
 def test_a_list_is_on_record_before_what_can_open_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -289,6 +289,8 @@ def test_lists_of_one_prompt_must_not_isolate_a_few() -> None:
     with pytest.raises(errors.IsolationError, match="single out j: at least 5 clients"):
         check_isolation(everybody[:-1], [everybody], 3)
     check_isolation(everybody[:5], [everybody], 3)
+    with pytest.raises(errors.IsolationError, match="single out g, h, i, j: at least 5"):
+        check_isolation(everybody[:6], [everybody], 3)
     with pytest.raises(errors.IsolationError):  # pairs differ by five, the three together by less
         check_isolation(everybody[3:8], [everybody, everybody[:5]], 3)
     check_isolation(everybody[:5], [everybody, everybody[5:]], 3)

@@ -24,7 +24,7 @@ from secure_fedprompt.protocol.expand import Purpose
 from secure_fedprompt.protocol.layout import TensorSpec, Values
 from secure_fedprompt.protocol.policy import Policy
 from secure_fedprompt.protocol.settings import MethodSettings
-from secure_fedprompt.protocol.terms import RunTerms
+from secure_fedprompt.protocol.terms import RunTerms, nonces_digest
 from secure_fedprompt.server import run as server_run
 from secure_fedprompt.server.run import Run
 
@@ -369,6 +369,21 @@ def test_nonces_are_committed_before_any_is_known(tmp_path: Path) -> None:
     fewer = dataclasses.replace(message, nonces=message.nonces[1:])
     with pytest.raises(errors.TermsError, match="digest of other nonces"):
         session.on(fewer)
+
+
+@pytest.mark.parametrize(("graph", "refused"), [("regular", True), ("complete", False)])
+def test_no_nonce_of_a_regular_graph_is_left_out(tmp_path: Path, graph: str, refused: bool) -> None:
+    """The server could pick the subset of nonces whose graph it likes best."""
+    world, message = begun(tmp_path, 40, graph=graph, max_dropout=0.0, max_corruption=0.0)
+    fewer = message.nonces[1:]
+    less = dataclasses.replace(signed(message, nonces=nonces_digest(fewer)), nonces=fewer)
+    party, commitments = world.sessions["c002"].party, world.sessions["c002"]._commitments
+    party.check_terms(message, commitments)
+    if refused:
+        with pytest.raises(errors.TermsError, match="were left out"):
+            party.check_terms(less, commitments)
+    else:  # where no graph follows from them, a client that is gone need not stop the others
+        party.check_terms(less, commitments)
 
 
 def test_a_regular_graph_follows_from_all_nonces_and_each_attempt_has_its_own() -> None:
