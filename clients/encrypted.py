@@ -127,6 +127,11 @@ class Receiving(State):
             secret, maker = self.secret.private_bytes_raw(), message.maker.seal_key
             proof = prove(secret, maker, context, party.entropy)
             return Complained(party, plan, plan.maker), [replace(accusation, proof=proof)]
+        held = party.keyring.cohort
+        if held is not None and held.prompt_key != key.prompt_key:
+            raise KeyMismatchError(  # what the old one opens would be lost with it
+                f"{plan.maker} grants a key under which the global prompt does not open"
+            )
         party.keyring.cohort = key
         return EncryptedReady(party, plan, key), []
 

@@ -54,7 +54,8 @@ class EncryptedRound(Round):
     Attributes:
         key: digest of the cohort key in use.
         holders: clients that are known to hold it.
-        keyed: whether everybody could have the key; burnt: whether the server was shown it.
+        keyed: whether everybody could have the key; burnt: whether it must not be used any more.
+        refusals: clients that kept another key, under which the prompt opens.
         sealed: the next global prompt, once done.
     """
 
@@ -70,6 +71,7 @@ class EncryptedRound(Round):
         self._needed, self._open_until, self._short = self.plan.quorum, 0.0, False
         self._asks: dict[str, m.KeyAsk] = {}
         self._granted: m.KeyGrant | None = None
+        self.refusals: set[str] = set()  # who would lose the prompt by the granted key
         self._selector = self._make_selector()
         scheme = homomorphic.scheme(self.plan.protection, self.plan.parameters)
         packing = Packing.of(self.plan.layout, scheme.limit, self.plan.parameters.clients)
@@ -176,6 +178,17 @@ class EncryptedRound(Round):
             self._early[sender] = message
         return []
 
+    def on(self, sender: str, message: m.Message, now: float) -> Outbox:
+        refused = isinstance(message, m.Withdraw) and message.error == "KeyMismatchError"
+        if refused and self._granted is not None and sender in self._asks:
+            self.refusals.add(sender)
+        return super().on(sender, message, now)
+
+    def _abort(self, reason: str) -> Outbox:
+        if len(self.refusals) > len(self.plan.cohort) - self.plan.quorum:
+            self.burnt = True  # more clients than a round can do without hold another prompt key
+        return super()._abort(reason)
+
     def lost(self, sender: str, now: float) -> Outbox:
         self.holders.discard(sender)
         return super().lost(sender, now)
@@ -202,6 +215,9 @@ class EncryptedRound(Round):
                     raise AdvertMismatchError(f"{sender} asks under the name {message.name!r}")
                 verify(identity, Purpose.KEY_ASK, message.body(plan), message.signature, sender)
                 lift(message.seal_key)  # refuses keys about which nothing could be proved
+                others = [a.seal_key for a in self.answers.values() if isinstance(a, m.KeyAsk)]
+                if message.seal_key in others:
+                    raise AdvertMismatchError(f"{sender} asks with the key of another client")
             case m.KeyGrant():
                 body = message.body(plan)
                 verify(identity, Purpose.KEY_GRANT, body, message.signature, sender)
@@ -267,6 +283,10 @@ class EncryptedRound(Round):
 
     def _close_stage(self, names: tuple[str, ...], now: float) -> Outbox:
         if self.stage is Stage.COLLECTING:
+            present = len(set(names) - self._gone)
+            if present < self.plan.quorum:  # nothing is open yet: another attempt may do better
+                return self._abort(f"{present} of those who uploaded are still there, "
+                                   f"{self.plan.quorum} are needed")  # fmt: skip
             self._survivors = names
             self._begin(Stage.OPENING, names, now)
             self.pending = Pending(

@@ -162,6 +162,30 @@ def quorum_of(settings: ServerSettings, clients: int) -> int:
     return max(settings.threshold, default_threshold(clients))
 
 
+def fewest_of(settings: ServerSettings, clients: int) -> int:
+    """The smallest cohort that a round can be planned for.
+
+    Raises:
+        PlanError: there is none.
+    """
+    quorum = quorum_of(settings, clients)
+    if settings.graph != "regular" or settings.protection != "masks":
+        return quorum
+    for n in range(quorum, clients + 1):
+        try:
+            masking.choose_degree(
+                n, dropout=settings.max_dropout,
+                corruption=min(settings.max_corruption * clients / n, 0.99),
+            )  # fmt: skip
+        except PlanError:
+            continue
+        return n
+    raise PlanError(
+        f"no k-regular graph of {clients} clients or fewer tolerates {settings.max_dropout:.0%} "
+        f'dropout and {settings.max_corruption:.0%} collusion: use graph = "complete"'
+    )
+
+
 def noise_of(settings: ServerSettings, quorum: int) -> Noise:
     """The plan's client noise under these settings."""
     if not settings.dp_noise:
@@ -201,10 +225,7 @@ def check_roster(settings: ServerSettings, roster: Roster) -> None:
             max_weight=weight_of(settings), max_seen=settings.max_seen,
             ring_bits=settings.ring_bits, metrics=settings.metrics != "off", noise=noise.room,
         )  # fmt: skip
-        if settings.graph == "regular" and settings.protection == "masks":
-            masking.choose_degree(
-                n, dropout=settings.max_dropout, corruption=settings.max_corruption
-            )
+        fewest_of(settings, n)
     except PlanError as error:
         raise ConfigError(f"no round can be planned for {n} clients: {error}") from None
     if settings.selection != "secure":

@@ -11,6 +11,7 @@ restarted server never uses a round number twice. Nor does it give up a sum that
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -52,7 +53,7 @@ from secure_fedprompt.server.planning import (
     check_tensors,
     elect,
     elect_helper,
-    quorum_of,
+    fewest_of,
     round_plan,
     terms_of,
 )
@@ -118,7 +119,7 @@ class Run:
         check_settings(self.settings)
         check_roster(self.settings, self.roster)
         self.expected = self.settings.clients or len(self.roster.with_role("client"))
-        quorum = quorum_of(self.settings, len(self.roster.with_role("client")))
+        quorum = fewest_of(self.settings, len(self.roster.with_role("client")))
         self.needed = max(self.settings.min_clients, quorum)
         listed = len(self.roster.with_role("client"))
         if self.needed > self.expected:
@@ -139,6 +140,8 @@ class Run:
         self.unhelpful: set[str] = set()  # who failed as helpers
         self.stranded_until = 0.0  # wait for somebody who can open the prompt
         self.restarts = 0  # of the nonces
+        self.unopened = Counter[str]()  # who did not open a nonce, and how often
+        self.run_keys: dict[bytes, str] = {}  # who announced each of them first
         self._resume()
 
     def _resume(self) -> None:
@@ -253,13 +256,16 @@ class Run:
 
     def gone(self, name: str, now: float) -> Outbox:
         """A client is no longer there; its current round goes on without it."""
-        self.clients.pop(name, None)
+        left = self.clients.pop(name, None)
         self.helpers.pop(name, None)
         if name == self.initial_from:
             self.initial_from = ""
         if not self.clients and not self.state.run:  # nobody is left who announced these
             self.state.model_fingerprint = self.state.classes_digest = b""
         if self.current is None:
+            short = sum(c.accepted for c in self.clients.values()) < self.needed
+            if left and left.accepted and short:  # it may come back
+                self.gather_until = max(self.gather_until, now + self.settings.gather_seconds)
             return []
         out = self.current.lost(name, now)
         self._register(self.current)
@@ -281,6 +287,9 @@ class Run:
         except SecureFedPromptError as error:
             self.ledger.event("refused", f"{sender} refused: {error}")
             return [(sender, _refused(error))]
+        if self.unopened[sender] > 1 and not self.state.run:
+            refusal = FieldError(f"{sender} opens no nonce: the run begins without it")
+            return [(sender, _refused(refusal))]
         role = self.roster.by_name[sender].role
         present = self.clients if role == "client" else self.helpers
         before = present.get(sender)
@@ -315,11 +324,13 @@ class Run:
         body = message.body(self.roster.digest)
         verify(identity, Purpose.RUN_KEY, body, message.signature, sender)
         lift(message.seal_key)  # refuses keys about which nothing could be proved
-        others = (c.ready for name, c in self.everybody().items() if name != sender)
-        if message.seal_key in {ready.seal_key for ready in others if ready}:
+        if self.run_keys.setdefault(message.seal_key, sender) != sender:
             raise AdvertMismatchError(f"run key of {sender} is another client's")
-        committed = m.Nonce(sender, m.commitment(sender, message.nonce))
-        if state.terms is None and committed in state.commitments:
+        promised = m.Nonce(sender, client.commitment) in state.commitments
+        if promised and m.commitment(sender, message.nonce) != client.commitment:
+            self.unopened[sender] += 1
+            raise FieldError(f"nonce of {sender} is not the one that it committed to")
+        if state.terms is None and promised:
             state.opened[sender] = message.nonce
             self.ledger.save(state)
         client.ready, client.key = message, message.key
@@ -383,6 +394,9 @@ class Run:
         if self.over:
             return []
         if self._complete():
+            missing = self.opening and len(self.clients) < self.expected
+            if missing and now < self.gather_until:
+                return []  # started again at the very end: clients still wait for the last frame
             self.over = True
             return self._finish_frames()
         if not self.state.run:
@@ -476,6 +490,7 @@ class Run:
         """A nonce that is not opened could have been any: all must draw new ones."""
         self.restarts += 1
         names = ", ".join(sorted(missing))
+        self.unopened.update(missing)
         self.ledger.event("fault", f"{names} did not open a nonce: everybody draws new ones")
         if self.restarts >= MAX_ATTEMPTS:
             return self._fail(
@@ -513,8 +528,8 @@ class Run:
         state = self.state
         out = self._welcome_all()
         for name, client in self.everybody().items():
-            if client.ready and not client.told:
-                self.answer_until = max(self.answer_until, now + self.settings.stage_seconds)
+            if client.ready and not client.told:  # the first of a phase sets its deadline
+                self.answer_until = self.answer_until or now + self.settings.stage_seconds
                 out += self._tell_terms(name, client)
         waiting = [c for c in self.clients.values() if c.told and not (c.accepted or c.contests)]
         if waiting and now < self.answer_until:
@@ -522,7 +537,8 @@ class Run:
         contesting = [name for name, c in self.clients.items() if c.contests]
         if contesting:
             accepted = sum(c.accepted for c in self.clients.values())
-            if state.round == 0 and len(contesting) >= accepted:
+            many = len(contesting) > self.expected - self.needed  # more than could be dishonest
+            if state.round == 0 and many and len(contesting) >= accepted:
                 names = ", ".join(contesting)
                 text = f"{self.started_from}: its starting prompt is not what {names} compute"
                 self.ledger.event("fault", text)
@@ -574,6 +590,7 @@ class Run:
             held = {name: client.key for name, client in self.clients.items()}
             keying = elect(state, cohort, held, settings.key_maker, self.unfit)
         self.stranded_until = 0.0
+        self.answer_until = 0.0
         if state.attempt >= MAX_ATTEMPTS:
             raise PlanError(
                 f"learning round {state.learning_round} was tried {state.attempt} times, clients "
@@ -632,7 +649,8 @@ class Run:
         for name in current.plan.cohort:
             if client := self.clients.get(name):
                 client.key = current.key if name in current.holders else client.key
-                if name in current.faults:  # whatever went wrong there: it is given the key again
+                # Whatever went wrong there: it is given the key again, unless it kept another.
+                if name in current.faults and name not in current.refusals:
                     client.key = NO_KEY
         if current.burnt:
             self.state.key = NO_KEY
@@ -655,8 +673,8 @@ class Run:
         for name, client in self.clients.items():
             committed = m.Nonce(name, client.commitment) in state.commitments
             client.missed = client.missed or (committed and name not in done.plan.cohort)
+        self.ledger.save(state)  # first: a round that is not on record is better than one twice
         self.ledger.round_over(done, metrics, state.prompt)
-        self.ledger.save(state)
 
     def _fail(self, error: SecureFedPromptError) -> Outbox:
         self.error, self.over = error, True
