@@ -471,7 +471,12 @@ class Session:
             return self._raw
         cohort = self.party.keyring.cohort
         assert cohort is not None
-        return cohort.open_prompt(plan.run, plan.learning_round, self._raw)
+        try:
+            return cohort.open_prompt(plan.run, plan.learning_round, self._raw)
+        except SealError:
+            if self.party.name in plan.grants:  # what was granted is of no use
+                self.party.keyring.cohort = None
+            raise
 
     def _ready(self, replies: Replies) -> Replies:
         """Take up what the new state asks the caller or us to do."""

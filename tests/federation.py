@@ -73,6 +73,7 @@ class World:
         self.sessions: dict[str, Any] = {}
         self.journals = {name: MemoryJournal() for name in (*names(n), *helpers)}
         self.queue: deque[tuple[str, str, m.Message]] = deque()
+        self.latest = 20_000.0  # when a run that goes on is stuck, seconds
         self.withdraws = False  # whether clients withdraw from rounds, as the program does
         self.tamper: Any = lambda sender, recipient, message: message
         self.start_server()
@@ -117,6 +118,8 @@ class World:
                 if idle > 50:
                     raise AssertionError("nothing moves any more")
                 self.clock += 5
+                if self.clock > self.latest:
+                    raise AssertionError("this goes on for ever")
                 for name in set(self.sessions) - self.lost:
                     self.queue.append((name, "", m.Alive()))
                 self.queue.extend(("", *out) for out in self.run.tick(self.clock))

@@ -1,0 +1,202 @@
+"""Clients that play by no rules must not keep the others from their rounds."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from federation import World
+from rounds import identity, names
+
+from secure_fedprompt.clients import encrypted
+from secure_fedprompt.clients.cohort_key import CohortKey
+from secure_fedprompt.clients.session import Session
+from secure_fedprompt.protocol import errors
+from secure_fedprompt.protocol import messages as m
+from secure_fedprompt.protocol.expand import Purpose
+from secure_fedprompt.protocol.plan import NO_KEY, RoundPlan
+from secure_fedprompt.protocol.settings import ServerSettings
+from secure_fedprompt.server import planning
+
+
+def everybody(world: World) -> World:
+    world.withdraws = True
+    for name in world.toys:
+        world.join(name)
+    return world
+
+
+def bend(world: World, change: Callable[[str, m.Message], m.Message | None]) -> None:
+    """What clients send reaches the server changed, or not at all."""
+    original = world.run.on
+
+    def on(sender: str, message: m.Message, now: float) -> Any:
+        changed = change(sender, message)
+        return [] if changed is None else original(sender, changed, now)
+
+    world.run.on = on  # type: ignore[method-assign]
+
+
+# -- before the first round ------------------------------------------------------------------------
+
+
+def test_a_regular_graph_needs_as_many_clients_as_one_can_be_planned_for(tmp_path: Path) -> None:
+    settings = ServerSettings(graph="regular")
+    fewest = planning.fewest_of(settings, 60)
+    assert planning.quorum_of(settings, 60) < fewest < 60
+    world = World(tmp_path, 60, graph="regular", rounds=2, alive_seconds=1e9, gather_seconds=10.0)
+    assert world.run.needed == fewest
+    everybody(world)
+    world.pump(lambda w, message: isinstance(message, m.RoundEnd))
+    world.queue.extend(("", *out) for out in world.run.gone("c007", world.clock))
+    world.lost.add("c007")
+    world.pump()
+    assert world.run.error is None, world.run.error
+    assert len(world.store.summary()["rounds"][-1]["cohort"]) == 59
+
+
+def test_who_opens_another_nonce_twice_is_not_waited_for(tmp_path: Path) -> None:
+    world = World(tmp_path, 60, graph="regular", rounds=1, alive_seconds=1e9, gather_seconds=10.0)
+
+    def other(sender: str, message: m.Message) -> m.Message:
+        if sender == "c020" and isinstance(message, m.Ready):
+            message = dataclasses.replace(message, nonce=bytes(32))
+            body = message.body(world.roster.digest)
+            signature = identity(sender).sign(Purpose.RUN_KEY, body)
+            return dataclasses.replace(message, signature=signature)
+        return message
+
+    bend(everybody(world), other)
+    world.pump()
+    assert world.run.error is None, world.run.error
+    assert "c020" not in {nonce.name for nonce in world.run.state.commitments}
+    assert len(world.store.summary()["rounds"][0]["cohort"]) == 59
+
+
+def test_greeting_again_and_again_puts_off_no_deadline(tmp_path: Path) -> None:
+    """Two of seven never accept the terms; whenever time passes, one of them greets once more."""
+    world = everybody(World(tmp_path, 7, alive_seconds=1e9))
+    bad, plans = ("c006", "c007"), list[float]()
+    bend(world, lambda s, message: None if s in bad and isinstance(message, m.Accept) else message)
+
+    def until(w: World, message: m.Message) -> bool:
+        if isinstance(message, m.Plan):
+            plans.append(w.clock)
+        return bool(plans) or w.clock > stop
+
+    for turn in range(60):
+        stop = world.clock + 20.0
+        world.pump(until)
+        if plans:
+            break
+        world.reconnect(bad[turn % 2])
+    settings = world.settings
+    assert plans
+    assert plans[0] <= settings.gather_seconds + 2 * settings.stage_seconds
+
+
+def test_one_client_cannot_take_the_run_key_of_another_that_is_away(tmp_path: Path) -> None:
+    world = everybody(World(tmp_path, 5, alive_seconds=12.0, rounds=3))
+    world.pump(lambda w, message: isinstance(message, m.RoundEnd))
+    key = world.run.clients["c001"].ready.seal_key  # type: ignore[union-attr]
+    world.run.gone("c001", world.clock)
+    stolen = dataclasses.replace(
+        world.run.clients["c005"].ready, seal_key=key  # type: ignore[type-var]
+    )  # fmt: skip
+    signature = identity("c005").sign(Purpose.RUN_KEY, stolen.body(world.roster.digest))
+    world.queue.append(("c005", "", dataclasses.replace(stolen, signature=signature)))
+    world.reconnect("c001")
+    world.pump()
+    assert world.run.error is None, world.run.error
+    assert set(world.errors) == {"c005"}
+    assert "run key of c005 is another client's" in str(world.errors["c005"])
+
+
+def test_clients_that_leave_between_rounds_may_come_back(tmp_path: Path) -> None:
+    """Two of four agree to the terms and are gone before the first plan."""
+    world = everybody(World(tmp_path, 4, alive_seconds=1e9, gather_seconds=60.0))
+    seen: list[str] = []
+
+    def until(w: World, message: m.Message) -> bool:
+        seen.append(type(message).__name__)
+        return seen.count("Accept") == 3
+
+    world.pump(until)
+    world.clock += 61.0  # the time to gather is over
+    left = [name for name, client in world.run.clients.items() if client.accepted]
+    assert left
+    for name in left:
+        world.run.gone(name, world.clock)
+        world.lost.add(name)
+    world.pump(lambda w, message: w.clock > 75.0)
+    assert not world.run.over
+    for name in left:
+        world.join(name)
+    world.pump()
+    assert world.run.error is None, world.run.error
+
+
+# -- the cohort key --------------------------------------------------------------------------------
+
+
+def test_two_that_ask_with_one_key_cost_no_honest_maker_its_place(tmp_path: Path) -> None:
+    world = everybody(World(tmp_path, 7, protection="bfv", alive_seconds=12.0))
+    keys: list[bytes] = []
+
+    def same(sender: str, message: m.Message) -> m.Message:
+        if sender in ("c006", "c007") and isinstance(message, m.KeyAsk):
+            keys.append(message.seal_key)
+            message = dataclasses.replace(message, seal_key=keys[0])
+            assert world.run.current
+            body = message.body(world.run.current.plan)
+            signature = identity(sender).sign(Purpose.KEY_ASK, body)
+            return dataclasses.replace(message, signature=signature)
+        return message
+
+    bend(world, same)
+    world.pump()
+    assert world.run.error is None, world.run.error
+    faults = str([r["faults"] for r in world.store.summary()["rounds"]])
+    assert "asks with the key of another client" in faults
+    assert not set(world.errors) & set(names(5))
+
+
+def test_a_maker_cannot_take_the_prompt_from_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """c001, the maker, restarts; c002 grants a key under which the prompt is lost and goes on."""
+    plain, opened, makers = encrypted.begin, Session._open, list[str]()
+
+    def begin(party: Any, plan: RoundPlan) -> Any:
+        state, replies = plain(party, plan)
+        if plan.key == NO_KEY and isinstance(state, encrypted.Granting):
+            makers.append(party.name)
+            if party.name == "c002":
+                key = CohortKey.make(state.key.scheme, party.entropy)
+                state = dataclasses.replace(state, key=key)
+        return state, replies
+
+    def open_(self: Session, plan: Any) -> bytes:
+        try:
+            return opened(self, plan)
+        except errors.SealError:
+            if self.party.name != "c002":
+                raise
+            return self._agreed[1]  # as it computed it
+
+    monkeypatch.setattr(encrypted, "begin", begin)
+    monkeypatch.setattr(Session, "_open", open_)
+    world = everybody(World(tmp_path, 5, protection="bfv", rounds=4, alive_seconds=12.0))
+    world.pump(lambda w, message: isinstance(message, m.RoundEnd) and message.round == 2)
+    world.join("c001")
+    world.pump()
+    assert world.run.error is None, world.run.error
+    aborted = [r for r in world.store.summary()["rounds"] if r["outcome"] == "aborted"]
+    assert aborted
+    assert makers == ["c001", "c002", "c003"]
+    others = ("c001", "c003", "c004", "c005")
+    assert len({world.sessions[name].final.tobytes() for name in others}) == 1
+    assert not set(world.errors) & set(others)
