@@ -18,7 +18,6 @@ from secure_fedprompt.clients.cohort_key import CohortKey
 from secure_fedprompt.clients.state import Complained, Party, Ready, State, Step, words_of
 from secure_fedprompt.protocol import client_noise, fixedpoint, homomorphic, layout, masking
 from secure_fedprompt.protocol import messages as m
-from secure_fedprompt.protocol.agreement_proof import AgreementProof, prove
 from secure_fedprompt.protocol.codec import MAX_FRAME, Digest, UpTo, decode_fields, encode_fields
 from secure_fedprompt.protocol.errors import (
     AdvertMismatchError,
@@ -32,8 +31,6 @@ from secure_fedprompt.protocol.keys import agree, seal, unseal, verify
 from secure_fedprompt.protocol.layout import Vector
 from secure_fedprompt.protocol.packing import Integers, Packing
 from secure_fedprompt.protocol.plan import NO_KEY, RoundPlan
-
-_NO_PROOF = AgreementProof(bytes(32), bytes(32), bytes(32))
 
 
 def begin(party: Party, plan: RoundPlan) -> Step:
@@ -122,11 +119,8 @@ class Receiving(State):
             data = unseal(sealed, bytes(grant.box), context, plan.maker)
             key = CohortKey.from_bytes(scheme, data, message.key)
         except (SealError, KeyMismatchError):
-            accusation = m.Accusation(plan.run, plan.round, plan.maker, _NO_PROOF)
-            context = accusation.body(plan, party.name)
-            secret, maker = self.secret.private_bytes_raw(), message.maker.seal_key
-            proof = prove(secret, maker, context, party.entropy)
-            return Complained(party, plan, plan.maker), [replace(accusation, proof=proof)]
+            secret, peer = self.secret.private_bytes_raw(), message.maker.seal_key
+            return Complained.of(party, plan, plan.maker, secret, peer)
         held = party.keyring.cohort
         if held is not None and held.prompt_key != key.prompt_key:
             raise KeyMismatchError(  # what the old one opens would be lost with it

@@ -20,7 +20,6 @@ from secure_fedprompt.clients.selecting import check_helper
 from secure_fedprompt.clients.state import Complained, Party, Ready, State, Step, words_of
 from secure_fedprompt.protocol import client_noise, fixedpoint, masking, shamir
 from secure_fedprompt.protocol import messages as m
-from secure_fedprompt.protocol.agreement_proof import AgreementProof, prove
 from secure_fedprompt.protocol.codec import UpTo, decode_fields, encode_fields
 from secure_fedprompt.protocol.errors import (
     AdvertMismatchError,
@@ -37,8 +36,6 @@ from secure_fedprompt.protocol.expand import Purpose, add_masks
 from secure_fedprompt.protocol.keys import agree, seal, unseal, verify
 from secure_fedprompt.protocol.layout import Vector
 from secure_fedprompt.protocol.plan import MAX_COHORT, RoundPlan
-
-_NO_PROOF = AgreementProof(bytes(32), bytes(32), bytes(32))
 
 
 def start(party: Party, plan: RoundPlan) -> Step:
@@ -221,10 +218,8 @@ class Doubting(State):
         at = m.BOX * recipients.index(party.name)
         if bytes(message.boxes[at : at + m.BOX]) != self.box:
             raise SealError(f"the box that {dealer} sealed for us was altered on its way")
-        accusation = m.Accusation(plan.run, plan.round, dealer, _NO_PROOF)
-        secret, context = self.secrets.seal.private_bytes_raw(), accusation.body(plan, party.name)
-        proof = prove(secret, self.seal_key, context, party.entropy)
-        return Complained(party, plan, dealer), [replace(accusation, proof=proof)]
+        secret = self.secrets.seal.private_bytes_raw()
+        return Complained.of(party, plan, dealer, secret, self.seal_key)
 
 
 @dataclass(frozen=True, repr=False)

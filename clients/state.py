@@ -13,6 +13,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from secure_fedprompt.clients.journal import MemoryJournal
 from secure_fedprompt.protocol import fixedpoint
 from secure_fedprompt.protocol import messages as m
+from secure_fedprompt.protocol.agreement_proof import NO_PROOF, prove
 from secure_fedprompt.protocol.errors import (
     AdvertMismatchError,
     ReplayError,
@@ -114,15 +115,15 @@ class Party:
             raise TermsError("terms: digest of other nonces than those that were sent")
         if digest(Purpose.BASE, message.start) != terms.start:
             raise TermsError("terms: starting prompt is not the one that they name")
-        if terms.roster_digest == self.roster.digest and terms.clients != self.roster_clients:
-            raise TermsError(
-                f"terms: {terms.clients} clients, the roster has {self.roster_clients}: any of "
-                "them could be in a cohort"
-            )
         if terms.roster_digest != self.roster.digest:
             raise RosterMismatchError(
                 f"server's roster {terms.roster_digest.hex()[:16]} is not ours "
                 f"{self.roster.digest.hex()[:16]}: copy the same roster file to every machine"
+            )
+        if terms.clients != self.roster_clients:
+            raise TermsError(
+                f"terms: {terms.clients} clients, the roster has {self.roster_clients}: any of "
+                "them could be in a cohort"
             )
         terms.check()
         return terms
@@ -188,6 +189,13 @@ class Complained(State):
     """A box did not open: this attempt is over for us, and should be for everybody."""
 
     dealer: str
+
+    @classmethod
+    def of(cls, party: Party, plan: RoundPlan, dealer: str, secret: bytes, peer: bytes) -> Step:
+        """Accuse a dealer, and show what its key ``peer`` and our key ``secret`` agree on."""
+        accusation = m.Accusation(plan.run, plan.round, dealer, NO_PROOF)
+        proof = prove(secret, peer, accusation.body(plan, party.name), party.entropy)
+        return cls(party, plan, dealer), [replace(accusation, proof=proof)]
 
     def on(self, message: m.Message) -> Step:
         return self, []

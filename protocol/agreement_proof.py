@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from nacl import bindings, exceptions
 
 from secure_fedprompt.protocol.codec import Digest
+from secure_fedprompt.protocol.edwards import check_point, multiply, random_scalar
 from secure_fedprompt.protocol.errors import PointError, SignatureError
 from secure_fedprompt.protocol.expand import Purpose, tag
 from secure_fedprompt.protocol.shamir import Entropy
@@ -34,6 +35,9 @@ class AgreementProof:
     point: Digest
     challenge: Digest
     response: Digest
+
+
+NO_PROOF = AgreementProof(bytes(32), bytes(32), bytes(32))
 
 
 def prove(secret: bytes, peer: bytes, context: bytes, entropy: Entropy) -> AgreementProof:
@@ -52,10 +56,10 @@ def prove(secret: bytes, peer: bytes, context: bytes, entropy: Entropy) -> Agree
         x = ORDER - x
         own = bindings.crypto_scalarmult_ed25519_base_noclamp(_bytes(x))
     other = lift(peer)
-    point = _times(_bytes(x), other)
-    nonce = bindings.crypto_core_ed25519_scalar_reduce(entropy(64))
+    point = multiply(_bytes(x), other)
+    nonce = random_scalar(entropy)
     first = bindings.crypto_scalarmult_ed25519_base_noclamp(nonce)
-    challenge = _challenge(context, own, other, point, first, _times(nonce, other))
+    challenge = _challenge(context, own, other, point, first, multiply(nonce, other))
     product = bindings.crypto_core_ed25519_scalar_mul(challenge, _bytes(x))
     response = bindings.crypto_core_ed25519_scalar_add(nonce, product)
     return AgreementProof(point, challenge, response)
@@ -73,15 +77,15 @@ def check(proof: AgreementProof, public: bytes, peer: bytes, context: bytes) -> 
     """
     other = lift(peer)
     try:
-        own, point = lift(public), _valid(proof.point)
+        own, point = lift(public), check_point(bytes(proof.point), "an agreement")
         for scalar in (proof.challenge, proof.response):
             if int.from_bytes(scalar, "little") >= ORDER:
                 raise PointError("a scalar of a proof is not reduced")
         back = bindings.crypto_core_ed25519_scalar_negate(proof.challenge)
         first = _sum(
-            bindings.crypto_scalarmult_ed25519_base_noclamp(proof.response), _times(back, own)
+            bindings.crypto_scalarmult_ed25519_base_noclamp(proof.response), multiply(back, own)
         )
-        second = _sum(_times(proof.response, other), _times(back, point))
+        second = _sum(multiply(proof.response, other), multiply(back, point))
         fits = _challenge(context, own, other, point, first, second) == proof.challenge
     except (PointError, exceptions.RuntimeError):
         fits = False
@@ -119,21 +123,7 @@ def lift(public: bytes) -> bytes:
     if len(public) != 32 or (u + 1) % FIELD == 0:
         raise PointError("a public key is no point of the curve")
     y = (u - 1) * pow(u + 1, -1, FIELD) % FIELD
-    return _valid(_bytes(y))
-
-
-def _valid(point: bytes) -> bytes:
-    if len(point) != 32 or not bindings.crypto_core_ed25519_is_valid_point(point):
-        raise PointError("a public key is no point of the prime-order group")
-    return point
-
-
-def _times(scalar: bytes, point: bytes) -> bytes:
-    try:
-        found: bytes = bindings.crypto_scalarmult_ed25519_noclamp(scalar, point)
-    except exceptions.RuntimeError:
-        raise PointError("a proof multiplies to the identity") from None
-    return found
+    return check_point(_bytes(y), "a public key")
 
 
 def _sum(one: bytes, other: bytes) -> bytes:

@@ -97,16 +97,21 @@ def test_a_server_killed_while_a_sum_opens_finishes_that_sum(
     assert not (tmp_path / "pending.bin").exists()
 
 
-@pytest.mark.parametrize("who", ["the same processes", "new processes"])
-@pytest.mark.parametrize("kind", [m.CipherSum, m.Opened, m.SealedRequest, m.SealedPrompt])
+@pytest.mark.parametrize(
+    ("kind", "who"),
+    [
+        (kind, who)
+        for kind in (m.CipherSum, m.Opened, m.SealedRequest, m.SealedPrompt)
+        for who in ("the same processes", "new processes")
+        # Who restarts without having opened the sum has no key to open it with.
+        if kind is not m.CipherSum or who == "the same processes"
+    ],
+)
 def test_a_server_killed_while_clients_open_a_sum_finishes_that_sum(
     tmp_path: Path, kind: type, who: str
 ) -> None:
     world = world_of(tmp_path, protection="bfv")
     world.pump(nth(kind, 2, 1))
-    opened = world.journals["c001"]._runs[world.run.state.run.hex()].opened
-    if who == "new processes" and len(opened) < 2:
-        return  # who restarts without having opened the sum has no key to open it with
     restart(world)
     sums: list[int] = []
 

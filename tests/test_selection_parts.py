@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from nacl import bindings
 from selecting import shared
 
-from secure_fedprompt.protocol import errors
+from secure_fedprompt.protocol import edwards, errors
 from secure_fedprompt.protocol.codec import MAX_FRAME
 from secure_fedprompt.protocol.selection import circuits, oblivious_transfer, shares, task
 from secure_fedprompt.protocol.selection.oblivious_transfer import KAPPA, BaseReceiver, BaseSender
@@ -68,9 +68,9 @@ def test_base_transfers_give_the_chosen_key_and_hide_the_other() -> None:
 def test_scalars_are_never_zero() -> None:
     order = 2**252 + 27742317777372353535851937790883648493
     draws = iter([bytes(64), order.to_bytes(64, "little"), b"\x05" + bytes(63)])
-    assert oblivious_transfer.random_scalar(lambda size: next(draws)) == b"\x05" + bytes(31)
+    assert edwards.random_scalar(lambda size: next(draws)) == b"\x05" + bytes(31)
     with pytest.raises(errors.PointError, match="identity"):
-        oblivious_transfer.multiply(
+        edwards.multiply(
             bytes(31) + b"\x00",
             bindings.crypto_scalarmult_ed25519_base_noclamp(b"\x05" + bytes(31)),
         )

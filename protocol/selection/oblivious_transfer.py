@@ -16,44 +16,17 @@ from __future__ import annotations
 import hashlib
 
 import numpy as np
-from nacl import bindings, exceptions
+from nacl import bindings
 from numpy.typing import NDArray
 
+from secure_fedprompt.protocol.edwards import POINT, check_point, multiply, random_scalar
 from secure_fedprompt.protocol.errors import FieldError, PointError
 from secure_fedprompt.protocol.expand import Purpose, Stream, tag
 from secure_fedprompt.protocol.shamir import Entropy
 
 KAPPA = 128  # columns: the bits of a label
-POINT = 32
 Labels = NDArray[np.uint64]  # (..., 2)
 Bits = NDArray[np.bool_]
-
-
-def random_scalar(entropy: Entropy) -> bytes:
-    """Uniform in [1, L), L the order of the group."""
-    while True:
-        scalar: bytes = bindings.crypto_core_ed25519_scalar_reduce(entropy(64))
-        if any(scalar):
-            return scalar
-
-
-def check_point(point: bytes, who: str) -> bytes:
-    """Refuse what is not a point of the prime-order subgroup, or is the identity.
-
-    Raises:
-        PointError
-    """
-    if len(point) != POINT or not bindings.crypto_core_ed25519_is_valid_point(point):
-        raise PointError(f"{who} is no point of the Ed25519 group")
-    return point
-
-
-def multiply(scalar: bytes, point: bytes) -> bytes:
-    try:
-        found: bytes = bindings.crypto_scalarmult_ed25519_noclamp(scalar, point)
-    except exceptions.RuntimeError:
-        raise PointError("an oblivious transfer multiplies to the identity") from None
-    return found
 
 
 def _key(session: bytes, i: int, a: bytes, b: bytes, point: bytes) -> bytes:

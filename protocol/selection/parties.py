@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from secure_fedprompt.protocol.codec import MAX_FRAME, U32, Blob, Digest, Printable, PublicKey, UpTo
+from secure_fedprompt.protocol.edwards import POINT
 from secure_fedprompt.protocol.errors import (
     FieldError,
     SelectionError,
@@ -32,7 +33,6 @@ from secure_fedprompt.protocol.selection import garbled
 from secure_fedprompt.protocol.selection.builder import Circuit
 from secure_fedprompt.protocol.selection.oblivious_transfer import (
     KAPPA,
-    POINT,
     BaseReceiver,
     BaseSender,
     Bits,
