@@ -200,3 +200,109 @@ def test_a_maker_cannot_take_the_prompt_from_the_others(
     others = ("c001", "c003", "c004", "c005")
     assert len({world.sessions[name].final.tobytes() for name in others}) == 1
     assert not set(world.errors) & set(others)
+
+
+# -- deadlines and ends ----------------------------------------------------------------------------
+
+
+def test_who_is_refused_for_its_nonce_may_not_try_for_ever(tmp_path: Path) -> None:
+    world = World(tmp_path, 60, graph="regular", rounds=1, alive_seconds=1e9, gather_seconds=10.0)
+
+    def other(sender: str, message: m.Message) -> m.Message:
+        if sender == "c020" and isinstance(message, m.Ready):
+            message = dataclasses.replace(message, nonce=bytes(32))
+            body = message.body(world.roster.digest)
+            signature = identity(sender).sign(Purpose.RUN_KEY, body)
+            return dataclasses.replace(message, signature=signature)
+        return message
+
+    told: list[str] = []
+
+    def until(w: World, message: m.Message) -> bool:
+        if isinstance(message, m.Refused):
+            told.append(message.reason)
+        return isinstance(message, m.Refused)
+
+    bend(everybody(world), other)
+    for _ in range(6):
+        world.pump(until)
+        if world.run.over or "opens no nonce" in told[-1]:
+            break
+        world.join("c020")  # a new process, that means no better
+    assert "opens no nonce" in told[-1]
+    world.pump()
+    assert world.run.error is None, world.run.error
+
+
+def test_two_that_contest_do_not_throw_away_a_start_that_others_are_judging(tmp_path: Path) -> None:
+    world = everybody(World(tmp_path, 7, alive_seconds=1e9))
+    slow, bad = ("c003", "c004", "c005"), ("c006", "c007")
+
+    def change(sender: str, message: m.Message) -> m.Message | None:
+        if not isinstance(message, m.Accept) or sender not in slow + bad:
+            return message
+        if sender in bad:
+            return m.Contest(message.run, message.terms)
+        return message if world.run.clients.keys().isdisjoint(bad) else None
+
+    bend(world, change)
+    run: list[bytes] = []
+
+    def until(w: World, message: m.Message) -> bool:
+        if isinstance(message, m.Terms):
+            run.append(bytes(message.run))
+        return isinstance(message, m.Refused)
+
+    world.pump(until)
+    assert world.clock >= world.settings.stage_seconds  # the deadline decided, not the answers
+    assert world.run.clients.keys().isdisjoint(bad)
+    assert world.run.state.run == run[0]
+    assert not any("is not what" in str(v) for k, v in world.events if k == "fault")
+
+
+def test_a_sum_that_too_few_could_open_is_not_begun(tmp_path: Path) -> None:
+    """Two who uploaded leave while the fourth still trains: another attempt may do better."""
+    world = everybody(World(tmp_path, 4, protection="bfv", rounds=1, alive_seconds=1e9))
+    late: list[m.Message] = []
+
+    def change(sender: str, message: m.Message) -> m.Message | None:
+        if sender == "c004" and isinstance(message, m.CipherUpload) and not late:
+            late.append(message)
+            return None
+        return message
+
+    bend(world, change)
+    sent: list[m.Message] = []
+
+    def until(w: World, message: m.Message) -> bool:
+        if isinstance(message, m.CipherUpload):
+            sent.append(message)
+        return bool(late) and len(sent) == 4 and not w.queue
+
+    world.pump(until)
+    while world.queue:
+        world.pump(lambda w, message: not w.queue)
+    for name in ("c002", "c003"):
+        world.queue.extend(("", *out) for out in world.run.gone(name, world.clock))
+    world.pump(lambda w, message: isinstance(message, m.RoundEnd))
+    first = world.store.summary()["rounds"][0]
+    assert first["outcome"] == "aborted"
+    assert "of those who uploaded are still there" in first["reason"]
+    for name in ("c002", "c003"):
+        world.reconnect(name)
+    world.pump()
+    assert world.run.error is None, world.run.error
+
+
+def test_a_server_killed_at_the_very_end_gives_everybody_the_last_frame(tmp_path: Path) -> None:
+    world = everybody(World(tmp_path, 4, rounds=1, alive_seconds=1e9))
+    world.pump(lambda w, message: isinstance(message, m.Finish))
+    world.store.close()
+    world.queue.clear()
+    (tmp_path / "summary.json").unlink(missing_ok=True)
+    world.start_server()
+    for name in names(4):
+        world.reconnect(name)
+    world.pump()
+    assert world.run.error is None
+    assert all(world.sessions[name].final is not None for name in names(4))
