@@ -13,7 +13,6 @@ Records are JSON lines; vectors, frames and bases are files beside them, mode 06
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -26,6 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from secure_fedprompt.clients.record_file import RecordFile
 from secure_fedprompt.protocol.averaging import Prompt
 from secure_fedprompt.protocol.codec import encode_fields
 from secure_fedprompt.protocol.errors import (
@@ -34,7 +34,6 @@ from secure_fedprompt.protocol.errors import (
     ReplayError,
     UpdateReusedError,
 )
-from secure_fedprompt.protocol.locking import lock
 from secure_fedprompt.protocol.plan import UNSHARED, RoundPlan
 from secure_fedprompt.protocol.terms import RunTerms
 
@@ -319,61 +318,23 @@ class MemoryJournal:
 
 
 class FileJournal(MemoryJournal):
-    """The same rules over an append-only file of JSON lines, synced before each return.
+    """The same rules over a ``RecordFile``.
 
-    A crash can leave one unfinished line at the end, of a record whose call never returned; it is
-    cut off. Any other damage is refused, since forgetting a round would break the promises.
+    Raises:
+        ConfigError: it is in use, damaged, or cannot be written.
     """
 
     def __init__(self, path: Path) -> None:
         super().__init__()
         self._folder = path.parent
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-        except OSError as error:
-            raise ConfigError(
-                f"state_dir {path.parent} cannot be written ({error.strerror}): choose another"
-            ) from None
-        self._file = os.fdopen(descriptor, "r+b")
-        try:
-            lock(
-                descriptor,
-                f"journal {path} is in use by another client process: stop it, or use another "
-                "state_dir and key",
-            )
-        except ConfigError:
-            self._file.close()
-            raise
-        whole = 0
-        for number, line in enumerate(self._file, start=1):
-            if not line.endswith(b"\n"):
-                break
-            try:
-                super()._apply(json.loads(line))
-            except (ValueError, KeyError, TypeError, AttributeError):
-                self._file.close()
-                raise ConfigError(
-                    f"journal {path}, line {number} is damaged: restore it from a backup, or give "
-                    "this client a new state_dir and a new key"
-                ) from None
-            whole += len(line)
-        self._file.seek(whole)
-        self._file.truncate()
+        remedy = "restore it from a backup, or give this client a new state_dir and a new key"
+        self._file = RecordFile(path, "journal", self._read, remedy)
+
+    def _read(self, line: bytes) -> None:
+        super()._apply(json.loads(line))
 
     def _apply(self, record: Record) -> None:
-        begin = self._file.tell()
-        try:
-            self._file.write(json.dumps(record, separators=(",", ":")).encode() + b"\n")
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                self._file.seek(begin)
-                self._file.truncate()
-            raise ConfigError(
-                f"journal cannot be written ({error.strerror}): free the disk"
-            ) from None
+        self._file.append(json.dumps(record, separators=(",", ":")).encode())
         super()._apply(record)
 
     def _path(self, name: str) -> Path:

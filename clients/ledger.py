@@ -1,43 +1,33 @@
-"""What a client's images have been spent on: a durable record of DP-SGD steps, and epsilon.
+"""What a client has spent: steps on its images, and uploads of the client as a whole.
 
-A line is appended and synced to the disk *before* the steps that it stands for, so a client that is
-killed at any point has counted too much or right, never too little. What happened (steps) is kept
-apart from how it is counted (Opacus' accountants). All runs in one ``state_dir`` are counted
-together: they are about the same images.
+A line is synced to the disk *before* the steps, or the upload, that it stands for, so a client that
+is killed at any point has counted too much or right, never too little. All runs in one
+``state_dir`` are counted together, with and without noise: they are about the same images. What
+happened is kept apart from how it is counted (``accounting``, ``client_noise``).
 """
 
 from __future__ import annotations
 
-import json
-import os
-import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 
+from secure_fedprompt.clients import accounting
+from secure_fedprompt.clients.accounting import Steps
 from secure_fedprompt.clients.privacy_settings import PrivacySettings
-from secure_fedprompt.protocol.errors import BudgetError, ConfigError
+from secure_fedprompt.clients.record_file import RecordFile, parse
+from secure_fedprompt.protocol import client_noise
+from secure_fedprompt.protocol.errors import BudgetError
 
-# Opacus' default orders end at 63, too low for small epsilons: it warns, and its PRV accountant,
-# which bounds its grid with them, cannot be told others. So they are widened where both look.
-ORDERS = [1 + x / 10.0 for x in range(1, 100)] + [*range(11, 64)] + [2**k for k in range(6, 13)]
-_TOLERANCE = 0.005  # relative, of a noise multiplier that is searched for
-_MAX_SIGMA = 64.0  # with more noise nothing is learned
-
-
-@dataclass(frozen=True)
-class Steps:
-    """``count`` steps with noise multiplier ``sigma`` and sampling probability ``rate``."""
-
-    sigma: float
-    rate: float
-    count: int
+NAME = "privacy.jsonl"  # in a client's state folder
+_KIND, _REMEDY = "privacy ledger", "restore it from a copy, since what it counted is spent"
+_SLACK = 1 + 1e-9  # of a budget that is planned to be met
 
 
 class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A line of the ledger: the steps that an attempt at a round may take."""
+    """The steps that an attempt at a round may take; ``sigma`` is 0 without noise."""
 
     run: str
     round: int
@@ -46,94 +36,89 @@ class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     steps: int
 
 
-def epsilon(history: Sequence[Steps], delta: float, accountant: str = "prv") -> float:
-    """Epsilon at ``delta`` of Poisson-subsampled Gaussian steps, add/remove one image.
+class Upload(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A contribution to a sum: what the sum tells of the client, ``rho`` under zero-concentrated
+    DP. None: nothing bounds it."""
 
-    Args:
-        accountant: "rdp" (Mironov, Talwar and Zhang 2019) or "prv" (Gopi, Lee and Wutschitz 2021),
-            whose upper bound is taken.
-    """
-    from opacus.accountants import PRVAccountant, RDPAccountant
+    run: str
+    learning_round: int
+    rho: float | None
 
-    if not history:
-        return 0.0
-    if any(step.sigma == 0 for step in history):
-        return float("inf")
-    counted: dict[tuple[float, float], int] = {}
-    for step in history:
-        key = step.sigma, step.rate
-        counted[key] = counted.get(key, 0) + step.count
-    chosen = RDPAccountant() if accountant == "rdp" else PRVAccountant()
-    chosen.history = [(sigma, rate, count) for (sigma, rate), count in counted.items()]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # logarithms of zero far out in a tail
-        RDPAccountant.DEFAULT_ALPHAS = ORDERS
-        return float(chosen.get_epsilon(delta))
+    @property
+    def cost(self) -> float:
+        return math.inf if self.rho is None else self.rho
 
 
-def noise_for(
-    target: float, delta: float, rate: float, count: int, before: Sequence[Steps], accountant: str
-) -> float:
-    """The smallest noise multiplier with which ``count`` more steps stay within ``target``.
-
-    Raises:
-        BudgetError: what was spent before leaves no room for any.
-    """
-
-    def within(sigma: float) -> bool:
-        return epsilon([*before, Steps(sigma, rate, count)], delta, accountant) <= target
-
-    low, high = 0.0, 0.5
-    if accountant == "prv":  # slow, but never above the other: begin where that one ends
-        high = noise_for(target, delta, rate, count, before, "rdp")
-        low = 0.8 * high
-    while not within(high):
-        low, high = high, 2 * high
-        if high > _MAX_SIGMA:
-            spent = epsilon(before, delta, accountant)
-            raise BudgetError(
-                f"target_epsilon = {target:g}: epsilon {spent:.3g} at delta {delta:g} is spent "
-                f"already, which leaves no room for {count} steps with a noise multiplier below "
-                f"{_MAX_SIGMA:g}; raise it, or stop here"
-            )
-    while high - low > _TOLERANCE * high:
-        middle = (low + high) / 2
-        low, high = (low, middle) if within(middle) else (middle, high)
-    return high
+def _decode(line: bytes) -> Entry | Upload:
+    try:
+        record = msgspec.json.decode(line, type=dict[str, object])
+        kind: type[Entry | Upload] = Upload if "rho" in record else Entry
+        return msgspec.convert(record, kind)
+    except msgspec.MsgspecError as error:
+        raise ValueError(str(error)) from None
 
 
 class Ledger:
     """The record in one file, or in memory for simulations.
 
+    Attributes:
+        entries: of images; uploads: of the client.
+
     Raises:
-        ConfigError: the file is not a ledger.
+        ConfigError: the file is not a ledger, or another process uses it.
     """
 
-    def __init__(self, path: Path | None) -> None:
-        self.path = path
-        self.entries: list[Entry] = []
-        lines = path.read_bytes().splitlines(keepends=True) if path and path.exists() else []
-        for number, line in enumerate(lines, start=1):
-            try:
-                self.entries.append(msgspec.json.decode(line, type=Entry))
-            except (msgspec.DecodeError, msgspec.ValidationError) as error:
-                if number == len(lines) and not line.endswith(b"\n"):
-                    # Cut by a crash while it was written: nothing was done for it yet.
-                    assert path is not None
-                    os.truncate(path, path.stat().st_size - len(line))
-                    break
-                raise ConfigError(
-                    f"{path} line {number} is no entry of a privacy ledger: {error}; restore it "
-                    "from a copy, since what it counted is spent"
-                ) from None
+    def __init__(self, path: Path | None = None) -> None:
+        self.entries, self.uploads = list[Entry](), list[Upload]()
+        self._file: RecordFile[Entry | Upload] | None = None
+        if path is not None:
+            self._file = RecordFile(path, _KIND, _decode, _REMEDY)
+            self._take(self._file.records)
+
+    @classmethod
+    def read(cls, path: Path) -> Ledger:
+        """What a file says by now; it may be in use.
+
+        Raises:
+            ConfigError: it is not a ledger.
+        """
+        made = cls()
+        lines = path.read_bytes().splitlines(keepends=True)
+        made._take(parse(lines, _decode, f"{_KIND} {path}", _REMEDY)[0])
+        return made
+
+    def _take(self, records: list[Entry | Upload]) -> None:
+        self.entries += [record for record in records if isinstance(record, Entry)]
+        self.uploads += [record for record in records if isinstance(record, Upload)]
+
+    def _append(self, record: Entry | Upload) -> None:
+        if self._file is not None:
+            self._file.append(msgspec.json.encode(record))
+        self._take([record])
+
+    # -- images ------------------------------------------------------------------------------------
 
     @property
     def history(self) -> list[Steps]:
         return [Steps(e.sigma, e.rate, e.steps) for e in self.entries]
 
     def sigma_of(self, run: str) -> float | None:
-        """The noise multiplier with which a run began."""
+        """The noise multiplier with which a run began; 0 if it began without noise."""
         return next((e.sigma for e in self.entries if e.run == run), None)
+
+    def check_bounded(self, settings: PrivacySettings) -> None:
+        """Refuse a budget that no noise can keep.
+
+        Raises:
+            BudgetError: images were trained on without noise.
+        """
+        bare = sum(e.sigma == 0 for e in self.entries)
+        if settings.target_epsilon and bare:
+            raise BudgetError(
+                f"target_epsilon = {settings.target_epsilon:g}: these images were trained on in "
+                f"{bare} rounds without dp, so that epsilon is infinite; use noise_multiplier "
+                "alone, which has no budget, or a new state_dir for images that are new"
+            )
 
     def reserve(self, entry: Entry, settings: PrivacySettings) -> None:
         """Count steps before they are taken; durable on return.
@@ -141,31 +126,44 @@ class Ledger:
         Raises:
             BudgetError: they would exceed ``target_epsilon``, with the figures.
         """
-        after = [*self.history, Steps(entry.sigma, entry.rate, entry.steps)]
+        self.check_bounded(settings)
         if settings.target_epsilon:
-            needed = epsilon(after, settings.delta, settings.accountant)
+            after = [*self.history, Steps(entry.sigma, entry.rate, entry.steps)]
+            needed = accounting.epsilon(after, settings.delta, settings.accountant)
             if needed > settings.target_epsilon:
-                spent = epsilon(self.history, settings.delta, settings.accountant)
+                spent = accounting.epsilon(self.history, settings.delta, settings.accountant)
                 raise BudgetError(
                     f"target_epsilon = {settings.target_epsilon:g}: epsilon {spent:.3g} at delta "
                     f"{settings.delta:g} is spent, this round would make it {needed:.3g}; raise "
                     "it, or stop here"
                 )
-        if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "ab") as file:
-                file.write(json.dumps(msgspec.to_builtins(entry)).encode() + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
-            folder = os.open(self.path.parent, os.O_RDONLY)  # the file's name must last as well
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
-        self.entries.append(entry)
+        self._append(entry)
 
+    # -- the client --------------------------------------------------------------------------------
 
-def steps_of(images: int, batch_size: int, epochs: int) -> tuple[float, int]:
-    """Sampling probability and steps of one round over so many images."""
-    rate = min(1.0, batch_size / images)
-    return rate, max(1, round(epochs / rate))
+    def rho(self, runs: Callable[[str], bool] = lambda run: True) -> float:
+        """What the uploads of these runs tell together, under zero-concentrated DP."""
+        return math.fsum(upload.cost for upload in self.uploads if runs(upload.run))
+
+    def release(self, upload: Upload, limit: float, delta: float) -> None:
+        """Count an upload before it leaves; durable on return.
+
+        Args:
+            limit: largest epsilon at ``delta`` of all uploads together; 0 is none.
+
+        Raises:
+            BudgetError: it would exceed the limit, with the figures.
+        """
+        spent = self.rho()
+        needed = client_noise.epsilon(spent + upload.cost, delta)
+        if limit and needed > limit * _SLACK:
+            before = client_noise.epsilon(spent, delta)
+            raise BudgetError(
+                f"policy.max_client_epsilon = {limit:g}: epsilon {before:.3g} at delta {delta:g} "
+                f"is spent, this upload would make it {needed:.3g}; raise it, or stop here"
+            )
+        self._append(upload)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()

@@ -17,8 +17,8 @@ class PrivacySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     Attributes:
         kind: "none", or "sample": one image more or less changes little.
         target_epsilon: the budget of all runs in this state_dir together; the noise is chosen for
-            it when a run begins. 0: set noise_multiplier instead.
-        noise_multiplier: sigma, noise over clipping length; no budget is enforced.
+            it when a run begins, unless noise_multiplier says it. 0: none, set noise_multiplier.
+        noise_multiplier: sigma, noise over clipping length. Alone it is bounded by no budget.
         delta: below one over the number of images.
         max_grad_norm: clipping length of one image's gradient over all trained tensors.
         accountant: "prv" or "rdp".
@@ -48,8 +48,8 @@ class PrivacySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
             raise ConfigError(
                 "dp.kind = 'none' with a target_epsilon or noise_multiplier: set kind = 'sample'"
             )
-        if self.kind == "sample" and bool(self.target_epsilon) == bool(self.noise_multiplier):
+        if self.kind == "sample" and not (self.target_epsilon or self.noise_multiplier):
             raise ConfigError(
-                f"dp.target_epsilon = {self.target_epsilon:g} and dp.noise_multiplier = "
-                f"{self.noise_multiplier:g}: set exactly one of them"
+                "dp.kind = 'sample' without dp.target_epsilon and dp.noise_multiplier: set one of "
+                "them, or both for a given noise within a budget"
             )

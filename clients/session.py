@@ -6,6 +6,7 @@ plan and the global prompt; the caller trains and hands the result to ``trained`
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -15,6 +16,7 @@ import numpy as np
 from secure_fedprompt.clients import participant
 from secure_fedprompt.clients.encrypted import Opening, Reported, Sent
 from secure_fedprompt.clients.helper import Helper
+from secure_fedprompt.clients.ledger import Upload
 from secure_fedprompt.clients.participant import Agreed, Revealed
 from secure_fedprompt.clients.selecting import share_keys
 from secure_fedprompt.clients.state import Party, Ready, Replies, State
@@ -226,6 +228,8 @@ class Session:
             self.round, replies = share_keys(state, result)
             return replies
         try:
+            if self._failing != _place(plan):
+                self._count(plan)
             data = state.encode(*result)
         except UpdateError as error:
             self.failed_because = self.failed_because or error
@@ -234,6 +238,16 @@ class Session:
         self.party.journal.keep_vector(plan, _choice_bytes(work.choice) + data)
         self.round, replies = state.send(data)
         return replies
+
+    def _count(self, plan: RoundPlan) -> None:
+        """Note what the upload will tell of this client, before it leaves.
+
+        Raises:
+            BudgetError: more than the policy allows.
+        """
+        policy, cost = self.party.policy, self.party.policy.cost(plan)
+        upload = Upload(plan.run.hex(), plan.learning_round, cost if math.isfinite(cost) else None)
+        self.party.ledger.release(upload, policy.max_client_epsilon, policy.client_delta)
 
     def failed(self, work: Work, error: SecureFedPromptError) -> Replies:
         """Training failed: what is sent looks like any other contribution, and holds nothing.
@@ -354,11 +368,18 @@ class Session:
         if before and before != encode_fields(terms):
             terms.succeed(decode_fields(RunTerms, before))
         self.party.policy.check_terms(terms, self.party.roster_clients)
+        self._check_budget(terms)
         self._check_seen(terms, start)
         if before != encode_fields(terms):
             journal.accept_terms(terms, digest(Purpose.BASE, prompt_bytes(start)))
         self.terms = terms
         return [accept]
+
+    def _check_budget(self, terms: RunTerms) -> None:
+        """Refuse a run that this client's budget does not last for."""
+        ledger, run = self.party.ledger, terms.run.hex()
+        own = ledger.rho(lambda other: other == run)
+        self.party.policy.check_budget(terms, ledger.rho(lambda other: other != run), own)
 
     def _check_seen(self, terms: RunTerms, start: Prompt) -> None:
         """Refuse other bounds for what this client has contributed before, unless its operator

@@ -11,6 +11,7 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from secure_fedprompt.clients.journal import MemoryJournal
+from secure_fedprompt.clients.ledger import Ledger
 from secure_fedprompt.protocol import fixedpoint
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.agreement_proof import NO_PROOF, prove
@@ -64,6 +65,7 @@ class Party:
     journal: MemoryJournal
     entropy: Entropy
     keyring: Keyring = field(default_factory=Keyring)
+    ledger: Ledger = field(default_factory=Ledger)
 
     @functools.cached_property
     def roster_clients(self) -> int:

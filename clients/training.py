@@ -17,11 +17,12 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from secure_fedprompt.clients import vision
+from secure_fedprompt.clients.accounting import noise_for, steps_of
 from secure_fedprompt.clients.backbone import Backbone
 from secure_fedprompt.clients.data import partitions, sets
 from secure_fedprompt.clients.data.sets import ImageSet
 from secure_fedprompt.clients.data.settings import DataSettings
-from secure_fedprompt.clients.ledger import Entry, Ledger, noise_for, steps_of
+from secure_fedprompt.clients.ledger import Entry, Ledger
 from secure_fedprompt.clients.methods.base import Arrays, Batch, Method, build
 from secure_fedprompt.clients.privacy_settings import PrivacySettings
 from secure_fedprompt.clients.session import Work
@@ -230,9 +231,10 @@ class LocalTrainer:
         self.method: Method | None = None
         self.settings: MethodSettings | None = None
         self._before: tuple[tuple[bytes, int], Arrays] | None = None  # private part, round's start
-        self.ledger: Ledger | None = None
+        self.ledger = Ledger()
         self._counted: Values = {}  # metrics of the round under way
         self.clipped = 0  # update values beyond the plan's clip in the last round
+        self.norms: list[float] = []  # L2 norms of the updates so far
         backbone.check_class_names(train.class_names)
 
     @property
@@ -344,7 +346,7 @@ class LocalTrainer:
         self.clipped = 0
         values: Values = {}
         if method.fine_tunes and not plan.training:
-            self._train(train, [0 if self.seed is None else self.seed, plan.round])
+            self._train(train, plan)
         if any(field.name == lay.SEEN for field in plan.layout) and self.dp.kind != "none":
             values = {name: np.float64(0) for name in (lay.SEEN, lay.CORRECT, lay.LOSS)}
         elif any(field.name == lay.SEEN for field in plan.layout):
@@ -356,11 +358,10 @@ class LocalTrainer:
                 lay.LOSS: np.float64(np.minimum(losses, LOSS_CLIP).sum()),
             }
         if plan.training:
-            seed = [0 if self.seed is None else self.seed, plan.round]
             if self.dp.kind == "sample":
                 self._train_privately(train, plan)
             else:
-                self._train(train, seed)
+                self._train(train, plan)
         self._counted = values
         if plan.selecting:
             return method.selection_keys(self._draws(plan))
@@ -378,6 +379,7 @@ class LocalTrainer:
             delta = self._flattened(sent) - work.base
             self._save(plan.run)
             self.clipped = int(np.count_nonzero(np.abs(delta) > plan.clip))
+            self.norms.append(float(np.linalg.norm(delta)))
             at = 0
             for i, spec in enumerate(method.uploaded()):
                 values[spec.name] = delta[at : at + spec.size].reshape(spec.shape)
@@ -388,20 +390,42 @@ class LocalTrainer:
                     values[lay.FILLED + spec.name] = filled.astype(np.float64)
         return values, 1.0 if plan.uniform else self.weight
 
-    def _train(self, images: Features, seed: list[int]) -> None:
-        """Local SGD; optimiser and momentum are new in each round."""
+    def _check_kind(self, plan: RoundPlan) -> None:
+        """Refuse to change between dp and none within a run.
+
+        Raises:
+            ConfigError: what was done first decides what the other promises.
+        """
+        began, kept = self.ledger.sigma_of(plan.run.hex()), self._kept(plan.run)
+        private = self.dp.kind == "sample"
+        if began is None and private and kept is not None and kept.exists():
+            began = 0.0  # the ledger was lost
+        if began is None or private == (began > 0):
+            return
+        before = "without dp, so that its prompts are not private" if private else "with DP-SGD"
+        raise ConfigError(
+            f"dp.kind = {self.dp.kind!r}: this client has trained in run {plan.run.hex()[:8]} "
+            f"{before}; change it back, or wait for the next run"
+        )
+
+    def _train(self, images: Features, plan: RoundPlan) -> None:
+        """Local SGD; optimiser and momentum are new in each round. It is on record before the
+        first step."""
         assert self.method is not None
         assert self.settings is not None
         s, method = self.settings, self.method
         if not method.parameters():
             return
-        rng = np.random.default_rng(None if self.seed is None else seed)
+        self._check_kind(plan)
+        rng = np.random.default_rng(None if self.seed is None else [self.seed, plan.round])
         optimiser = torch.optim.SGD(
             method.parameters(), lr=s.lr, momentum=s.momentum, weight_decay=s.weight_decay
         )
         # A batch of everything would make training a function of the prompt alone.
         size = min(s.batch_size, max(1, len(images) // 4))
         steps = s.epochs * -(-len(images) // size)
+        entry = Entry(plan.run.hex(), plan.round, 0.0, size / len(images), steps)
+        self.ledger.reserve(entry, self.dp)
         done = 0
         with torch.random.fork_rng(devices=[]):  # torchvision draws from torch's generator
             torch.manual_seed(int(rng.integers(2**62)))
@@ -422,22 +446,17 @@ class LocalTrainer:
 
         Raises:
             BudgetError: the budget does not allow this round.
+            ConfigError: this run was begun without dp.
         """
         from secure_fedprompt.clients.privacy import Draws, PrivateTraining
 
         assert self.method is not None
         assert self.settings is not None
         s, dp, method, run = self.settings, self.dp, self.method, plan.run.hex()
-        if self.ledger is None:
-            self.ledger = Ledger(self.keep / "privacy.jsonl" if self.keep else None)
+        self._check_kind(plan)
+        self.ledger.check_bounded(dp)
         rate, steps = steps_of(len(images), s.batch_size, s.epochs)
-        kept, stored = self._kept(plan.run), self.ledger.sigma_of(run)
-        if stored is None and kept is not None and kept.exists():
-            raise ConfigError(
-                "dp.kind = 'sample': this run was begun without it, and what the method kept of it "
-                "is not private; remove the state folder's private file, or wait for the next run"
-            )
-        self.sigma = max(stored or 0.0, dp.noise_multiplier)
+        self.sigma = max(self.ledger.sigma_of(run) or 0.0, dp.noise_multiplier)
         if not self.sigma:
             left = steps * (plan.rounds - plan.learning_round + 1 + dp.retries)
             before = self.ledger.history

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import math
 import signal
 import sys
 import threading
@@ -204,8 +205,17 @@ def parser(prog: str, description: str, examples: str) -> argparse.ArgumentParse
 
 
 def write_json(path: str | None, result: object) -> None:
+    """Write a result where ``--json`` says; an infinite number is null, since JSON has none."""
     if path:
-        Path(path).write_text(json.dumps(result, indent=1, default=str) + "\n")
+        Path(path).write_text(json.dumps(_finite(result), indent=1, default=str) + "\n")
+
+
+def _finite(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def guard(body: Callable[[], int], debug: bool = False) -> int:

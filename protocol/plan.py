@@ -60,6 +60,16 @@ def tolerated_colluders(clients: int, threshold: int) -> int:
     return max(0, min(2 * threshold - clients - 1, threshold - 2))
 
 
+def noise_colluders(wanted: int, clients: int, quorum: int) -> int:
+    """Clients of a quorum whose noise does not count, since they can subtract it.
+
+    Args:
+        wanted: as configured; -1 is the c of ``tolerated_colluders``, and one at least, since every
+            client knows its own noise.
+    """
+    return max(1, tolerated_colluders(clients, quorum)) if wanted < 0 else wanted
+
+
 @dataclass(frozen=True)
 class RoundPlan:
     """A round.

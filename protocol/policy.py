@@ -10,11 +10,11 @@ from collections.abc import Iterable, Sequence
 
 import msgspec
 
-from secure_fedprompt.protocol.client_noise import effective
-from secure_fedprompt.protocol.errors import IsolationError, PolicyError
+from secure_fedprompt.protocol.client_noise import concentrated, effective, epsilon
+from secure_fedprompt.protocol.errors import BudgetError, IsolationError, PolicyError
 from secure_fedprompt.protocol.homomorphic import SCHEMES
 from secure_fedprompt.protocol.layout import METRICS
-from secure_fedprompt.protocol.plan import RoundPlan, default_threshold
+from secure_fedprompt.protocol.plan import RoundPlan, default_threshold, noise_colluders
 from secure_fedprompt.protocol.terms import RunTerms, tolerated
 
 
@@ -38,7 +38,11 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         min_fillers: fewest clients whose groups may be summed in one slot of "secure-federation".
         min_noise: smallest noise multiplier of client-level differential privacy, for every sum;
             0 asks for none. Terms with metrics are refused then.
-        noise_colluders: clients of a quorum whose noise must not be counted on.
+        noise_colluders: clients of a quorum whose noise is not counted on; -1 is the c of terms on
+            the complete graph, and one at least.
+        max_client_epsilon: most that all sums of this state_dir together may tell of this client as
+            a whole, at client_delta; 0 is no limit. A run that would pass it is refused, and sums
+            without noise, which nothing bounds. An upload that would pass it is zeros.
         min_clip, min_weight, min_seen: the least room for an update's values, for n_k (where it
             weighs) and for counted test images (where they are counted): less would cut off honest
             values, and what is cut off tells on which side of the bound a private number lies.
@@ -60,7 +64,9 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     helpers: tuple[str, ...] = ()
     min_fillers: int = 3
     min_noise: float = 0.0
-    noise_colluders: int = 0
+    noise_colluders: int = -1
+    max_client_epsilon: float = 0.0
+    client_delta: float = 1e-5
     min_clip: float = 0.1
     min_weight: int = 256
     min_seen: int = 4096
@@ -98,6 +104,12 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             most, found = getattr(self, f"max_{key}"), getattr(method, key)
             if found > most:
                 raise PolicyError(_above(f"max_{key}", most, f"{key} {found:g}"))
+        if self.min_noise and terms.metrics != "off":
+            raise PolicyError(
+                f"terms have metrics = {terms.metrics!r}, exact sums without noise, but "
+                f"policy.min_noise is {self.min_noise:g}: metrics must be 'off'"
+            )
+        self._check_noise(terms.plan(terms.sample(1)))
         if terms.protection == "none":
             return
         self._check_colluders(
@@ -111,12 +123,6 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         makers = terms.makers if terms.protection in SCHEMES else self.key_makers
         if self.key_makers and not set(self.key_makers) & set(makers):
             raise PolicyError(_outside("key_makers", self.key_makers, ", ".join(makers)))
-        if self.min_noise and terms.metrics != "off":
-            raise PolicyError(
-                f"terms have metrics = {terms.metrics!r}, exact sums without noise, but "
-                f"policy.min_noise is {self.min_noise:g}: metrics must be 'off'"
-            )
-        self._check_noise(terms.plan(terms.sample(1)))
 
     def _check_colluders(
         self, protection: str, regular: bool, clients: int, quorum: int, found: int, roster: int
@@ -177,21 +183,56 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         if plan.threshold < self.min_threshold:
             raise PolicyError(_below("min_threshold", self.min_threshold, f"t = {plan.threshold}"))
 
+    def _shares(self, plan: RoundPlan) -> int:
+        """Clients of a sum whose noise counts."""
+        colluders = noise_colluders(self.noise_colluders, plan.members, plan.quorum)
+        return max(0, min(plan.noise.honest, plan.quorum - colluders))
+
     def _check_noise(self, plan: RoundPlan) -> None:
-        if self.min_noise and any(field.name in METRICS for field in plan.layout):
+        if not self.min_noise:
+            return
+        if any(field.name in METRICS for field in plan.layout):
             raise PolicyError("plan has metrics, which carry no noise, but policy.min_noise is set")
-        if self.min_noise and plan.training:
-            found = effective(plan.noise, plan.layout) if plan.noise.used else 0.0
-            if found < 0.99 * self.min_noise:
-                raise PolicyError(
-                    f"plan's noise multiplier is worth {found:.3g}, but policy.min_noise is "
-                    f"{self.min_noise:g}"
-                )
-            if plan.noise.honest > plan.quorum - self.noise_colluders:
-                raise PolicyError(
-                    f"plan counts on the noise of {plan.noise.honest} of {plan.quorum} clients, "
-                    f"but policy.noise_colluders is {self.noise_colluders}"
-                )
+        shares = self._shares(plan)
+        found = effective(plan.noise, plan.layout, shares)  # 0 without any
+        if plan.training and found < 0.99 * self.min_noise:
+            raise PolicyError(
+                f"plan's noise multiplier is worth {found:.3g}, if {shares} of {plan.quorum} "
+                f"clients add theirs, but policy.min_noise is {self.min_noise:g}"
+            )
+
+    def cost(self, plan: RoundPlan) -> float:
+        """What a sum tells of one client as a whole, rho under zero-concentrated DP."""
+        if not plan.telling:
+            return 0.0
+        return concentrated(plan.noise, plan.layout, self._shares(plan))
+
+    def check_budget(self, terms: RunTerms, others: float, own: float) -> None:
+        """Refuse a run that ``max_client_epsilon`` does not last for.
+
+        Args:
+            others: rho of this client's uploads in other runs; own: in this one, so far.
+
+        Raises:
+            BudgetError: with the figures. They are for this client's user: the server would learn
+                from them what this client does elsewhere.
+        """
+        if not self.max_client_epsilon:
+            return
+        first, last = 1, terms.rounds + terms.evaluations
+        planned = max(1, terms.rounds) * self.cost(terms.plan(terms.sample(first)))
+        if terms.evaluations:
+            planned += self.cost(terms.plan(terms.sample(last)))
+        needed, spent = (
+            epsilon(others + more, self.client_delta) for more in (max(own, planned), own)
+        )
+        if needed > self.max_client_epsilon:
+            raise BudgetError(
+                f"policy.max_client_epsilon = {self.max_client_epsilon:g}: epsilon {spent:.3g} at "
+                f"delta {self.client_delta:g} is spent on this client's uploads, the run's "
+                f"{terms.rounds} rounds would make it {needed:.3g}; raise it, or ask the server's "
+                "operator for more dp_noise"
+            )
 
     def check_survivors(self, new: Sequence[str]) -> None:
         """Refuse a survivor list that is too short.

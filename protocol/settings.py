@@ -177,7 +177,8 @@ class ServerSettings(MethodSettings, frozen=True, forbid_unknown_fields=True, kw
         dp_noise: z of client-level differential privacy: the sum's noise has deviation z x dp_clip
             in each value. 0 is off. 'explain' prints epsilon.
         dp_clip: largest L2 norm of a client's whole update.
-        dp_colluders: clients of a quorum whose noise does not count, since they could tell it.
+        dp_colluders: clients of a quorum whose noise does not count, since they can subtract it; -1
+            is c = min(2t - n - 1, t - 2), and one at least.
         graph: "complete", or "regular" (k neighbours, honest-but-curious server) for large cohorts.
         threshold: t, the quorum; 0 means floor(2n/3) + 1, and less is refused.
         max_dropout, max_corruption: shares of clients that a regular graph must tolerate.
@@ -218,7 +219,7 @@ class ServerSettings(MethodSettings, frozen=True, forbid_unknown_fields=True, kw
     helper: str = ""
     dp_noise: NonNegative = 0.0
     dp_clip: Rate = 1.0
-    dp_colluders: Count = 0
+    dp_colluders: Annotated[int, Meta(ge=-1, le=65535)] = -1
     graph: str = "complete"
     threshold: Count = 0
     max_dropout: NonNegative = 0.1

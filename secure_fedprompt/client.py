@@ -22,14 +22,15 @@ from rich.progress import (
 )
 
 from secure_fedprompt.audit import private
+from secure_fedprompt.clients.accounting import epsilon
 from secure_fedprompt.clients.journal import FileJournal
-from secure_fedprompt.clients.ledger import epsilon
+from secure_fedprompt.clients.ledger import NAME, Ledger
 from secure_fedprompt.clients.link import CurveLink
 from secure_fedprompt.clients.session import Session, Work
 from secure_fedprompt.clients.state import Party
 from secure_fedprompt.identity import whoami
 from secure_fedprompt.pace import UPLOADS, Pace
-from secure_fedprompt.protocol import command
+from secure_fedprompt.protocol import client_noise, command
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.errors import SecureFedPromptError, UpdateError
 from secure_fedprompt.protocol.recorder import recorder
@@ -106,7 +107,8 @@ def take_part(settings: ClientSettings, json_path: str | None) -> int:
     console = Console(highlight=False)
     identity, roster, me, server = whoami(settings.key, settings.roster, "client")
     state_dir = Path(settings.state_dir or f"state/{me.name}")
-    journal = FileJournal(state_dir / "journal.jsonl")
+    journal, ledger = FileJournal(state_dir / "journal.jsonl"), Ledger(state_dir / NAME)
+    ledger.check_bounded(settings.dp)
     log = recorder(state_dir, settings.audit, settings.audit_mb, identity, me, roster)
     link = CurveLink(settings.server, server.curve, identity, settings.patience, log)
     columns = (
@@ -123,7 +125,10 @@ def take_part(settings: ClientSettings, json_path: str | None) -> int:
             trainer = load_trainer(settings, console, progress)
             trainer.seat = names.index(me.name), len(names)
             trainer.keep, trainer.hold_seconds = state_dir, settings.hold_seconds
-            party = Party(me.name, identity, roster, settings.policy, journal, os.urandom)
+            trainer.ledger = ledger
+            party = Party(
+                me.name, identity, roster, settings.policy, journal, os.urandom, ledger=ledger
+            )
             session = Session(party, trainer, settings.method, settings.accept)
             record = state_dir if settings.private_record else None
             rounds = loop(link, session, trainer, console, record)
@@ -136,6 +141,7 @@ def take_part(settings: ClientSettings, json_path: str | None) -> int:
     finally:
         link.close()
         journal.close()
+        ledger.close()
         if log is not None:
             log.close()
     return 0
@@ -254,6 +260,12 @@ def tell_terms(console: Console, terms: RunTerms) -> None:
         f"{terms.protection}, {terms.clients} clients, quorum {terms.quorum}, c = {terms.colluders}"
         f"{counts}"
     )
+    if terms.noise.used:
+        noise = terms.noise
+        console.print(
+            f"  every update's norm is clipped to {noise.clip:g}; a sum has noise of "
+            f"{noise.multiplier:g} times that in each value, if {noise.honest} clients add theirs"
+        )
 
 
 def next_frame(link: CurveLink, timeout: float, greeted: float) -> m.Message | None:
@@ -302,12 +314,14 @@ def uploaded(
     result: tuple[Values, float],
 ) -> None:
     """Tell about an upload, and keep what went into it if that is wanted."""
-    tell(console, work, trainer, result[1])
+    tell(console, session, work, trainer, result[1])
     if record is not None:
         keep_private(record, session, work, trainer, result)
 
 
-def tell(console: Console, work: Work, trainer: LocalTrainer, weight: float) -> None:
+def tell(
+    console: Console, session: Session, work: Work, trainer: LocalTrainer, weight: float
+) -> None:
     plan = work.plan
     what = f"round {plan.learning_round}/{plan.rounds}" if plan.training else "final evaluation"
     shield = "UNPROTECTED" if plan.protection == "none" else f"under {plan.protection}"
@@ -318,14 +332,21 @@ def tell(console: Console, work: Work, trainer: LocalTrainer, weight: float) -> 
         console.print(
             f"[yellow]our {weight:g} images count as the plan's max_weight {plan.max_weight}[/]"
         )
-    sent = "update" if plan.training else "counts"
-    weighs = "" if plan.uniform else f" of {weight:g} images"
+    sent = f"update of norm {trainer.norms[-1]:.2g}" if plan.training else "counts"
+    weighs = "" if plan.uniform else f" for {weight:g} images"
     console.print(f"{what}: {sent}{weighs} sent {shield}{clipped}")
-    if trainer.ledger is not None and plan.training:
+    if trainer.dp.kind == "sample" and plan.training:
         spent = epsilon(trainer.ledger.history, trainer.dp.delta, "rdp")  # quick: frames wait
         console.print(
             f"  privacy: epsilon {spent:.3g} (rdp) at delta {trainer.dp.delta:g} spent so far, "
             f"noise multiplier {trainer.sigma:.3g}"
+        )
+    if plan.noise.used:
+        delta = session.party.policy.client_delta
+        spent = client_noise.epsilon(session.party.ledger.rho(), delta)
+        console.print(
+            f"  privacy of this client as a whole: epsilon {spent:.3g} at delta {delta:g} spent so "
+            f"far, norm clipped to {plan.noise.clip:g}"
         )
 
 

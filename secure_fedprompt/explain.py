@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import bisect
 import math
 
+import msgspec
 from rich.console import Console
 
 from secure_fedprompt.protocol import client_noise, command, fixedpoint, homomorphic
@@ -23,6 +25,8 @@ _USED = {"protection", "clients", "clip", "weights", "max_weight", "max_seen", "
          "selection_keep", "helper", "fedmgp", "dp_noise", "dp_clip", "dp_colluders",
          "min_clients", "rounds"}  # fmt: skip
 _DELTA = 1e-5
+_FAR = 4.0  # a clip this many times above or below the norm of updates is far from it
+_FEWEST, _MANY = 3, 10_000_000  # clients that are looked at
 _SIGNED = 64 + 32 + 30  # signature, key digest and header of an upload
 _SEED = 100  # bytes of a fresh ciphertext beside its polynomial
 _DENSE = 7.56  # bytes that SEAL's compression leaves of a 54-bit coefficient, measured
@@ -38,12 +42,19 @@ def main(argv: list[str] | None = None) -> int:
         "  secure-fedprompt explain --protection bfv --dim 8192 --clients 10 --precision 1e-6\n"
         "  secure-fedprompt explain --method fedmgp --weights uniform --selection secure \\\n"
         "      --selection-scope federation --clients 10\n"
+        "  # is client noise of any use? the norm of updates as 'simulate' or a client prints it\n"
+        "  secure-fedprompt explain --dp-noise 1 --dp-clip 0.01 --update-norm 0.007 \\\n"
+        "      --metrics off --clients 500 --rounds 10 --dim 2048\n"
         "  secure-fedprompt explain --config server.toml --dim 8192",
     )
     parser.add_argument("--dim", type=int, default=8192, metavar="N", help="prompt values uploaded")
     parser.add_argument(
         "--precision", type=float, default=0.0, metavar="STEP",
         help="refuse settings under which a client's value is rounded to a coarser step",
+    )  # fmt: skip
+    parser.add_argument(
+        "--update-norm", type=float, default=0.0, metavar="NORM",
+        help="L2 norm of a client's update, to compare with --dp-noise and --dp-clip",
     )  # fmt: skip
     skip = frozenset(set(ServerSettings.__struct_fields__) - _USED)
     command.add_flags(parser, ServerSettings, skip=skip)
@@ -54,7 +65,12 @@ def main(argv: list[str] | None = None) -> int:
 def _show(args: argparse.Namespace) -> int:
     settings = command.load(ServerSettings, args)
     try:
-        rows, figures = describe(settings, args.dim, settings.clients or 10, args.precision)
+        clients = settings.clients or 10
+        rows, figures = describe(settings, args.dim, clients, args.precision)
+        if settings.dp_noise:
+            _usefulness(rows, figures, settings, args.dim, clients, args.update_norm)
+        elif args.update_norm:
+            raise ConfigError(f"--update-norm {args.update_norm:g}: compares with --dp-noise")
     except PlanError as error:
         raise ConfigError(str(error)) from None
     console = Console(highlight=False)
@@ -77,7 +93,7 @@ def describe(
         raise ConfigError(f"dim = {dim}: at least 1 value")
     if settings.dp_noise:
         check_settings(settings)
-    noise = noise_of(settings, quorum_of(settings, clients))
+    noise = noise_of(settings, clients)
     weight = 1 if settings.weights == "uniform" else settings.max_weight
     layout = fixedpoint.size_layout(
         (TensorSpec("prompt", (dim,)),), clients, clip=settings.clip, max_weight=weight,
@@ -132,13 +148,80 @@ def _noise(
     noise.check(noise.honest)
     rho = settings.rounds * client_noise.concentrated(noise, layout)
     figures["epsilon"] = client_noise.epsilon(rho, _DELTA)
-    deviation = settings.dp_noise * settings.dp_clip / noise.honest
+    quorum = quorum_of(settings, settings.clients or 10)
     rows["privacy"] = (
-        f"epsilon {figures['epsilon']:.3g} at delta {_DELTA:g} after {settings.rounds} rounds, for "
-        f"one client's whole part in all of them (rho {rho:.3g} zCDP), if {noise.honest} clients "
-        f"of every sum add their noise; an average over as many has noise of {deviation:.2g} in "
-        f"each value, updates have norm {settings.dp_clip:g} at most"
+        f"epsilon {figures['epsilon']:.4g} at delta {_DELTA:g} after {settings.rounds} rounds, for "
+        f"one client's whole part in all of them or zeros in its place (rho {rho:.3g} zCDP), if "
+        f"{noise.honest} clients of every sum add their noise: a quorum of {quorum} less "
+        f"{quorum - noise.honest} that can subtract theirs"
     )
+
+
+def _usefulness(
+    rows: Rows,
+    figures: dict[str, float],
+    settings: ServerSettings,
+    dim: int,
+    clients: int,
+    update_norm: float,
+) -> None:
+    """Whether an average says more than its noise: both as L2 norms over the prompt's values.
+
+    Every client adds a share, so that n clients, of whom ``honest`` are counted on, leave noise of
+    z C / sqrt(honest n) in each value of their average. Averaged updates have the norm of one at
+    most: that of updates that all point the same way.
+    """
+    if update_norm < 0 or not math.isfinite(update_norm):
+        raise ConfigError(f"--update-norm {update_norm:g}: must be positive")
+    clip, signal = settings.dp_clip, min(update_norm or settings.dp_clip, settings.dp_clip)
+    noise = _noise_norm(settings, dim, clients)
+    least = _break_even(settings, dim, signal)
+    of = f"updates of norm {update_norm:g}" if update_norm else "updates as long as dp_clip"
+    figures |= {"noise_norm": noise, "signal_norm": signal, "signal_to_noise": signal / noise}
+    figures["break_even_clients"] = float(least or math.inf)
+    rows["useful"] = (
+        f"the noise in an average over {clients} clients has norm {noise:.2g}, {noise / clip:.2g} "
+        f"times dp_clip; {of} leave at most {signal:.2g}: signal to noise {signal / noise:.2g} in "
+        f"a round, and sqrt({settings.rounds}) times that over all rounds if they pull one way. "
+        f"They meet at {f'{least:,} clients' if least else f'more than {_MANY:,} clients'}"
+    )
+    if not update_norm:
+        rows["dp_clip"] = (
+            "the median norm of updates is a good choice. 'secure-fedprompt simulate' prints it, "
+            "for images that need no protection, under the same settings; give it as --update-norm"
+        )
+    elif not update_norm / _FAR <= clip <= update_norm * _FAR:
+        fault = (
+            f"{clip / update_norm:.3g} times the norm of updates: all noise is for the clip, so it "
+            "drowns them"
+            if clip > update_norm
+            else f"{clip / update_norm:.2g} of the norm of updates: most of them is cut off"
+        )
+        rows["warning"] = f"dp_clip = {clip:g} is {fault}; set dp_clip near {update_norm:.2g}"
+    elif signal < noise:
+        rows["warning"] = (
+            "an average is mostly noise: use more clients, fewer prompt values, or less noise"
+        )
+
+
+def _noise_norm(settings: ServerSettings, dim: int, clients: int) -> float:
+    noise = noise_of(settings, clients)
+    return noise.multiplier * noise.clip * math.sqrt(dim / (noise.honest * clients))
+
+
+def _break_even(settings: ServerSettings, dim: int, signal: float) -> int | None:
+    """The smallest number of clients whose average has no more noise than signal, if any."""
+    free = msgspec.structs.replace(settings, threshold=0)
+
+    def enough(n: int) -> bool:
+        return _noise_norm(free, dim, n) <= signal
+
+    low, high = _FEWEST, _FEWEST
+    while not enough(high):
+        low, high = high, 2 * high
+        if high > _MANY:
+            return None
+    return bisect.bisect_left(range(high), True, low, high, key=enough)
 
 
 def _selection(

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from secure_fedprompt.clients.ledger import Ledger, Steps, epsilon, noise_for, steps_of
+from secure_fedprompt.clients.accounting import Steps, epsilon, noise_for, steps_of
+from secure_fedprompt.clients.ledger import NAME, Ledger
 from secure_fedprompt.clients.privacy_settings import PrivacySettings
-from secure_fedprompt.protocol import command
+from secure_fedprompt.protocol import client_noise, command
 from secure_fedprompt.protocol.errors import ConfigError
 
 EXAMPLES = """\
@@ -26,9 +27,11 @@ DEFAULTS = PrivacySettings()
 def main(argv: list[str] | None = None) -> int:
     parser = command.parser(
         "secure-fedprompt privacy",
-        "Epsilon of DP-SGD (dp.kind = 'sample'): 'plan' before anything runs, 'status' of a "
-        "client's state folder. The guarantee is about one image more or less in everything that a "
-        "client sends from its training; it does not cover how many images it has.",
+        "Epsilon of DP-SGD (dp.kind = 'sample'): 'plan' before anything runs; 'status': what a "
+        "client has spent, with and without dp, on its images and as a whole client. "
+        "The guarantee of DP-SGD is about one image more or less in everything that a client sends "
+        "from its training; it does not cover how many images it has. 'explain --dp-noise' plans "
+        "the noise of whole clients.",
         EXAMPLES,
     )
     parser.add_argument("action", choices=("plan", "status"))
@@ -82,25 +85,41 @@ def _plan(args: argparse.Namespace) -> int:
 def _status(args: argparse.Namespace) -> int:
     if args.folder is None:
         raise ConfigError("name a client's state folder: secure-fedprompt privacy status DIR")
-    path = args.folder / "privacy.jsonl"
+    path = args.folder / NAME
     if not path.exists():
-        raise ConfigError(f"{path}: no such file; this client has not trained with dp")
-    ledger, console = Ledger(path), Console(highlight=False)
-    runs: dict[str, list[Steps]] = {}
-    for entry, steps in zip(ledger.entries, ledger.history, strict=True):
-        runs.setdefault(entry.run, []).append(steps)
-    for run, history in runs.items():
-        spent = epsilon(history, args.delta, args.accountant)
-        count = sum(step.count for step in history)
-        console.print(
-            f"run {run[:8]}: {len(history)} rounds, {count} steps, noise multiplier "
-            f"{history[0].sigma:.4g}: epsilon {spent:.4g}"
-        )
+        raise ConfigError(f"{path}: no such file; this client has not trained")
+    ledger, console = Ledger.read(path), Console(highlight=False)
+    runs = dict.fromkeys([e.run for e in ledger.entries] + [u.run for u in ledger.uploads])
+    for run in runs:
+        history = [s for e, s in zip(ledger.entries, ledger.history, strict=True) if e.run == run]
+        told = f"run {run[:8]}: {_images(history, args)}; {_whole(ledger, args, run)}"
+        console.print(told, soft_wrap=True)
     total = epsilon(ledger.history, args.delta, args.accountant)
+    whole = client_noise.epsilon(ledger.rho(), args.delta)
     console.print(
-        f"all together: epsilon {total:.4g} at delta {args.delta:g} ({args.accountant}); attempts "
-        "that were aborted count",
+        f"all together, at delta {args.delta:g}; attempts that were aborted count:\n"
+        f"  one image more or less: epsilon {total:.4g} ({args.accountant})\n"
+        f"  this client or zeros in its place: epsilon {whole:.4g} (zCDP)",
         soft_wrap=True,
     )
-    command.write_json(args.json, {"epsilon": total, "delta": args.delta, "runs": len(runs)})
+    result = {"epsilon": total, "client_epsilon": whole, "delta": args.delta, "runs": len(runs)}
+    command.write_json(args.json, result)
     return 0
+
+
+def _images(history: list[Steps], args: argparse.Namespace) -> str:
+    count = sum(step.count for step in history)
+    sigma = min((step.sigma for step in history), default=0.0)
+    if not sigma:
+        return f"{len(history)} rounds, {count} steps without dp"
+    spent = epsilon(history, args.delta, args.accountant)
+    return (
+        f"{len(history)} rounds, {count} steps, noise multiplier {sigma:.4g}: epsilon {spent:.4g}"
+    )
+
+
+def _whole(ledger: Ledger, args: argparse.Namespace, run: str) -> str:
+    sums = [upload for upload in ledger.uploads if upload.run == run]
+    spent = client_noise.epsilon(ledger.rho(lambda other: other == run), args.delta)
+    bounded = f"client epsilon {spent:.4g}" if all(u.rho is not None for u in sums) else "no noise"
+    return f"{len(sums)} uploads, {bounded}"

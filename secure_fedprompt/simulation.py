@@ -89,6 +89,14 @@ def _run(args: argparse.Namespace) -> int:
         finally:
             store.close()
     show.show_run(console, summary)
+    if norms := [norm for trainer in trainers.values() for norm in trainer.norms]:
+        low, middle, high = (float(q) for q in np.quantile(norms, (0.1, 0.5, 0.9)))
+        summary["update_norm"] = {"low": low, "median": middle, "high": high}
+        console.print(
+            f"norm of an update: median {middle:.2g}, {low:.2g} to {high:.2g} for 8 in 10 of them; "
+            "dp_clip near the median suits client noise ('secure-fedprompt explain --dp-noise')",
+            soft_wrap=True,
+        )
     command.write_json(args.json, summary)
     return 0
 

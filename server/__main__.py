@@ -20,6 +20,7 @@ from secure_fedprompt.protocol.plan import default_threshold, tolerated_colluder
 from secure_fedprompt.protocol.recorder import recorder
 from secure_fedprompt.protocol.settings import ServerSettings
 from secure_fedprompt.server.hub import Hub, bound_connections
+from secure_fedprompt.server.planning import noise_of
 from secure_fedprompt.server.run import Run
 from secure_fedprompt.server.store import Store
 
@@ -142,6 +143,12 @@ def warn(console: Console, settings: ServerSettings, clients: int) -> None:
             f"[yellow]weights = {settings.weights!r}, metrics = {settings.metrics!r}[/]: if one "
             f"client drops out between two rounds, their sums differ by its {' and '.join(shown)}; "
             "'uniform' and 'final' keep counts out of what can be compared"
+        )
+    if settings.dp_noise:
+        noise = noise_of(settings, clients)
+        console.print(
+            f"client noise of {noise.multiplier:g} x dp_clip {noise.clip:g} in every sum, if "
+            f"{noise.honest} clients add theirs; 'secure-fedprompt explain' prints epsilon"
         )
     t = settings.threshold or default_threshold(clients)
     if settings.protection in SCHEMES:

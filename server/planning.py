@@ -24,6 +24,7 @@ from secure_fedprompt.protocol.plan import (
     UNPROTECTED,
     RoundPlan,
     default_threshold,
+    noise_colluders,
 )
 from secure_fedprompt.protocol.roster import Roster
 from secure_fedprompt.protocol.selection.task import SCOPES, Selection
@@ -186,16 +187,22 @@ def fewest_of(settings: ServerSettings, clients: int) -> int:
     )
 
 
-def noise_of(settings: ServerSettings, quorum: int) -> Noise:
-    """The plan's client noise under these settings."""
+def noise_of(settings: ServerSettings, clients: int) -> Noise:
+    """The noise of a run with so many clients.
+
+    Raises:
+        ConfigError: nobody's noise would count.
+    """
     if not settings.dp_noise:
         return NO_NOISE
-    if settings.dp_colluders >= quorum:
+    quorum = quorum_of(settings, clients)
+    colluders = noise_colluders(settings.dp_colluders, clients, quorum)
+    if colluders >= quorum:
         raise ConfigError(
-            f"dp_colluders = {settings.dp_colluders}: a sum may have only {quorum} clients, so "
+            f"dp_colluders = {colluders}: a sum may have only {quorum} clients, so "
             "nobody's noise would count; lower it, or raise threshold or min_clients"
         )
-    return Noise(settings.dp_clip, settings.dp_noise, quorum - settings.dp_colluders)
+    return Noise(settings.dp_clip, settings.dp_noise, quorum - colluders)
 
 
 def check_roster(settings: ServerSettings, roster: Roster) -> None:
@@ -218,7 +225,7 @@ def check_roster(settings: ServerSettings, roster: Roster) -> None:
     if quorum > n:
         key = "min_clients" if settings.protection == "none" else "threshold"
         raise ConfigError(f"{key} = {getattr(settings, key)}: the run has {n} clients")
-    noise = noise_of(settings, quorum)
+    noise = noise_of(settings, n)
     try:
         size_layout(
             (TensorSpec("prompt", (1,)),), n, clip=settings.clip,
@@ -377,7 +384,7 @@ def terms_of(settings: ServerSettings, roster: Roster, state: RunState) -> RunTe
         selection=1 + SCOPES.index(settings.selection_scope) if secure else 0,
         keep=settings.selection_keep if federation else 0,
         fillers=settings.selection_fillers if federation else 0,
-        noise=noise_of(settings, quorum),
+        noise=noise_of(settings, n),
         stage_seconds=settings.stage_seconds,
         training_seconds=settings.training_seconds,
         upload_after=settings.upload_after,

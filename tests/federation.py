@@ -12,6 +12,7 @@ import numpy as np
 from rounds import OPEN, entropy_from, identity, names, roster
 
 from secure_fedprompt.clients.journal import MemoryJournal
+from secure_fedprompt.clients.ledger import Ledger
 from secure_fedprompt.clients.session import Session, Work
 from secure_fedprompt.clients.state import Party
 from secure_fedprompt.helper import HelperSession
@@ -72,6 +73,7 @@ class World:
         self.toys: dict[str, Any] = {n: Toy(i / 10, 10.0 + i) for i, n in enumerate(names(n))}
         self.sessions: dict[str, Any] = {}
         self.journals = {name: MemoryJournal() for name in (*names(n), *helpers)}
+        self.ledgers = {name: Ledger() for name in self.journals}
         self.queue: deque[tuple[str, str, m.Message]] = deque()
         self.latest = 20_000.0  # when a run that goes on is stuck, seconds
         self.withdraws = False  # whether clients withdraw from rounds, as the program does
@@ -95,7 +97,10 @@ class World:
 
     def join(self, name: str, **hello: Any) -> None:
         entropy = entropy_from(f"{name} {self.clock}")
-        party = Party(name, identity(name), self.roster, self.policy, self.journals[name], entropy)
+        party = Party(
+            name, identity(name), self.roster, self.policy, self.journals[name], entropy,
+            ledger=self.ledgers.setdefault(name, Ledger()),
+        )  # fmt: skip
         self.lost.discard(name)
         if name in self.sessions:  # frames of the old connection are gone
             self.queue = deque(q for q in self.queue if name not in q[:2])

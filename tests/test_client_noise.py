@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import os
 from pathlib import Path
@@ -20,9 +21,8 @@ from selecting import SECURE, Grouped
 from secure_fedprompt.__main__ import main
 from secure_fedprompt.protocol import client_noise, fixedpoint
 from secure_fedprompt.protocol import layout as lay
-from secure_fedprompt.protocol.client_noise import Bits, Noise
+from secure_fedprompt.protocol.client_noise import Noise
 from secure_fedprompt.protocol.errors import ConfigError, PlanError, PolicyError
-from secure_fedprompt.protocol.expand import keystream
 from secure_fedprompt.protocol.layout import Field, TensorSpec
 from secure_fedprompt.protocol.policy import Policy
 from secure_fedprompt.protocol.settings import ServerSettings
@@ -30,78 +30,6 @@ from secure_fedprompt.server.planning import check_settings, noise_of
 from secure_fedprompt.simulate import run_round
 
 NOISE = Noise(1.0, 0.5, 3)
-
-
-def bits() -> Bits:
-    return Bits(os.urandom(32))
-
-
-def chi_square(values: list[int], pmf: Any, low: int, high: int) -> float:
-    """p-value of integers against a distribution, tails pooled."""
-    table = np.array([sum(v == x for v in values) for x in range(low, high + 1)], float)
-    expected = np.array([pmf(x) for x in range(low, high + 1)]) * len(values)
-    rest, left = len(values) - table.sum(), len(values) - expected.sum()
-    statistic = ((table - expected) ** 2 / expected).sum() + (rest - left) ** 2 / max(left, 1e-9)
-    return float(stats.chi2.sf(statistic, len(table)))
-
-
-# -- sampling --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("bound", [1, 2, 3, 255, 256, 257, 70_000])
-def test_integers_below_a_bound_are_uniform(bound: int) -> None:
-    source, count = bits(), 4000
-    drawn = [source.below(bound) for _ in range(count)]
-    assert 0 <= min(drawn) <= max(drawn) < bound
-    bins = min(bound, 16)
-    table = np.bincount([v * bins // bound for v in drawn], minlength=bins)
-    sizes = np.bincount([v * bins // bound for v in range(bound)], minlength=bins)
-    expected = count * sizes / bound
-    assert stats.chi2.sf(((table - expected) ** 2 / expected).sum(), max(1, bins - 1)) > 1e-6
-
-
-@pytest.mark.parametrize(("top", "bottom"), [(0, 1), (1, 3), (1, 1), (7, 2), (10, 1)])
-def test_bernoulli_has_the_probability_of_its_exponent(top: int, bottom: int) -> None:
-    source, p, count = bits(), math.exp(-top / bottom), 20_000
-    hits = sum(client_noise.bernoulli_exp(source, top, bottom) for _ in range(count))
-    assert abs(hits - count * p) <= 5.5 * math.sqrt(count * p * (1 - p)) + 1e-9
-
-
-@pytest.mark.parametrize("scale", [1, 4])
-def test_laplace_noise_is_exact(scale: int) -> None:
-    source = bits()
-    drawn = [client_noise.discrete_laplace(source, scale) for _ in range(8000)]
-    norm = (math.exp(1 / scale) - 1) / (math.exp(1 / scale) + 1)
-    reach = 4 * scale
-    assert chi_square(drawn, lambda x: norm * math.exp(-abs(x) / scale), -reach, reach) > 1e-6
-
-
-@pytest.mark.parametrize("variance", [1, 5, 40])
-def test_gaussian_noise_is_exact(variance: int) -> None:
-    source = bits()
-    drawn = [client_noise.discrete_gaussian(source, variance) for _ in range(8000)]
-    norm = 1 / sum(math.exp(-(x**2) / (2 * variance)) for x in range(-200, 201))
-    reach = math.ceil(2.5 * math.sqrt(variance))
-    assert (
-        chi_square(drawn, lambda x: norm * math.exp(-(x**2) / (2 * variance)), -reach, reach) > 1e-6
-    )
-
-
-def test_wide_gaussian_noise_has_its_variance() -> None:
-    source, deviation = bits(), 2**21 + 0.5
-    drawn = np.array(
-        [client_noise.discrete_gaussian(source, int(deviation**2)) for _ in range(4000)]
-    )
-    assert stats.kstest(drawn / deviation, "norm").pvalue > 1e-6
-
-
-def test_bits_do_not_repeat_when_more_are_read() -> None:
-    key = os.urandom(32)
-    source = Bits(key)
-    first = [source.below(2**24) for _ in range(50_000)]  # beyond the first piece of keystream
-    whole = keystream(key, 4 * 150_000)  # half of them are taken
-    words = [int.from_bytes(whole[i : i + 4], "little") >> 7 for i in range(0, len(whole), 4)]
-    assert first == [word for word in words if word < 2**24][:50_000]
 
 
 # -- rounding ------------------------------------------------------------------------------------
@@ -227,28 +155,61 @@ def test_settings_that_do_not_fit_noise_are_refused() -> None:
         with pytest.raises(ConfigError, match=f"{key} = .*dp_noise needs"):
             check_settings(ServerSettings(**{**good, key: value}))
     with pytest.raises(ConfigError, match="dp_colluders = 3: a sum may have only 3 clients"):
-        noise_of(ServerSettings(**good, dp_colluders=3), 3)
+        noise_of(ServerSettings(**good, dp_colluders=3), 4)
     with pytest.raises(ConfigError, match="selection_scope = 'federation'.*dp_noise needs"):
         check_settings(ServerSettings(**{**SECURE, **good, "selection_scope": "federation"}))
 
 
 def test_explain_prints_epsilon(capsys: pytest.CaptureFixture[str]) -> None:
-    words = [
-        "explain",
-        "--dp-noise",
-        "4",
-        "--weights",
-        "uniform",
-        "--metrics",
-        "off",
-        "--clients",
-        "10",
-    ]
+    words = ["explain", "--dp-noise", "4", "--metrics", "off", "--clients", "10"]
     assert main(words) == 0
-    assert "epsilon 3.63" in (shown := capsys.readouterr().out)
-    assert "if 7 clients of every sum add their noise" in shown
+    assert "epsilon 3.617 " in (shown := capsys.readouterr().out)
+    assert "if 4 clients of every sum add their noise: a quorum of 7 less 3" in shown
+    assert "'secure-fedprompt simulate' prints it" in shown
     assert main([*words, "--metrics", "final"]) == 2
     assert main([*words, "--dp-colluders", "7"]) == 2
+    capsys.readouterr()
+    assert main(["explain", "--update-norm", "1"]) == 2
+    assert "--update-norm 1: compares with --dp-noise" in capsys.readouterr().err
+    assert main([*words, "--update-norm", "-1"]) == 2
+
+
+def test_explain_says_whether_noise_is_of_any_use(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "o.json"
+
+    def told(*words: str) -> tuple[dict[str, float], str]:
+        base = ["explain", "--dp-noise", "0.5", "--metrics", "off", "--dim", "400", "--json"]
+        assert main([*base, str(out), *words]) == 0
+        return json.loads(out.read_text()), " ".join(capsys.readouterr().out.split())
+
+    figures, _ = told("--clients", "10")
+    noise, n = Noise(1.0, 0.5, 4), 10  # a quorum of seven less three; ten that add theirs
+    layout = layout_of(400, noise, n)
+    still = np.concatenate([np.zeros(400), [1.0, 1.0]])
+    words = [client_noise.encode(layout, noise, still, os.urandom(32), os.urandom)
+             for _ in range(n)]  # fmt: skip
+    total = fixedpoint.to_integers(layout, np.sum(words, 0, dtype=np.uint32))
+    norm = np.linalg.norm(fixedpoint.decode(layout, total)[:400] / n)
+    assert abs(norm / figures["noise_norm"] - 1) < 5 / math.sqrt(800)
+    assert figures["signal_norm"] == 1  # as long as the clip
+    assert figures["signal_to_noise"] == pytest.approx(1 / figures["noise_norm"])
+
+    least = int(figures["break_even_clients"])
+    assert told("--clients", str(least))[0]["signal_to_noise"] >= 1
+    assert told("--clients", str(least - 1))[0]["signal_to_noise"] < 1
+    drowned, says = told("--clients", "50", "--update-norm", "0.007")
+    assert drowned["signal_norm"] == 0.007
+    assert drowned["break_even_clients"] > 100 * least
+    assert "dp_clip = 1 is 143 times the norm of updates" in says
+    assert "set dp_clip near 0.007" in says
+    assert "0.1 of the norm of updates: most of them is cut off" in told("--update-norm", "10")[1]
+    assert "an average is mostly noise" in told("--clients", "3", "--update-norm", "1")[1]
+    assert "warning" not in told("--clients", "500", "--update-norm", "1")[1]
+    tiny, says = told("--update-norm", "1e-9")
+    assert tiny["break_even_clients"] is None
+    assert "more than 10,000,000 clients" in says
 
 
 # -- rounds --------------------------------------------------------------------------------------
@@ -319,15 +280,44 @@ def test_whole_runs_carry_noise(tmp_path: Path, protection: str, selection: str)
 def test_policies_look_through_a_plan_to_what_its_noise_is_worth() -> None:
     strict = {f: getattr(OPEN, f) for f in OPEN.__struct_fields__}
     policy = Policy(**{**strict, "min_noise": 0.5})
-    policy.check_plan(noisy_plan(), 4)
-    with pytest.raises(PolicyError, match="counts on the noise of 3 of 3 clients"):
-        Policy(**{**strict, "min_noise": 0.5, "noise_colluders": 1}).check_plan(noisy_plan(), 4)
+    two = Noise(1.0, 0.5, 2)  # of a quorum of three, since one may subtract its own
+    policy.check_plan(noisy_plan(noise=two), 4)
+    with pytest.raises(PolicyError, match=r"worth 0\.408, if 2 of 3 clients add theirs"):
+        policy.check_plan(noisy_plan(), 4)  # counts on all three
+    Policy(**{**strict, "min_noise": 0.5, "noise_colluders": 0}).check_plan(noisy_plan(), 4)
+    with pytest.raises(PolicyError, match=r"worth 0, if 0 of 3 clients"):
+        Policy(**{**strict, "min_noise": 0.5, "noise_colluders": 3}).check_plan(noisy_plan(), 4)
+    with pytest.raises(PolicyError, match=r"worth 0, if 0 of 3 clients"):
+        policy.check_plan(make_plan(4, max_weight=1, layout=layout_of(15, client_noise.NONE)), 4)
     last = make_plan(4, max_weight=1, tensors=(), learning_round=2)  # an evaluation
     with pytest.raises(PolicyError, match="metrics, which carry no noise"):
         policy.check_plan(last, 4)
     coarse = tuple(dataclasses.replace(f, frac=0) for f in noisy_plan(wide=True).layout)
     with pytest.raises(PolicyError, match=r"worth 0\.0"):
-        policy.check_plan(dataclasses.replace(noisy_plan(), layout=coarse), 4)
+        policy.check_plan(dataclasses.replace(noisy_plan(noise=two), layout=coarse), 4)
+
+
+def test_the_cost_of_a_sum_counts_on_nobody_whose_noise_can_be_subtracted() -> None:
+    strict = {f: getattr(OPEN, f) for f in OPEN.__struct_fields__}
+    plan = noisy_plan()  # terms that count on all three of a quorum
+    for colluders, shares in ((-1, 2), (0, 3), (2, 1)):
+        policy = Policy(**{**strict, "noise_colluders": colluders})
+        found = policy.cost(plan)
+        assert found == client_noise.concentrated(plan.noise, plan.layout, shares)
+        assert found == pytest.approx(1 / (2 * 0.5**2) * 3 / shares, rel=1e-4)
+    assert Policy(**{**strict, "noise_colluders": 3}).cost(plan) == math.inf
+    assert Policy().cost(make_plan(4, max_weight=1)) == math.inf
+    none = make_plan(4, max_weight=1, layout=layout_of(15, client_noise.NONE), method="zeroshot")
+    assert Policy().cost(none) == 0
+
+
+def test_noise_that_colluders_could_subtract_is_not_counted_on() -> None:
+    good: dict[str, Any] = {"dp_noise": 1.0, "weights": "uniform", "metrics": "off"}
+    for clients, quorum, c in ((3, 3, 1), (4, 3, 1), (10, 7, 3), (100, 67, 33)):
+        assert noise_of(ServerSettings(**good), clients).honest == quorum - c
+        assert noise_of(ServerSettings(**good, dp_colluders=0), clients).honest == quorum
+        encrypted = ServerSettings(**good, protection="bfv")  # the same quorum as in the terms
+        assert noise_of(encrypted, clients).honest == quorum - c
 
 
 def test_a_policy_can_ask_for_noise(tmp_path: Path) -> None:
@@ -339,6 +329,5 @@ def test_a_policy_can_ask_for_noise(tmp_path: Path) -> None:
     for name in names(4):
         world.join(name)
     world.pump()
-    assert "plan's noise multiplier is worth 0.5, but policy.min_noise is 1" in str(
-        world.errors["c001"]
-    )
+    told = "plan's noise multiplier is worth 0.5, if 2 of 3 clients add theirs, but policy.min_no"
+    assert told in str(world.errors["c001"])

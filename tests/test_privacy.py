@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +21,16 @@ from torch import nn
 
 from secure_fedprompt.__main__ import main
 from secure_fedprompt.clients import privacy
+from secure_fedprompt.clients.accounting import Steps, epsilon, noise_for, steps_of
 from secure_fedprompt.clients.backbone import Backbone
 from secure_fedprompt.clients.data import sets
-from secure_fedprompt.clients.ledger import Entry, Ledger, Steps, epsilon, noise_for, steps_of
+from secure_fedprompt.clients.ledger import Entry, Ledger, Upload
 from secure_fedprompt.clients.methods.base import METHODS, Batch, Method, build
 from secure_fedprompt.clients.privacy import Draws, PrivateTraining, SecureOptimizer
 from secure_fedprompt.clients.privacy_settings import PrivacySettings
 from secure_fedprompt.clients.session import Work
 from secure_fedprompt.clients.training import LocalTrainer
+from secure_fedprompt.protocol import client_noise
 from secure_fedprompt.protocol.errors import BudgetError, ConfigError
 from secure_fedprompt.protocol.settings import FedMGPSettings, FedOTPSettings
 
@@ -267,61 +268,6 @@ def test_steps_of_a_round() -> None:
     assert steps_of(10, 32, 2) == (1.0, 2)
 
 
-def test_the_ledger_reserves_before_and_refuses_a_spent_budget(tmp_path: Path) -> None:
-    path, settings = (
-        tmp_path / "s" / "privacy.jsonl",
-        PrivacySettings(kind="sample", target_epsilon=2.0),
-    )
-    ledger = Ledger(path)
-    entry = Entry("ab", 1, 3.0, 0.2, 20)
-    ledger.reserve(entry, settings)
-    assert Ledger(path).entries == [entry]
-    many = Entry("ab", 2, 3.0, 0.2, 2000)
-    with pytest.raises(BudgetError, match=r"epsilon 1\.\d+ at delta 1e-05 is spent, this round"):
-        ledger.reserve(many, settings)
-    assert Ledger(path).entries == [entry]  # nothing is counted for what was refused
-    assert ledger.sigma_of("ab") == 3.0
-    assert ledger.sigma_of("cd") is None
-
-
-def test_a_cut_line_is_dropped_and_any_other_damage_is_refused(tmp_path: Path) -> None:
-    path, free = tmp_path / "privacy.jsonl", PrivacySettings(kind="sample", noise_multiplier=1.0)
-    ledger = Ledger(path)
-    for number in (1, 2):
-        ledger.reserve(Entry("ab", number, 1.0, 0.5, 3), free)
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-5])  # killed while it was written
-    cut = Ledger(path)
-    assert len(cut.entries) == 1
-    cut.reserve(Entry("ab", 3, 1.0, 0.5, 3), free)
-    assert [e.round for e in Ledger(path).entries] == [1, 3]  # and it can be read again
-    path.write_bytes(b"{}\n" + whole)
-    with pytest.raises(ConfigError, match="line 1 is no entry"):
-        Ledger(path)
-
-
-KILLED = """
-import os, sys
-from pathlib import Path
-from secure_fedprompt.clients.ledger import Entry, Ledger
-from secure_fedprompt.clients.privacy_settings import PrivacySettings
-ledger = Ledger(Path(sys.argv[1]))
-for number in range(1, 100):
-    ledger.reserve(Entry("ab", number, 1.0, 0.5, 3), PrivacySettings(kind="sample", noise_multiplier=1.0))
-    print(number, flush=True)  # stands for the steps
-    if number == 7:
-        os.kill(os.getpid(), 9)
-"""
-
-
-def test_a_killed_client_has_counted_all_that_it_did(tmp_path: Path) -> None:
-    path = tmp_path / "privacy.jsonl"
-    words = [sys.executable, "-c", KILLED, str(path)]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    assert done.returncode == -9
-    assert len(Ledger(path).entries) == len(done.stdout.split()) == 7
-
-
 # -- a client ------------------------------------------------------------------------------------
 
 
@@ -330,11 +276,33 @@ def bundled() -> Backbone:
     return Backbone.load("bundled", device="cpu")
 
 
+_open: list[Ledger] = []
+
+
+def open_ledger(folder: Path) -> Ledger:
+    """Of a client that is started, after the last one there ended."""
+    close_ledgers()
+    _open.append(Ledger(folder / "privacy.jsonl"))
+    return _open[-1]
+
+
+@pytest.fixture(autouse=True)
+def close_ledgers_in_the_end() -> Iterator[None]:
+    yield
+    close_ledgers()
+
+
+def close_ledgers() -> None:
+    while _open:
+        _open.pop().close()
+
+
 def private_client(bundled: Backbone, folder: Path, method: str, **dp: Any) -> LocalTrainer:
     train, test = sets.generated_sets(4, ["sketch"], 4, 2, 0)
     settings = PrivacySettings(**{"kind": "sample", "noise_multiplier": 1.0, **dp})
     trainer = LocalTrainer(bundled, train, test, 0, dp=settings)
     trainer.keep = folder
+    trainer.ledger = open_ledger(folder)
     trainer.prepare(settings_of(method, epochs=2))
     return trainer
 
@@ -348,7 +316,7 @@ def test_a_client_trains_privately_and_keeps_metrics_to_itself(
     values, _ = trainer.run(Work(plan, trainer.initial()))  # type: ignore[misc]
     assert [float(values[k]) for k in ("seen", "correct", "loss")] == [0, 0, 0]
     assert all(np.abs(values[t.name]).max() > 0 for t in trainer.tensors())
-    (entry,) = Ledger(tmp_path / "privacy.jsonl").entries
+    (entry,) = Ledger.read(tmp_path / "privacy.jsonl").entries
     assert (entry.sigma, entry.rate, entry.steps) == (1.0, 0.5, 4)
     other, _ = private_client(bundled, tmp_path / "b", method).run(Work(plan, trainer.initial()))  # type: ignore[misc]
     name = trainer.tensors()[0].name
@@ -366,7 +334,7 @@ def test_a_budget_lasts_for_the_run_and_then_refuses(bundled: Backbone, tmp_path
             3, tensors=trainer.tensors(), round=number, learning_round=number, rounds=3
         )
         trainer.run(Work(plan, trainer.initial()))
-    spent = epsilon(Ledger(tmp_path / "privacy.jsonl").history, 1e-5, "rdp")
+    spent = epsilon(Ledger.read(tmp_path / "privacy.jsonl").history, 1e-5, "rdp")
     assert 3.8 < spent <= 4.0
     plan = make_plan(3, tensors=trainer.tensors(), round=4, learning_round=3, rounds=3)
     with pytest.raises(
@@ -388,25 +356,17 @@ def test_more_noise_applies_at_once_and_less_never(bundled: Backbone, tmp_path: 
         assert trainer.sigma == used
 
 
-def test_a_run_that_began_without_dp_is_not_gone_on_with(bundled: Backbone, tmp_path: Path) -> None:
-    plan_of = lambda t, n: make_plan(3, tensors=t.tensors(), max_weight=1, round=n, rounds=9)  # noqa: E731
-    open_ = private_client(bundled, tmp_path, "fedmgp", kind="none", noise_multiplier=0.0)
-    open_.run(Work(plan_of(open_, 1), open_.initial()))
-    trainer = private_client(bundled, tmp_path, "fedmgp")
-    with pytest.raises(ConfigError, match="begun without it"):
-        trainer.run(Work(plan_of(trainer, 2), trainer.initial()))
-
-
 def test_clients_in_one_process_have_ledgers_of_their_own(
     bundled: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Without a state folder, as in simulations, nothing is shared and nothing is written."""
     monkeypatch.chdir(tmp_path)
-    for _ in range(2):
-        trainer = private_client(bundled, tmp_path, "promptfl")
-        trainer.keep = None
+    train, test = sets.generated_sets(4, ["sketch"], 4, 2, 0)
+    trainers = [LocalTrainer(bundled, train, test, 0, dp=SAMPLE) for _ in range(2)]
+    for trainer in trainers:
+        trainer.prepare(settings_of("promptfl"))
         trainer.run(Work(make_plan(3, tensors=trainer.tensors()), trainer.initial()))
-        assert trainer.ledger is not None
-        assert len(trainer.ledger.entries) == 1
+    assert [len(trainer.ledger.entries) for trainer in trainers] == [1, 1]
     assert not list(tmp_path.iterdir())
 
 
@@ -417,7 +377,7 @@ def test_the_budget_is_checked_before_any_step(
     seen: list[int] = []
 
     def spy(self: PrivateTraining, batch: Batch) -> None:
-        seen.append(len(Ledger(tmp_path / "privacy.jsonl").entries))
+        seen.append(len(Ledger.read(tmp_path / "privacy.jsonl").entries))
 
     monkeypatch.setattr(PrivateTraining, "step", spy)
     trainer.run(Work(make_plan(3, tensors=trainer.tensors()), trainer.initial()))
@@ -452,8 +412,7 @@ def test_methods_without_losses_of_single_images_are_refused(
 
 def test_settings_that_contradict_each_other_are_refused() -> None:
     for changes, says in (
-        ({"kind": "sample"}, "set exactly one"),
-        ({"kind": "sample", "target_epsilon": 1, "noise_multiplier": 1}, "set exactly one"),
+        ({"kind": "sample"}, "without dp.target_epsilon and dp.noise_multiplier: set one"),
         ({"kind": "much"}, "dp.kind = 'much'"),
         ({"target_epsilon": 8.0}, "set kind = 'sample'"),
         ({"accountant": "gdp"}, "dp.accountant = 'gdp'"),
@@ -461,6 +420,7 @@ def test_settings_that_contradict_each_other_are_refused() -> None:
         with pytest.raises(ConfigError, match=says):
             PrivacySettings(**changes).check()  # type: ignore[arg-type]
     PrivacySettings().check()
+    PrivacySettings(kind="sample", target_epsilon=1, noise_multiplier=1).check()
 
 
 def test_privacy_plan_and_status(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -478,12 +438,24 @@ def test_privacy_plan_and_status(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "it would allow to publish" in " ".join(capsys.readouterr().out.split())
     assert main(words) == 2
     assert main(["privacy", "status", str(tmp_path)]) == 2
-    assert "has not trained with dp" in capsys.readouterr().err
-    ledger = Ledger(tmp_path / "privacy.jsonl")
+    assert "has not trained" in capsys.readouterr().err
+    ledger = open_ledger(tmp_path)
     for run in ("ab" * 16, "cd" * 16):
         ledger.reserve(Entry(run, 1, 1.5, 0.1, 40), SAMPLE)
-    assert main(["privacy", "status", str(tmp_path), "--json", str(out)]) == 0
+        ledger.release(Upload(run, 1, 0.02), 0.0, 1e-5)
+    status = ["privacy", "status", str(tmp_path), "--json", str(out)]
+    assert main(status) == 0  # while the client runs
     shown = capsys.readouterr().out
     assert "run abababab: 1 rounds, 40 steps, noise multiplier 1.5: epsilon" in shown
-    both = json.loads(out.read_text())["epsilon"]
-    assert both == epsilon([Steps(1.5, 0.1, 80)], 1e-5)
+    assert f"; 1 uploads, client epsilon {client_noise.epsilon(0.02, 1e-5):.4g}" in shown
+    told = json.loads(out.read_text())
+    assert told["epsilon"] == epsilon([Steps(1.5, 0.1, 80)], 1e-5)
+    assert told["client_epsilon"] == client_noise.epsilon(0.04, 1e-5)
+    ledger.reserve(Entry("ef" * 16, 1, 0.0, 0.1, 40), PrivacySettings())
+    ledger.release(Upload("ef" * 16, 1, None), 0.0, 1e-5)
+    assert main(status) == 0
+    shown = capsys.readouterr().out
+    assert "run efefefef: 1 rounds, 40 steps without dp; 1 uploads, no noise" in shown
+    assert json.loads(out.read_text())["client_epsilon"] is None
+    assert "one image more or less: epsilon inf" in shown
+    assert "this client or zeros in its place: epsilon inf" in shown

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
@@ -151,13 +152,17 @@ def test_client_noise_and_ledgers_are_spent(tmp_path: Path) -> None:
     folder = run_folder(tmp_path, dp_noise=2.0, dp_clip=1.0, weights="uniform", metrics="off", n=5)
     spent = gather(folder, [], [], None).spent
     assert re.match(r"Client noise in 2 planned sums: epsilon [\d.]+ at delta 0.001", spent[0])
-    from secure_fedprompt.clients.ledger import Entry, Ledger
+    from secure_fedprompt.clients.ledger import Entry, Ledger, Upload
     from secure_fedprompt.clients.privacy_settings import PrivacySettings
 
     dp = PrivacySettings(kind="sample", noise_multiplier=1.0)
-    Ledger(tmp_path / "alice" / "privacy.jsonl").reserve(Entry("ab", 1, 1.0, 0.1, 40), dp)
-    spent = gather(folder, [], [tmp_path / "alice"], None).spent
-    assert any(text.startswith("alice: DP-SGD, 40 steps, epsilon ") for text in spent)
+    with contextlib.closing(Ledger(tmp_path / "alice" / "privacy.jsonl")) as ledger:
+        ledger.reserve(Entry("ab", 1, 1.0, 0.1, 40), dp)
+        ledger.release(Upload("ab", 1, 0.125), 0.0, 1e-5)
+        spent = gather(folder, [], [tmp_path / "alice"], None).spent  # while the client runs
+    (told,) = (text for text in spent if text.startswith("alice") and "1e-05" in text)
+    assert re.search(r"40 steps of training, epsilon [\d.]+ for one image", told)
+    assert "1 uploads, epsilon 2.17 for the client or zeros" in told
     with pytest.raises(errors.ConfigError, match=r"holds no privacy\.jsonl"):
         gather(folder, [], [tmp_path], None)
 

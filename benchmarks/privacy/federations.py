@@ -27,11 +27,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import machine
 
 from secure_fedprompt.audit.log import Log
+from secure_fedprompt.clients.accounting import noise_for, steps_of
 from secure_fedprompt.clients.backbone import Backbone
 from secure_fedprompt.clients.data import partitions
 from secure_fedprompt.clients.data.sets import ImageSet
 from secure_fedprompt.clients.data.settings import DataSettings
-from secure_fedprompt.clients.ledger import noise_for, steps_of
 from secure_fedprompt.clients.methods.base import Method, build
 from secure_fedprompt.clients.privacy_settings import PrivacySettings
 from secure_fedprompt.clients.training import Features, LocalTrainer, load_sets, predict

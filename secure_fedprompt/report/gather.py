@@ -227,16 +227,20 @@ def _spent(plans: list[RoundPlan], clients: Sequence[Path]) -> list[str]:
                 f"{delta:g}, for one client more or less."
             )
     for folder in clients:
-        from secure_fedprompt.clients.ledger import Ledger, epsilon
+        from secure_fedprompt.clients.accounting import epsilon
+        from secure_fedprompt.clients.ledger import NAME, Ledger
 
-        if not (folder / "privacy.jsonl").exists():
-            raise ConfigError(f"--client {folder} holds no privacy.jsonl: that client used no dp")
-        history = Ledger(folder / "privacy.jsonl").history
+        if not (folder / NAME).exists():
+            raise ConfigError(f"--client {folder} holds no {NAME}: that client has not trained")
+        ledger = Ledger.read(folder / NAME)
+        history, steps = ledger.history, sum(e.steps for e in ledger.entries)
         for delta in (1e-3, 1e-5):
             found.append(
-                f"{folder.name or folder}: DP-SGD, {sum(s.count for s in history)} steps, epsilon "
-                f"{epsilon(history, delta, 'prv'):.3g} at delta {delta:g}, for one image more or "
-                "less, over all runs of this state folder."
+                f"{folder.name or folder}, over all runs of this state folder, at delta {delta:g}: "
+                f"{steps} steps of training, epsilon {epsilon(history, delta, 'prv'):.3g} for one "
+                f"image more or less; {len(ledger.uploads)} uploads, epsilon "
+                f"{client_noise.epsilon(ledger.rho(), delta):.3g} for the client or zeros in its "
+                "place."
             )
     return found or [
         "No client noise. What clients spend by DP-SGD is in their own ledgers: --client adds them."
