@@ -147,14 +147,18 @@ class Features:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @classmethod
+    def of(cls, images: torch.Tensor, labels: torch.Tensor, needs: str) -> Features:
+        """What was computed before."""
+        made = cls.__new__(cls)
+        made.images, made.labels, made.needs = images, labels, needs
+        return made
+
     def subset(self, index: NDArray[np.int64]) -> Features:
         """Some of the images, without computing anything again."""
-        part = object.__new__(Features)
-        part.needs = self.needs
         rows = torch.from_numpy(index)
-        part.images = self.images[rows.to(self.images.device)]
-        part.labels = self.labels[rows.to(self.labels.device)]
-        return part
+        images = self.images[rows.to(self.images.device)]
+        return self.of(images, self.labels[rows.to(self.labels.device)], self.needs)
 
     def batches(self, size: int, order: NDArray[np.int64] | None = None) -> Iterator[Batch]:
         index = torch.from_numpy(np.arange(len(self)) if order is None else order)

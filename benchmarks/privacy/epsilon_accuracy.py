@@ -6,22 +6,32 @@
 sample: few clients, DP-SGD at each of them, one image more or less. client: many clients with few
 images, noise shared among them in the ring, one client more or less; epsilon is for all sums of the
 run. Both under masks; accuracy is that of the last global prompt in the server's record, over all
-test images. No client colludes in the client rows (``dp_colluders = 0``).
+test images. Client rows count on the noise of a quorum less the colluders of the README's table.
+
+"clip alone" is dp with next to no noise, which tells what clipping does. "noise alone" is the run
+in which no image is ever taken (sample), or no client trains (client): what the prompt does by its
+noise, and what the other figures must be held against.
 """
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import plots
 from federations import CONTEXT, NO_DP, Pool, View, parser, private, save
 
 from secure_fedprompt.clients.data import partitions
-from secure_fedprompt.clients.training import predict
+from secure_fedprompt.clients.privacy import Draws
+from secure_fedprompt.clients.privacy_settings import PrivacySettings
+from secure_fedprompt.clients.training import LocalTrainer, predict
 from secure_fedprompt.protocol import client_noise
+
+HARDLY = 1e-3  # noise multiplier
 
 
 def accuracy(pool: Pool, view: View, learning_round: int) -> float:
@@ -37,13 +47,22 @@ def epsilon_of(view: View, delta: float) -> float | None:
     return client_noise.epsilon(rho, delta) if rho else None
 
 
+def blind(kind: str) -> contextlib.AbstractContextManager[Any]:
+    """Runs in which nothing is learned."""
+    if kind == "sample":
+        return mock.patch.object(Draws, "poisson", return_value=np.arange(0))
+    return mock.patch.object(LocalTrainer, "_train", return_value=None)
+
+
 def mean(values: list[float]) -> dict[str, float]:
-    return {"mean": float(np.mean(values)), "std": float(np.std(values, ddof=1))}
+    spread = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+    return {"mean": float(np.mean(values)), "std": spread}
 
 
 def main() -> int:
     made = parser(__doc__)
     made.add_argument("--seeds", type=int, default=3)
+    made.add_argument("--first-seed", type=int, default=0, help="to choose settings on others")
     made.add_argument("--kinds", nargs="*", choices=("sample", "client"),
                       default=["sample", "client"])  # fmt: skip
     made.add_argument("--clients", type=int, default=4, help="of the sample rows")
@@ -70,37 +89,53 @@ def main() -> int:
         base |= {"n_ctx": 16, "init": ""}
     rows: list[dict[str, Any]] = []
 
-    def measure(kind: str, epsilon: float | None, settings: dict[str, Any], n: int) -> None:
+    def measure(
+        kind: str, epsilon: float | None, settings: dict[str, Any], n: int, dp: PrivacySettings
+    ) -> None:
         begin, ends, starts = time.monotonic(), list[float](), list[float]()
-        for seed in range(args.seeds):
+        alone = list[float]()
+        for seed in range(args.first_seed, args.first_seed + args.seeds):
             shares = [s.train for s in partitions.iid(*labels, n, seed)]
             smallest = min(map(len, shares))
-            dp = NO_DP
             if kind == "sample" and epsilon is not None:
                 dp = private(epsilon, args.delta, smallest, args.epochs, args.rounds)
             with pool.federation({**base, **settings}, shares, seed, [dp] * n) as view:
                 starts.append(accuracy(pool, view, 1))
                 ends.append(accuracy(pool, view, args.rounds + 1))
-                epsilon = epsilon_of(view, args.delta) if kind == "client" else epsilon
-        row = {"kind": f"{kind}, {n} clients", "epsilon": epsilon, "accuracy": mean(ends),
+                noisy = epsilon is not None or settings.get("dp_noise", 0) > HARDLY
+                found = epsilon_of(view, args.delta) if kind == "client" and noisy else epsilon
+            if noisy:
+                with blind(kind), pool.federation(
+                    {**base, **settings}, shares, seed, [dp] * n
+                ) as view:  # fmt: skip
+                    alone.append(accuracy(pool, view, args.rounds + 1))
+        clipped = dp.noise_multiplier == HARDLY or settings.get("dp_noise") == HARDLY
+        row = {"kind": f"{kind}, {n} clients", "epsilon": found, "clip_alone": clipped,
+               "accuracy": mean(ends), "noise_alone": mean(alone) if alone else None,
                "zero_shot": mean(starts), "images": smallest, **settings}  # fmt: skip
         rows.append(row)
-        print(f"{row['kind']:20} epsilon {epsilon or float('inf'):6.3g}  "
+        only = "clip alone, " if clipped else ""
+        only += f"noise alone {100 * np.mean(alone):.1f}, " if alone else ""
+        print(f"{row['kind']:20} epsilon {found or float('inf'):6.3g}  "
               f"{100 * row['accuracy']['mean']:.1f} +- {100 * row['accuracy']['std']:.1f}  "
-              f"(start {100 * row['zero_shot']['mean']:.1f})  "
+              f"({only}start {100 * row['zero_shot']['mean']:.1f})  "
               f"{(time.monotonic() - begin) / args.seeds:.0f} s a run", flush=True)  # fmt: skip
         save(args, rows)
         axis = f"epsilon at delta {args.delta:g} (dashed: without noise)"
-        plots.lines(args.json, rows, "epsilon", "accuracy", "kind", (axis, "accuracy"))
+        shown = [row for row in rows if not row["clip_alone"]]
+        plots.lines(args.json, shown, "epsilon", "accuracy", "kind", (axis, "accuracy"))
 
-    for target in [None, *sorted(args.epsilons, reverse=True)] if "sample" in args.kinds else ():
-        lr = args.lr if target is None else args.dp_lr
-        measure("sample", target, {"lr": lr, "clip": 4.0}, args.clients)
-    for z in [0.0, *args.noises] if "client" in args.kinds else ():
+    clip = PrivacySettings(kind="sample", noise_multiplier=HARDLY, delta=args.delta)
+    rows_of = [(None, NO_DP), (None, clip)]
+    rows_of += [(target, NO_DP) for target in sorted(args.epsilons, reverse=True)]
+    for target, dp in rows_of if "sample" in args.kinds else ():
+        lr = args.lr if dp is NO_DP and target is None else args.dp_lr
+        measure("sample", target, {"lr": lr, "clip": 4.0}, args.clients, dp)
+    for z in [0.0, HARDLY, *args.noises] if "client" in args.kinds else ():
         settings = {"lr": args.lr, "clip": 4.0}
         if z:
             settings |= {"dp_noise": z, "dp_clip": args.dp_clip, "clip": args.dp_clip}
-        measure("client", None, settings, args.many)
+        measure("client", None, settings, args.many, NO_DP)
     return 0
 
 

@@ -12,6 +12,7 @@ import contextlib
 import json
 import sys
 import tempfile
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -113,7 +114,8 @@ class Pool:
         with tempfile.TemporaryDirectory() as folder:
             trainers = {
                 f"client{k:03d}": LocalTrainer(
-                    self.backbone, self.sets[0].subset(share), self.sets[1].subset(rows), seed,
+                    self.backbone, self.sets[0].subset(share), self.sets[1].subset(rows),
+                    zlib.crc32(f"{seed} client{k:03d}".encode()),
                     features=(self.features[0].subset(share), self.features[1].subset(rows)),
                     seat=(k, len(shares)), dp=dp[k] if dp else NO_DP,
                 )
