@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
@@ -107,17 +108,23 @@ def take_part(settings: ClientSettings, json_path: str | None) -> int:
     console = Console(highlight=False)
     identity, roster, me, server = whoami(settings.key, settings.roster, "client")
     state_dir = Path(settings.state_dir or f"state/{me.name}")
-    journal, ledger = FileJournal(state_dir / "journal.jsonl"), Ledger(state_dir / NAME)
-    ledger.check_bounded(settings.dp)
-    log = recorder(state_dir, settings.audit, settings.audit_mb, identity, me, roster)
-    link = CurveLink(settings.server, server.curve, identity, settings.patience, log)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    try:
+    with contextlib.ExitStack() as stack:
+        journal = FileJournal(state_dir / "journal.jsonl")
+        stack.callback(journal.close)
+        ledger = Ledger(state_dir / NAME)
+        stack.callback(ledger.close)
+        ledger.check_bounded(settings.dp)
+        log = recorder(state_dir, settings.audit, settings.audit_mb, identity, me, roster)
+        if log is not None:
+            stack.callback(log.close)
+        link = CurveLink(settings.server, server.curve, identity, settings.patience, log)
+        stack.callback(link.close)
         link.connect()
         console.print(f"[bold]{me.name}[/] connected to {settings.server}")
         with Progress(*columns, console=console, transient=True) as progress:
@@ -138,12 +145,6 @@ def take_part(settings: ClientSettings, json_path: str | None) -> int:
         command.write_json(json_path, {**result, "history": session.history})
         if session.failed_because is not None:
             raise session.failed_because
-    finally:
-        link.close()
-        journal.close()
-        ledger.close()
-        if log is not None:
-            log.close()
     return 0
 
 

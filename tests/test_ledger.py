@@ -18,6 +18,8 @@ from federation import Toy, World
 from rounds import OPEN, make_plan, names
 from test_comparators import settings_of
 
+from secure_fedprompt import cli
+from secure_fedprompt import client as client_program
 from secure_fedprompt.clients.accounting import epsilon
 from secure_fedprompt.clients.backbone import Backbone
 from secure_fedprompt.clients.data import sets
@@ -29,6 +31,8 @@ from secure_fedprompt.protocol import client_noise, errors, fixedpoint
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.errors import BudgetError, ConfigError
 from secure_fedprompt.protocol.policy import Policy
+from secure_fedprompt.protocol.roster import Roster
+from secure_fedprompt.protocol.terms import RunTerms
 from secure_fedprompt.server.run import Run
 
 FREE = PrivacySettings(kind="sample", noise_multiplier=1.0)
@@ -379,6 +383,55 @@ def watch_sums(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     monkeypatch.setattr(Run, "_apply", apply)
     return sums
+
+
+def test_zeros_after_a_failure_cost_nothing(tmp_path: Path) -> None:
+    world = federation(tmp_path)
+
+    def fails(work: Work) -> Any:
+        raise errors.UpdateError("no memory")
+
+    world.toys["c001"].run = fails
+    everybody(world)
+    assert world.run.error is None
+    assert not world.ledgers["c001"].uploads
+    assert len(world.ledgers["c002"].uploads) == 3
+
+
+def test_what_was_spent_in_this_run_already_is_not_planned_twice(tmp_path: Path) -> None:
+    terms = federation_terms(tmp_path)
+    one = policy().cost(terms.plan(terms.sample(1)))
+    limited = policy(max_client_epsilon=client_noise.epsilon(4 * one, 1e-5) * (1 + 1e-9))
+    limited.check_budget(terms, 0.0, 0.0)
+    limited.check_budget(terms, 0.0, 2 * one)  # a client that came back after two rounds
+    limited.check_budget(terms, one, 3 * one)
+    for others, own in ((1.01 * one, 0.0), (0.0, 4.01 * one), (math.inf, 0.0)):
+        with pytest.raises(BudgetError):
+            limited.check_budget(terms, others, own)
+    policy().check_budget(terms, math.inf, math.inf)  # no limit
+
+
+def federation_terms(folder: Path) -> RunTerms:
+    terms = everybody(federation(folder)).run.state.terms
+    assert terms is not None
+    return terms
+
+
+def test_a_budget_that_cannot_be_kept_is_refused_before_anything_is_sent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The program, with a server that is not there."""
+    monkeypatch.chdir(tmp_path)
+    members = (
+        cli.make_key("server", "server", tmp_path),
+        cli.make_key("alice", "client", tmp_path),
+    )
+    Path("roster.toml").write_text(Roster.of(members).to_toml())
+    with opened(tmp_path / "state" / "alice" / "privacy.jsonl") as ledger:
+        ledger.reserve(Entry("ab", 1, 0.0, 0.5, 3), NONE)
+    words = ["--key", "alice.pem", "--dp-kind", "sample", "--dp-target-epsilon", "8"]
+    assert client_program.main(words) == 11
+    assert "in 1 rounds without dp, so that epsilon is infinite" in capsys.readouterr().err
 
 
 def test_a_server_that_runs_again_and_again_gets_no_more_than_the_budget(

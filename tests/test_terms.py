@@ -296,6 +296,10 @@ def test_noise_is_asked_of_every_sum() -> None:
     Policy(colluders=0).check_terms(terms, 4)
     with pytest.raises(errors.PolicyError, match="exact sums without noise.*metrics must be 'off'"):
         Policy(colluders=0, min_noise=0.5).check_terms(terms, 4)
+    open_ = Policy(colluders=0, min_noise=0.5, protections=("none", "masks"))
+    for protection in ("none", "masks"):
+        with pytest.raises(errors.PolicyError, match=r"worth 0, .* policy\.min_noise is 0\.5"):
+            open_.check_terms(make_terms(metrics="off", protection=protection), 4)
 
 
 def make_terms(**changes: Any) -> RunTerms:
