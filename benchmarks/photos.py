@@ -32,6 +32,10 @@ CASES = [("masks", True), ("bfv", True), ("ckks", True), ("masks", False), ("non
 SPLITS = {"pathological": {}, "dirichlet": {"beta": 0.3}}
 
 
+def absolute(model: str) -> str:
+    return f"local-dir:{Path(model.removeprefix('local-dir:')).resolve()}"
+
+
 def zero_shot(model: str, dataset: str) -> float:
     """Accuracy of "a photo of a NAME." over all test images."""
     backbone = Backbone.load(model)
@@ -52,7 +56,8 @@ def federate(
             "gather_seconds": 300.0,
         },
         for_clients={
-            "dataset": args.dataset, "model": args.model, "shots": SHOTS, "partition": split,
+            "dataset": str(Path(args.dataset).resolve()), "model": absolute(args.model),
+            "shots": SHOTS, "partition": split,
             **SPLITS[split],
         },
     )  # fmt: skip

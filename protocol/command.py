@@ -34,6 +34,7 @@ from secure_fedprompt.protocol.settings import CHOICES
 
 S = TypeVar("S", bound=msgspec.Struct)
 INTERRUPTED = 130
+LOCAL_MODEL = "local-dir:"
 
 
 def read_identity(path: str) -> Identity:
@@ -89,8 +90,11 @@ def load(cls: type[S], args: argparse.Namespace) -> S:
     Raises:
         ConfigError: one line naming the file or flag, the key, the value and what is allowed.
     """
-    values, where = _read_toml(getattr(args, "config", None))
+    config = getattr(args, "config", None)
+    values, where = _read_toml(config)
     _merge(cls, values, args, where, "")
+    if config:
+        _from_folder(cls, values, args, Path(config).parent)
     try:
         return msgspec.convert(values, cls)
     except msgspec.ValidationError as error:
@@ -134,6 +138,35 @@ def _merge(
         if name in CHOICES and name in values and values[name] not in CHOICES[name]:
             allowed = ", ".join(CHOICES[name])
             raise ConfigError(f"{where}: {name} = {values[name]!r}: must be one of {allowed}")
+
+
+def _from_folder(cls: type, values: dict[str, Any], args: argparse.Namespace, folder: Path) -> None:
+    """Relative paths of a configuration file, defaults included, belong to its folder: a program
+    does the same wherever it is started. Those of flags belong to where it is started."""
+    for field in msgspec.structs.fields(cls):
+        kind = _path_kind(field.type)
+        value = values.get(field.name, field.default)
+        given = getattr(args, field.name, None) is not None
+        if kind and not given and isinstance(value, str) and _is_path(kind, value, folder):
+            scheme = LOCAL_MODEL if value.startswith(LOCAL_MODEL) else ""
+            values[field.name] = scheme + str(folder / value.removeprefix(scheme))
+
+
+def _is_path(kind: str, value: str, folder: Path) -> bool:
+    """Whether a value is a path, and not a name."""
+    if kind == "model":
+        return value.startswith(LOCAL_MODEL) or value.endswith(".safetensors")
+    if kind == "data" and "/" not in value and not Path(value).suffix:
+        return value != "generated" and (folder / value).exists()
+    return bool(value)
+
+
+def _path_kind(hint: Any) -> str:
+    """What a setting's path is of, or nothing: see ``FilePath``."""
+    for meta in get_args(hint)[1:] if get_origin(hint) is Annotated else ():
+        if isinstance(meta, msgspec.Meta) and meta.extra:
+            return str(meta.extra.get("path", ""))
+    return ""
 
 
 def _is_struct(hint: Any) -> bool:

@@ -15,6 +15,10 @@ Rate = Annotated[float, Meta(gt=0)]
 NonNegative = Annotated[float, Meta(ge=0)]
 Seconds = Annotated[float, Meta(gt=0)]
 Strength = Annotated[float, Meta(ge=0, le=1e4)]  # of a term of the loss
+# Paths: relative ones are relative to the configuration file, or on the command line to its folder.
+FilePath = Annotated[str, Meta(extra={"path": "file"})]
+DataPath = Annotated[str, Meta(extra={"path": "data"})]  # or the name of a data set
+ModelPath = Annotated[str, Meta(extra={"path": "model"})]  # or the name of a model or its weights
 
 
 class FedOTPSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -200,10 +204,10 @@ class ServerSettings(MethodSettings, frozen=True, forbid_unknown_fields=True, kw
             'secure-fedprompt check' prints; empty takes what the first client announces.
     """
 
-    key: str = "server.pem"
-    roster: str = "roster.toml"
+    key: FilePath = "server.pem"
+    roster: FilePath = "roster.toml"
     bind: str = "tcp://127.0.0.1:5570"
-    run_dir: str = ""
+    run_dir: FilePath = "runs/{time}"
     clients: Count = 0
     min_clients: Positive = 3
     rounds: Positive = 10

@@ -107,7 +107,7 @@ def take_part(settings: ClientSettings, json_path: str | None) -> int:
     """
     console = Console(highlight=False)
     identity, roster, me, server = whoami(settings.key, settings.roster, "client")
-    state_dir = Path(settings.state_dir or f"state/{me.name}")
+    state_dir = Path(settings.state_dir.replace("{name}", me.name))
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

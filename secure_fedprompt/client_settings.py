@@ -5,7 +5,14 @@ from __future__ import annotations
 from secure_fedprompt.clients.data.settings import DataSettings
 from secure_fedprompt.clients.privacy_settings import PrivacySettings
 from secure_fedprompt.protocol.policy import Policy
-from secure_fedprompt.protocol.settings import Count, NonNegative, Positive, Seconds
+from secure_fedprompt.protocol.settings import (
+    Count,
+    FilePath,
+    ModelPath,
+    NonNegative,
+    Positive,
+    Seconds,
+)
 
 
 class ModelSettings(DataSettings, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -19,8 +26,8 @@ class ModelSettings(DataSettings, frozen=True, forbid_unknown_fields=True, kw_on
         threads: of PyTorch on the CPU; 0 leaves its default.
     """
 
-    model: str = "bundled"
-    pretrained: str = ""
+    model: ModelPath = "bundled"
+    pretrained: ModelPath = ""
     device: str = "auto"
     precision: str = "fp32"
     threads: Count = 0
@@ -32,7 +39,7 @@ class ClientSettings(ModelSettings, frozen=True, forbid_unknown_fields=True, kw_
     Attributes:
         key, roster: own key file and the federation's public roster file.
         server: address of the server.
-        state_dir: what must survive a restart; default state/NAME.
+        state_dir: what must survive a restart; {name} in it is the client's.
         method: take part only if the run uses this method; empty takes the run's.
         seed: of batch order, for reproducible benchmarks; -1 draws it from the system.
         augment: train on random crops and flips instead of cached features.
@@ -47,10 +54,10 @@ class ClientSettings(ModelSettings, frozen=True, forbid_unknown_fields=True, kw_
             for 'audit --secrets'; delete it afterwards.
     """
 
-    key: str = "client.pem"
-    roster: str = "roster.toml"
+    key: FilePath = "client.pem"
+    roster: FilePath = "roster.toml"
     server: str = "tcp://127.0.0.1:5570"
-    state_dir: str = ""
+    state_dir: FilePath = "state/{name}"
     method: str = ""
     seed: int = -1
     augment: bool = False

@@ -197,8 +197,8 @@ def write_files(
     Args:
         folder: created; everything goes there.
         method, clients, rounds, protection, seed: as the flags.
-        for_server, for_clients: further settings, on top of the demo's. A helper of the name
-            ``HELPER`` is a process of its own.
+        for_server, for_clients: further settings, on top of the demo's; paths among them are
+            absolute. A helper of the name ``HELPER`` is a process of its own.
         dp: the clients' [dp] table.
     """
     names = [*NAMES, *(f"client{i:03d}" for i in range(len(NAMES), clients))][:clients]
@@ -207,13 +207,12 @@ def write_files(
     helper = str((for_server or {}).get("helper", ""))
     if helper == HELPER:
         members.append(make_key(helper, "helper", folder / helper))
-    roster = folder / "roster.toml"
-    roster.write_text(Roster.of(tuple(members)).to_toml())
+    (folder / "roster.toml").write_text(Roster.of(tuple(members)).to_toml())
     address = f"tcp://127.0.0.1:{free_port()}"
     settings = METHODS[method]["defaults"]
     server = {
-        "key": str(folder / "server" / "server.pem"), "roster": str(roster), "bind": address,
-        "run_dir": str(folder / "server" / "run"), "method": method, "rounds": rounds,
+        "key": "server.pem", "roster": "../roster.toml", "bind": address,
+        "run_dir": "run", "method": method, "rounds": rounds,
         "protection": protection, "clients": clients, "gather_seconds": 120.0, "metrics": "rounds",
         **settings, **(for_server or {}),
     }  # fmt: skip
@@ -225,8 +224,8 @@ def write_files(
     threads = max(1, (os.cpu_count() or 1) // clients)
     for i, name in enumerate(names):
         client = {
-            "key": str(folder / name / f"{name}.pem"), "roster": str(roster), "server": address,
-            "state_dir": str(folder / name / "state"), "threads": threads, "seed": seed,
+            "key": f"{name}.pem", "roster": "../roster.toml", "server": address,
+            "state_dir": "state", "threads": threads, "seed": seed,
             **DATA, "part": i, "parts": clients, "data_seed": seed,
             **(for_clients or {}),
         }  # fmt: skip
@@ -240,9 +239,9 @@ def write_files(
         words = [python, "-m", "secure_fedprompt.client", "--config", str(path)]
         commands.append([*words, "--json", str(folder / name / "result.json")])
     if helper == HELPER:
-        path, key = folder / helper / "helper.toml", str(folder / helper / f"{helper}.pem")
-        state = str(folder / helper / "state")
-        own = {"key": key, "roster": str(roster), "server": address, "state_dir": state}
+        path = folder / helper / "helper.toml"
+        own = {"key": f"{helper}.pem", "roster": "../roster.toml", "server": address,
+               "state_dir": "state"}  # fmt: skip
         write_toml(path, {**own, "audit": str((for_server or {}).get("audit", "headers"))})
         words = [python, "-m", "secure_fedprompt.helper", "--config", str(path)]
         commands.append([*words, "--json", str(folder / helper / "result.json")])

@@ -30,7 +30,7 @@ from secure_fedprompt.protocol.errors import (
 )
 from secure_fedprompt.protocol.policy import Policy
 from secure_fedprompt.protocol.recorder import recorder
-from secure_fedprompt.protocol.settings import Positive, Seconds
+from secure_fedprompt.protocol.settings import FilePath, Positive, Seconds
 from secure_fedprompt.protocol.terms import RunTerms
 
 EXAMPLES = """\
@@ -49,18 +49,18 @@ class HelperSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
         server: address of the server.
         min_cohort: smallest cohort to help.
         patience: seconds without a connection before giving up.
-        state_dir: of the audit log; default state/NAME.
+        state_dir: of the audit log; {name} in it is the helper's.
         audit: log of frames, in state_dir/audit: "off", "headers" (sizes, digests), or "full".
             Its shares and the server's open scores together: keep the two logs apart.
         audit_mb: most megabytes of that log; its oldest parts go first.
     """
 
-    key: str = "helper.pem"
-    roster: str = "roster.toml"
+    key: FilePath = "helper.pem"
+    roster: FilePath = "roster.toml"
     server: str = "tcp://127.0.0.1:5570"
     min_cohort: int = 3
     patience: Seconds = 60.0
-    state_dir: str = ""
+    state_dir: FilePath = "state/{name}"
     audit: str = "headers"
     audit_mb: Positive = 2048
 
@@ -87,7 +87,7 @@ def help_out(settings: HelperSettings, json_path: str | None) -> int:
     identity, roster, me, server = whoami(settings.key, settings.roster, "helper")
     policy = Policy(min_cohort=settings.min_cohort)
     party = Party(me.name, identity, roster, policy, MemoryJournal(), os.urandom)
-    folder = Path(settings.state_dir or f"state/{me.name}")
+    folder = Path(settings.state_dir.replace("{name}", me.name))
     log = recorder(folder, settings.audit, settings.audit_mb, identity, me, roster)
     link = CurveLink(settings.server, server.curve, identity, settings.patience, log)
     try:

@@ -80,7 +80,7 @@ def _run(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as scratch, Progress(console=console, transient=True) as bar:
         task = bar.add_task("rounds", total=server.rounds + int(server.metrics != "off"))
         trainers = make_trainers(client, server.method_settings())
-        store = Store(Path(server.run_dir or scratch), server)
+        store = Store(Path(args.run_dir or scratch), server)
         store.on_event.append(lambda kind, value: bar.advance(task) if kind == "round" else None)
         try:
             _, history = simulate_run(server, store, trainers, args.dropout)

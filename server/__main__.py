@@ -55,7 +55,7 @@ def serve(settings: ServerSettings, json_path: str | None) -> int:
     identity = command.read_identity(settings.key)
     roster = command.read_roster(settings.roster)
     me = command.member_of(identity, roster, ("server",))
-    folder = Path(settings.run_dir or time.strftime("runs/%Y%m%d-%H%M%S"))
+    folder = Path(settings.run_dir.replace("{time}", time.strftime("%Y%m%d-%H%M%S")))
     if settings.protection in SCHEMES:  # can we, before anybody waits
         clients = len(roster.with_role("client"))
         try:

@@ -139,7 +139,8 @@ def test_settings_come_from_the_file_and_flags_win(tmp_path: Path) -> None:
     words = ["--config", str(path), "--shots", "8", "--policy-min-survivors", "4", "--no-download",
              "--policy-protections", "masks,none"]  # fmt: skip
     settings = command.load(ClientSettings, flags(ClientSettings, words))
-    assert (settings.key, settings.shots, settings.download) == ("a.pem", 8, False)
+    key = str(tmp_path / "a.pem")  # beside the file
+    assert (settings.key, settings.shots, settings.download) == (key, 8, False)
     assert (settings.policy.min_cohort, settings.policy.min_survivors) == (5, 4)
     assert settings.policy.protections == ("masks", "none")
 
@@ -219,3 +220,42 @@ def test_exit_codes_are_those_of_the_tree() -> None:
     assert errors.NotOnRosterError.exit_code == 4
     assert errors.WrongServerKeyError.exit_code == 5
     assert errors.UnreachableError.exit_code == 3
+
+
+def test_paths_of_a_file_belong_to_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Started from anywhere, the same file names the same key, data and ledger."""
+    folder, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
+    for made in (folder / "scans", folder / "CIFAR10", elsewhere):
+        made.mkdir(parents=True)
+    lines = ['key = "k.pem"', 'dataset = "scans"', 'model = "local-dir:clip"', 'class_list = "/c"']
+    (folder / "c.toml").write_text("\n".join([*lines, 'pretrained = "w.safetensors"']))
+    monkeypatch.chdir(elsewhere)
+    words = ["--config", str(folder / "c.toml"), "--roster", "mine.toml"]
+    made = command.load(ClientSettings, flags(ClientSettings, words))
+    assert made.key == str(folder / "k.pem")
+    assert made.state_dir == str(folder / "state" / "{name}")  # a default
+    assert made.roster == "mine.toml"  # a flag: where the program is started
+    assert made.dataset == str(folder / "scans")
+    assert made.model == f"local-dir:{folder / 'clip'}"
+    assert made.class_list == "/c"
+    assert made.pretrained == str(folder / "w.safetensors")
+    for name, meant in (
+        ("generated", "generated"), ("DTD", "DTD"), ("CIFAR10", str(folder / "CIFAR10")),
+        ("a/b", str(folder / "a/b")), ("x.zip", str(folder / "x.zip")),
+    ):  # fmt: skip
+        (folder / "c.toml").write_text(f'dataset = "{name}"\nmodel = "ViT-B-16"\n')
+        made = command.load(ClientSettings, flags(ClientSettings, words))
+        assert (made.dataset, made.model, made.pretrained) == (meant, "ViT-B-16", "")
+    (folder / "s.toml").write_text('bind = "tcp://127.0.0.1:5570"')
+    server = command.load(
+        ServerSettings, flags(ServerSettings, ["--config", str(folder / "s.toml")])
+    )
+    assert server.run_dir == str(folder / "runs" / "{time}")
+    monkeypatch.chdir(folder)
+    assert (
+        command.load(ClientSettings, flags(ClientSettings, ["--config", "c.toml"])).key
+        == "client.pem"
+    )
+    assert command.load(ServerSettings, flags(ServerSettings, [])).run_dir == "runs/{time}"

@@ -36,7 +36,10 @@ DP: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # server settings, cli
 def measure(folder: Path, protection: str, selection: str, dp: str, args: Any) -> dict[str, Any]:
     """One run of processes, and what its files say."""
     server, private = DP[dp]
-    own = {"model": args.model, "dataset": args.dataset, "partition": "dirichlet"}
+    model = args.model
+    if model.startswith("local-dir:"):
+        model = f"local-dir:{Path(model.removeprefix('local-dir:')).resolve()}"
+    own = {"model": model, "dataset": args.dataset, "partition": "dirichlet"}
     if args.dataset == "generated":
         own["generated_classes"] = args.classes
     else:

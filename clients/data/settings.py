@@ -7,7 +7,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from secure_fedprompt.protocol.settings import Count, Positive, Rate
+from secure_fedprompt.protocol.settings import Count, DataPath, FilePath, Positive, Rate
 
 
 class DataSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -33,10 +33,10 @@ class DataSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         data_seed: of all these draws.
     """
 
-    dataset: str = "generated"
-    data_root: str = "data"
+    dataset: DataPath = "generated"
+    data_root: FilePath = "data"
     download: bool = False
-    class_list: str = ""
+    class_list: FilePath = ""
     test_share: Annotated[float, Meta(ge=0, lt=1)] = 0.3
     shots: Count = 0
     styles: str = "photo,poster,sketch,neon"
