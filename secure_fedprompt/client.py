@@ -88,6 +88,8 @@ def load_trainer(settings: ClientSettings, console: Console, progress: Progress)
         f"{len(train)} training and {len(test)} test images, {len(train.class_names)} classes; "
         f"model {settings.model} on {backbone.device}"
     )
+    if train.note:
+        console.print(f"data set {settings.dataset}: {train.note}")
     tasks: dict[str, TaskID] = {}
 
     def report(what: str, done: int, total: int) -> None:

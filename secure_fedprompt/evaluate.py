@@ -105,12 +105,12 @@ def _evaluate(args: argparse.Namespace, settings: ModelSettings, prompt: PromptF
 
 def _predict(args: argparse.Namespace, settings: ModelSettings, prompt: PromptFile) -> int:
     import torch
-    from PIL import Image
 
     from secure_fedprompt.clients.backbone import Backbone
+    from secure_fedprompt.clients.data.images import read_image
     from secure_fedprompt.clients.data.sets import read_class_list
     from secure_fedprompt.clients.methods.base import Batch
-    from secure_fedprompt.clients.training import load_sets
+    from secure_fedprompt.clients.training import encode, load_sets
 
     names = prompt.class_names
     if settings.class_list:
@@ -126,22 +126,23 @@ def _predict(args: argparse.Namespace, settings: ModelSettings, prompt: PromptFi
         settings.model, settings.pretrained, settings.device, settings.precision
     )
     method = prompt.method(backbone, names, other_classes=args.other_classes)
-    pixels = []
-    for path in args.images:
+    result: list[dict[str, object]] = []
+    failure: DataError | None = None
+    for path in args.images:  # one by one: a bad file loses nothing of the others
         try:
-            pixels.append(backbone.test_transform(Image.open(path).convert("RGB")))
-        except OSError as error:
-            raise DataError(f"image {path} cannot be read: {error}") from None
-    stack = torch.stack(pixels)
-    images = backbone.image_features(stack) if method.needs == "features" else stack
-    with torch.no_grad():
-        labels = torch.zeros(len(pixels), dtype=torch.long)
-        shares = method.logits(Batch(images, labels)).softmax(1)
-    result = []
-    for path, row in zip(args.images, shares, strict=True):
-        best = row.topk(min(3, len(names)))
+            pixels = torch.stack([backbone.test_transform(read_image(path))])
+        except DataError as error:
+            failure = failure or error
+            print(f"{path}  {error}")
+            result.append({"image": str(path), "error": str(error)})
+            continue
+        with torch.no_grad():
+            batch = Batch(encode(backbone, pixels, method.needs), torch.zeros(1, dtype=torch.long))
+            best = method.logits(batch)[0].float().softmax(0).topk(min(3, len(names)))
         guesses = {names[int(i)]: float(p) for p, i in zip(*best, strict=True)}
         print(f"{path}  " + ", ".join(f"{name} {p:.1%}" for name, p in guesses.items()))
         result.append({"image": str(path), "classes": guesses})
     command.write_json(args.json, result)
+    if failure is not None:
+        raise failure
     return 0

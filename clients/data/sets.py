@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import inspect
 import io
-import warnings
 import zipfile
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -14,19 +12,22 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from secure_fedprompt.clients.data import generated
+from secure_fedprompt.clients.data.images import (
+    SUFFIXES,
+    UNREADABLE,
+    open_image,
+    reason,
+    to_rgb,
+)
 from secure_fedprompt.protocol.errors import DataError
 
 Index = NDArray[np.int64]
-MAX_PIXELS = 64_000_000  # of an image: decoded, it takes three bytes for each, and more on the way
 MAX_FILE = 256_000_000  # bytes of an image file that is packed in a zip
-_UNREADABLE = (
-    UnidentifiedImageError, OSError, ValueError, SyntaxError, EOFError, MemoryError, RuntimeError,
-    NotImplementedError, zipfile.BadZipFile, zlib.error, Image.DecompressionBombError,
-)  # fmt: skip
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm"}
+_TEST_SPLITS = ("test", "val", "valid", "validation", "dev")  # in this order
+_SPLIT_NAMES = ("train", *_TEST_SPLITS)
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class ImageSet:
         class_names: what labels index.
         labels, domains: (N,) int64; ``domains`` are zeros where there is one.
         domain_names: what domains index.
+        note: what its user should know of how it was read.
     """
 
     class_names: tuple[str, ...]
@@ -45,6 +47,7 @@ class ImageSet:
     domain_names: tuple[str, ...]
     _keys: Sequence[Any]
     _open: Callable[[Any], Image.Image]
+    note: str = ""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -57,9 +60,10 @@ class ImageSet:
         """
         key = self._keys[i]
         try:
-            return self._open(key).convert("RGB")
-        except _UNREADABLE as error:
-            raise DataError(f"image {key} cannot be read ({error}): repair or remove it") from None
+            return to_rgb(self._open(key))
+        except UNREADABLE as error:
+            why = reason(error)
+            raise DataError(f"image {key} cannot be read: {why}; repair or remove it") from None
 
     def subset(self, index: Index) -> ImageSet:
         """Images, labels and domains together."""
@@ -124,26 +128,9 @@ def _folder(path: Path) -> _Source:
     files = [PurePosixPath(p.relative_to(path).as_posix()) for p in path.rglob("*") if p.is_file()]
 
     def open_file(name: PurePosixPath) -> Image.Image:
-        image = _bounded(path / name)
-        image.load()
-        return image
+        return open_image(path / name, name.suffix.lower())
 
     return _Source(str(path), sorted(files), open_file)
-
-
-def _bounded(file: Path | io.BytesIO) -> Image.Image:
-    """An image that is not decoded yet, unless decoding would take too much memory.
-
-    Raises:
-        ValueError: it would.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the bound here is lower
-        image = Image.open(file)
-    if image.width * image.height > MAX_PIXELS:
-        image.close()
-        raise ValueError(f"{image.width} x {image.height} pixels, at most {MAX_PIXELS:,}")
-    return image
 
 
 def _zip(path: Path) -> _Source:
@@ -166,7 +153,7 @@ def _zip(path: Path) -> _Source:
         info = members[name]
         if info.file_size > MAX_FILE:
             raise ValueError(f"{info.file_size:,} bytes unpacked, at most {MAX_FILE:,}")
-        return _bounded(io.BytesIO(archive.read(info)))
+        return open_image(io.BytesIO(archive.read(info)), name.suffix.lower())
 
     return _Source(str(path), sorted(members), open_member)
 
@@ -175,7 +162,7 @@ def _by_class(source: _Source, inside: str, names: tuple[str, ...] | None) -> Im
     rows = [
         (p.parent.name, p)
         for p in source.paths
-        if p.suffix.lower() in SUFFIXES and p.parent.name and (not inside or inside in p.parts)
+        if p.suffix.lower() in SUFFIXES and p.parent.name and (not inside or inside in p.parts[:-2])
     ]
     where = f"{source.where}/{inside}" if inside else source.where
     if not rows:
@@ -191,10 +178,28 @@ def _by_class(source: _Source, inside: str, names: tuple[str, ...] | None) -> Im
     return ImageSet(names, labels, domains, domain_names, keys, source.open)
 
 
+def _check_kinds(source: _Source) -> None:
+    """Refuse a class folder without a single image that can be read: it would seem to be absent.
+
+    Raises:
+        DataError: naming it and what it holds.
+    """
+    images = [p for p in source.paths if p.suffix.lower() in SUFFIXES]
+    known = {folder for p in images for folder in p.parents}
+    for p in source.paths:
+        hidden = any(part.startswith((".", "__")) for part in p.parts)
+        if images and p.parent not in known and not hidden:
+            kinds = ", ".join(sorted(SUFFIXES))
+            raise DataError(
+                f"data set {source.where}: folder {str(p.parent)!r} holds no image of a known "
+                f"kind, but {p.name!r}; known are {kinds}"
+            )
+
+
 def _domains(keys: list[PurePosixPath]) -> tuple[Index, tuple[str, ...]]:
     """DOMAIN/CLASS/IMAGE, as DomainNet and Office-Caltech10 are laid out: the folder above the
     classes, if all images lie equally deep and there are several such folders."""
-    above = [[part for part in p.parts[:-2] if part not in ("train", "test")] for p in keys]
+    above = [[part for part in p.parts[:-2] if part not in _SPLIT_NAMES] for p in keys]
     names = sorted({parts[-1] for parts in above if parts})
     if len({len(parts) for parts in above}) != 1 or len(names) < 2:
         return np.zeros(len(keys), np.int64), ("all",)
@@ -208,7 +213,7 @@ def folder_sets(
     """Train and test images of a folder or zip file with one folder per class, or one folder per
     domain with one per class in each.
 
-    If there are ``train`` and ``test`` folders above the classes they are used, else
+    If there are folders ``train`` and ``test`` (or ``val``) above the classes they are used, else
     ``test_share`` of each class is held out by ``seed``.
 
     Raises:
@@ -217,9 +222,14 @@ def folder_sets(
     if not path.exists():
         raise DataError(f"data set {path} does not exist")
     source = _zip(path) if path.is_file() else _folder(path)
-    if all(any(part in p.parts[:-1] for p in source.paths) for part in ("train", "test")):
+    _check_kinds(source)
+    splits = [s for s in _SPLIT_NAMES if any(s in p.parts[:-2] for p in source.paths)]
+    if len(splits) > 1 and splits[0] == "train":
         train = _by_class(source, "train", names)
-        return train, _by_class(source, "test", names or train.class_names)
+        test = _by_class(source, splits[1], names or train.class_names)
+        unused = f"; {', '.join(f'{s}/' for s in splits[2:])} is not used" if splits[2:] else ""
+        note = f"trains on train/, tests on {splits[1]}/{unused}"
+        return replace(train, note=note), test
     return hold_out(_by_class(source, "", names), test_share, seed)
 
 
