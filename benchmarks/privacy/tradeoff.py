@@ -22,7 +22,8 @@ from scipy.stats import beta, binom, norm
 Array = NDArray[np.float64]
 _STEP = 2e-3  # grid of the privacy loss, or finer
 _TAIL = 9.0  # deviations of the noise that the grid covers
-_GRID, _REACH = 1.01, 120  # noise multipliers that are tried, around the claimed one
+_THIN = 1e-5  # distance of a curve's points
+_GRID, _REACH = 1.0025, 480  # noise multipliers that are tried, around the claimed one
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,6 @@ class Claim:
                 found = np.logaddexp(found, np.log(chance) + gain)
         return found
 
-    @functools.cache  # noqa: B019 (few, and used again and again)
     def _masses(self) -> tuple[Array, Array]:
         """How likely each loss is "with" and "without", from the largest loss down."""
         # One step: a normal variate on a fine grid, its loss, and how likely it is.
@@ -78,10 +78,13 @@ class Claim:
         ratio = np.exp(-np.abs(at))
         return np.where(at > 0, p, q * ratio), np.where(at > 0, p * ratio, q)
 
+    @functools.cache  # noqa: B019 (few, and used again and again)
     def curve(self) -> tuple[Array, Array]:
-        """f as points (alpha, beta), alpha growing."""
+        """f as points (alpha, beta), alpha growing, no closer to each other than they need be."""
         p, q = self._masses()
-        return np.cumsum(q), np.append(np.cumsum(p[::-1])[::-1][1:], 0.0)
+        alpha, beta_ = np.cumsum(q), np.append(np.cumsum(p[::-1])[::-1][1:], 0.0)
+        kept = np.append(np.diff(np.floor((alpha - beta_) / _THIN)) > 0, True)
+        return alpha[kept], beta_[kept]
 
     def epsilon(self, delta: float) -> float:
         """What the curve says, whichever of "with" and "without" is the truth."""
@@ -141,9 +144,8 @@ def measured(inside: Array, outside: Array, claim: Claim, confidence: float) -> 
     """Error rates at the best threshold: chosen on one half of the scores, judged on the other."""
     rng = np.random.default_rng(0)
     inside, outside = rng.permutation(inside), rng.permutation(outside)
-    candidates = np.quantile(
-        np.concatenate([inside[::2], outside[::2]]), np.linspace(0.01, 0.99, 99)
-    )
+    first = np.concatenate([inside[::2], outside[::2]])
+    candidates = np.quantile(first, np.linspace(0.02, 0.98, 49))
     chosen = min(candidates, key=lambda threshold: least_refuted(
         Rates.of(inside[::2], outside[::2], threshold, confidence), claim))  # fmt: skip
     return Rates.of(inside[1::2], outside[1::2], chosen, confidence)
