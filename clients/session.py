@@ -104,6 +104,7 @@ class Session:
         final: the last global prompt, once the run has ended well.
         history: aggregate metrics by learning round, where clients and not the server open sums.
         terms: of the run, once accepted.
+        declined: why the last plan was refused, until another one is taken up.
         failed_because: the first reason why training failed, for this client's own user.
     """
 
@@ -144,6 +145,7 @@ class Session:
         self._made: tuple[int, bytes] | None = None  # the next prompt, as we computed it
         self._agreed: tuple[int, bytes] | None = None  # the same, once the round is over
         self._withdrawn = 0
+        self.declined: PolicyError | None = None  # why the last plan was, and none followed
         self._helper = Helper(party)
         self.final: Prompt | None = None
         self.over = False
@@ -287,13 +289,17 @@ class Session:
         return self._helper.on(message)
 
     def withdraw(self, error: SecureFedPromptError) -> Replies:
-        """Leave the current round, not the run.
+        """Leave the current round, not the run: a round that this client's policy forbids is
+        declined, and the next one awaited.
 
         Raises:
             SecureFedPromptError: ``error`` itself, if it concerns more than a round, or is the
                 third in a row.
         """
         plan, self._entered, self.round, self.work = self._entered, None, None, None
+        if plan is not None and isinstance(error, PolicyError):  # another cohort may do
+            self.declined = error
+            return [m.Withdraw(plan.run, plan.round, type(error).__name__, m.line(error))]
         self._withdrawn += 1
         if not isinstance(error, ROUND_ERRORS) or plan is None or self._withdrawn >= MAX_WITHDRAWN:
             raise error
@@ -428,6 +434,7 @@ class Session:
         if not (plan.encrypted and plan.learning_round > 1):
             self._prompt(plan, self._raw)  # refused before anything is done
         self.round, replies = participant.start(self.party, plan)
+        self.declined = None
         self._greetings, self._planned, self._resumed = 0, True, False
         return self._ready(replies)
 

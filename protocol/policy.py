@@ -110,8 +110,14 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
                 f"policy.min_noise is {self.min_noise:g}: metrics must be 'off'"
             )
         self._check_noise(terms.plan(terms.sample(1)))
+        if terms.clients < self.min_cohort:
+            raise PolicyError(
+                _below("min_cohort", self.min_cohort, f"cohorts of {terms.clients} at most")
+            )
         if terms.protection == "none":
             return
+        if terms.quorum < self.min_survivors:
+            raise PolicyError(_below("min_survivors", self.min_survivors, f"quorum {terms.quorum}"))
         self._check_colluders(
             terms.protection, bool(terms.regular), terms.clients, terms.quorum, terms.colluders,
             roster_clients,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import sys
 import time
@@ -140,7 +141,7 @@ def take_part(settings: ClientSettings, json_path: str | None) -> int:
             )
             session = Session(party, trainer, settings.method, settings.accept)
             record = state_dir if settings.private_record else None
-            rounds = loop(link, session, trainer, console, record)
+            rounds = loop(link, session, trainer, console, record, settings.patience)
         path = save(session, trainer, state_dir)
         console.print(f"[green]run {session.run.hex()[:8]} is finished[/]; prompt in {path}")
         result = {"name": me.name, "run": session.run.hex(), "rounds": rounds, "prompt": str(path)}
@@ -156,14 +157,19 @@ def loop(
     trainer: LocalTrainer,
     console: Console,
     record: Path | None = None,
+    patience: float = math.inf,
 ) -> int:
     """Move frames between socket and session; train in one worker thread. Returns rounds done.
 
     Args:
         record: folder for the private record, if one is kept.
+        patience: seconds to wait for a round that the policy allows, after one that it does not.
+
+    Raises:
+        SecureFedPromptError: refused, disconnected, declined for too long, or the run failed.
     """
     connections, alive_at, greeted, rounds, told = 0, 0.0, 0.0, 0, 0
-    pace = Pace(trainer.hold_seconds)
+    pace, declined_at = Pace(trainer.hold_seconds), math.inf
     job: tuple[Work, Future[Result]] | None = None
     welcome: Future[list[m.Message]] | None = None
     with ThreadPoolExecutor(1) as pool:
@@ -189,6 +195,9 @@ def loop(
                     replies += react(session, message, console)
                     if isinstance(message, m.Plan) and session.terms is not None:
                         pace.begin(message.plan, session.terms.upload_after, time.monotonic())
+                declined_at = min(declined_at, now) if session.declined else math.inf
+                if session.declined and now - declined_at > patience:
+                    raise session.declined
                 told = tell_sums(console, session, told)
                 if job is None and session.work is not None:
                     job = session.work, pool.submit(trainer.run, session.work)
@@ -302,7 +311,8 @@ def react(session: Session, message: m.Message, console: Console) -> list[m.Mess
         replies = session.on(message)
     except SecureFedPromptError as error:
         replies = session.withdraw(error)
-        console.print(f"[yellow]withdrawn from this round[/]: {escape(str(error))}")
+        what = "declined this round" if session.declined is error else "withdrawn from this round"
+        console.print(f"[yellow]{what}[/]: {escape(str(error))}; waiting for the next one")
     if session.terms is not before and session.terms is not None:
         tell_terms(console, session.terms)
     return replies

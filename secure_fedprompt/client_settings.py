@@ -47,7 +47,8 @@ class ClientSettings(ModelSettings, frozen=True, forbid_unknown_fields=True, kw_
             trained from before, under other bounds or settings; its error message names them.
         hold_seconds: seconds from a round's plan before which nothing is uploaded, whatever the
             terms say, so that neither how long training takes nor whether it failed shows.
-        patience: seconds without a connection before giving up.
+        patience: seconds without a connection, or without a round that the policy allows, before
+            giving up.
         audit: log of frames, in state_dir/audit: "off", "headers" (sizes, digests), or "full".
         audit_mb: most megabytes of that log; its oldest parts go first.
         private_record: write what only this client knows of each update to state_dir, in the clear,

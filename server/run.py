@@ -29,6 +29,7 @@ from secure_fedprompt.protocol.errors import (
     FieldError,
     MismatchError,
     PlanError,
+    PolicyError,
     ProtocolError,
     RunFailedError,
     SecureFedPromptError,
@@ -59,6 +60,7 @@ from secure_fedprompt.server.planning import (
 )
 from secure_fedprompt.server.selection import Outbox
 
+POLICY = f"withdrew: {PolicyError.__name__}: "  # how the fault of who declined begins
 SAME_HELLO = 5.0  # seconds within which two greetings of one process count as one
 
 
@@ -133,6 +135,7 @@ class Run:
         self.opening = True  # wait for everybody, also after a restart
         self.rejoin: dict[str, float] = {}
         self.asked: set[str] = set()  # for the starting prompt
+        self.larger, self.declined = 0, ""  # a cohort that clients may accept, and why
         self.started_from = ""  # whose starting prompt it is
         self.answer_until = 0.0  # for clients to judge the terms
         self.benched: set[str] = set()  # sit out the next attempt
@@ -557,10 +560,14 @@ class Run:
             )
         out += self._call_back(now)
         present = sum(c.accepted for c in self.clients.values())
-        if present < max(self.needed, self._wanted()) and now < self.gather_until:
+        if present < max(self.needed, self._wanted(), self.larger) and now < self.gather_until:
             return out
         if present < self.needed:
             return out + self._too_few(present, now)
+        if present < self.larger:
+            return out + self._fail(RunFailedError(
+                f"{self.declined}: start more clients, or let their policies allow {present}"
+            ))  # fmt: skip
         try:
             return out + self._plan(now)
         except ProtocolError as error:
@@ -625,6 +632,7 @@ class Run:
             self.attempts += not current.excluded
             self.last_reason = current.reason
             self.ledger.round_over(current, {}, None)
+        self._note_declined(current)
         state, settings = self.state, self.settings
         if current.excluded:
             self.ledger.save(state)
@@ -641,9 +649,21 @@ class Run:
                 f"learning round {state.learning_round} aborted {self.attempts} times: "
                 f"{self.last_reason}"
             ))  # fmt: skip
-        short = sum(c.accepted for c in self.clients.values()) < self.needed
+        short = sum(c.accepted for c in self.clients.values()) < max(self.needed, self.larger)
         self.gather_until = now + (settings.gather_seconds if short else 0)
         return out + self._maybe_start(now)
+
+    def _note_declined(self, current: Round) -> None:
+        """A round that clients' policies forbid is not planned again: more clients are needed."""
+        declined = {name: fault for name, fault in current.faults.items() if POLICY in fault}
+        size = len(current.plan.cohort)
+        if current.stage is Stage.DONE or size - len(declined) >= current.plan.quorum:
+            self.larger = 0
+            return
+        self.larger = size + 1
+        name, fault = min(declined.items())
+        self.declined = f"{', '.join(sorted(declined))} would not take part ({name} {fault})"
+        self.attempts = 0
 
     def _note_holders(self, current: EncryptedRound) -> None:
         for name in current.plan.cohort:

@@ -412,8 +412,8 @@ def test_a_peers_bad_box_costs_a_round_and_not_the_run(tmp_path: Path) -> None:
         session.withdraw(bad)
     begin(4)
     session._withdrawn = 0
-    with pytest.raises(errors.PolicyError):  # the plan itself: not a matter of one round
-        session.withdraw(errors.PolicyError("plan has a cohort of 2"))
+    with pytest.raises(errors.TermsError):  # the plan itself: not a matter of one round
+        session.withdraw(errors.TermsError("plan's clip is 2"))
 
 
 def signed_head(name: str, by: str, run: bytes) -> m.LogHead:
