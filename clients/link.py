@@ -8,6 +8,7 @@ and again without detail (most likely the server key on our roster is wrong), or
 from __future__ import annotations
 
 import contextlib
+import socket
 import time
 from typing import Protocol
 
@@ -17,6 +18,7 @@ from zmq.utils.monitor import recv_monitor_message
 
 from secure_fedprompt.protocol import chunks
 from secure_fedprompt.protocol import messages as m
+from secure_fedprompt.protocol.address import Address
 from secure_fedprompt.protocol.errors import (
     ConfigError,
     NotOnRosterError,
@@ -27,6 +29,13 @@ from secure_fedprompt.protocol.keys import Identity
 from secure_fedprompt.protocol.recorder import Recorder
 
 _HANDSHAKE_TRIES = 3
+
+
+def _families(where: Address) -> set[int]:
+    """Kinds of address that a host has: none, if its name is not known here."""
+    with contextlib.suppress(OSError):
+        return {int(row[0]) for row in socket.getaddrinfo(where.host, where.port)}
+    return set()
 
 
 class Link(Protocol):
@@ -60,6 +69,7 @@ class CurveLink:
         recorder: Recorder | None = None,
     ) -> None:
         self.address, self.patience = address, patience
+        self._where = Address.parse("server", address)
         self._recorder = recorder
         self.connections = 0
         self._broken = 0
@@ -67,6 +77,7 @@ class CurveLink:
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.linger = 3000
+        self._socket.ipv6 = self._where.ipv6 or _families(self._where) == {socket.AF_INET6}
         self._socket.curve_serverkey = z85.encode(server_key)
         self._socket.curve_publickey = z85.encode(identity.curve_public())
         self._socket.curve_secretkey = z85.encode(identity.curve.private_bytes_raw())
@@ -91,6 +102,11 @@ class CurveLink:
         Raises:
             UnreachableError, NotOnRosterError, WrongServerKeyError
         """
+        if not _families(self._where):
+            raise UnreachableError(
+                f"server = {self.address!r}: no such host as {self._where.host}: check its name, "
+                "and that this machine can look it up"
+            )
         while not self.connections:
             self._poller.poll(200)
             self._watch()

@@ -45,13 +45,19 @@ Progress = Callable[[str, int, int], None]
 Values = dict[str, NDArray[np.floating[Any]] | np.float64]
 
 
-def load_sets(settings: DataSettings) -> tuple[ImageSet, ImageSet]:
+def load_sets(
+    settings: DataSettings, names: tuple[str, ...] | None = None
+) -> tuple[ImageSet, ImageSet]:
     """The whole data set, before partitioning: training and test images.
+
+    Args:
+        names: of the classes, in the place of a class list.
 
     Raises:
         DataError: nothing there, fewer than two classes, unknown names.
     """
-    names = sets.read_class_list(Path(settings.class_list)) if settings.class_list else None
+    if settings.class_list:
+        names = sets.read_class_list(Path(settings.class_list))
     path = Path(settings.dataset)
     if settings.dataset == "generated":
         styles = [style.strip() for style in settings.styles.split(",") if style.strip()]

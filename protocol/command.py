@@ -8,6 +8,7 @@ also a flag: ``min_clients = 3`` is ``--min-clients 3``, and ``min_cohort`` in t
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import json
 import math
@@ -16,9 +17,10 @@ import sys
 import threading
 import tomllib
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, TextIO, TypeVar, get_args, get_origin, get_type_hints
 
 import msgspec
 
@@ -35,6 +37,8 @@ from secure_fedprompt.protocol.settings import CHOICES
 S = TypeVar("S", bound=msgspec.Struct)
 INTERRUPTED = 130
 LOCAL_MODEL = "local-dir:"
+STDOUT = "-"
+_output: ContextVar[TextIO] = ContextVar("output", default=sys.stdout)
 
 
 def read_identity(path: str) -> Identity:
@@ -84,14 +88,20 @@ def member_of(identity: Identity, roster: Roster, roles: Sequence[str]) -> Membe
     )
 
 
-def load(cls: type[S], args: argparse.Namespace) -> S:
+def load(cls: type[S], args: argparse.Namespace, beside: type | None = None) -> S:
     """A struct from ``args.config`` (TOML, optional) with the flags on top.
+
+    Args:
+        beside: a larger struct whose files are good as well: its other keys are left out.
 
     Raises:
         ConfigError: one line naming the file or flag, the key, the value and what is allowed.
     """
     config = getattr(args, "config", None)
     values, where = _read_toml(config)
+    if beside is not None:
+        others = set(get_type_hints(beside)) - set(get_type_hints(cls))
+        values = {name: value for name, value in values.items() if name not in others}
     _merge(cls, values, args, where, "")
     if config:
         _from_folder(cls, values, args, Path(config).parent)
@@ -232,15 +242,27 @@ def parser(prog: str, description: str, examples: str) -> argparse.ArgumentParse
         epilog=f"examples:\n{examples}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    made.add_argument("--json", metavar="PATH", help="write the result as JSON")
+    made.add_argument(
+        "--json", metavar="PATH", help="write the result as JSON; - is standard output"
+    )
     made.add_argument("--debug", action="store_true", help="show tracebacks")
     return made
 
 
 def write_json(path: str | None, result: object) -> None:
-    """Write a result where ``--json`` says; an infinite number is null, since JSON has none."""
-    if path:
-        Path(path).write_text(json.dumps(_finite(result), indent=1, default=str) + "\n")
+    """Write a result where ``--json`` says; an infinite number is null, since JSON has none.
+
+    Raises:
+        ConfigError: it cannot be written there.
+    """
+    text = json.dumps(_finite(result), indent=1, default=str) + "\n"
+    if path == STDOUT:
+        _output.get().write(text)
+    elif path:
+        try:
+            Path(path).write_text(text)
+        except OSError as error:
+            raise ConfigError(f"--json {path}: cannot be written ({error.strerror})") from None
 
 
 def _finite(value: object) -> object:
@@ -251,9 +273,10 @@ def _finite(value: object) -> object:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def guard(body: Callable[[], int], debug: bool = False) -> int:
+def guard(body: Callable[[], int], args: argparse.Namespace) -> int:
     """Run a command: expected failures are one line on stderr and an exit code.
 
+    With ``--json -`` standard output is for the JSON; what people read goes to standard error.
     SIGTERM and SIGINT interrupt it alike, also where a shell started it with SIGINT ignored.
     """
 
@@ -263,13 +286,16 @@ def guard(body: Callable[[], int], debug: bool = False) -> int:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, interrupt)
         signal.signal(signal.SIGINT, interrupt)
+    for_json = getattr(args, "json", None) == STDOUT
+    _output.set(sys.stdout)
     try:
-        return body()
+        with contextlib.redirect_stdout(sys.stderr) if for_json else contextlib.nullcontext():
+            return body()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
     except SecureFedPromptError as error:
-        if debug:
+        if args.debug:
             raise
         print(f"{type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
         return error.exit_code

@@ -71,7 +71,7 @@ def keygen(argv: list[str]) -> int:
         command.write_json(args.json, {"key": str(key), "entry": str(entry), "name": args.name})
         return 0
 
-    return command.guard(body, args.debug)
+    return command.guard(body, args)
 
 
 def roster(argv: list[str]) -> int:
@@ -89,7 +89,7 @@ def roster(argv: list[str]) -> int:
     )
     parser.add_argument("--roster", default="roster.toml", metavar="FILE")
     args = parser.parse_args(argv)
-    return command.guard(lambda: _roster(args), args.debug)
+    return command.guard(lambda: _roster(args), args)
 
 
 def _roster(args: argparse.Namespace) -> int:
@@ -129,7 +129,7 @@ def check(argv: list[str]) -> int:
     )
     command.add_flags(parser, ClientSettings)
     args = parser.parse_args(argv)
-    return command.guard(lambda: _check(command.load(ClientSettings, args), args.json), args.debug)
+    return command.guard(lambda: _check(command.load(ClientSettings, args), args.json), args)
 
 
 def _check(settings: object, json_path: str | None) -> int:

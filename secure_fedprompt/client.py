@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
     command.add_flags(parser, ClientSettings)
     args = parser.parse_args(argv)
     body = lambda: take_part(command.load(ClientSettings, args), args.json)  # noqa: E731
-    return command.guard(body, args.debug)
+    return command.guard(body, args)
 
 
 def load_trainer(settings: ClientSettings, console: Console, progress: Progress) -> LocalTrainer:

@@ -110,7 +110,7 @@ def main(argv: list[str] | None = None) -> int:
             else {},
             args.audit,
         ),
-        args.debug,
+        args,
     )
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from secure_fedprompt.client_settings import ModelSettings
+from secure_fedprompt.client_settings import ClientSettings, ModelSettings
 from secure_fedprompt.protocol import command
 from secure_fedprompt.protocol.errors import DataError, PromptFileError
 
@@ -42,7 +42,7 @@ def evaluate(argv: list[str]) -> int:
         "  secure-fedprompt evaluate state/alice/prompt-1a2b3c4d.safetensors --data photos.zip \\\n"
         "      --model ViT-B-16 --pretrained openai",
     ).parse_args(argv)
-    return command.guard(lambda: _with(args, _evaluate), args.debug)
+    return command.guard(lambda: _with(args, _evaluate), args)
 
 
 def predict(argv: list[str]) -> int:
@@ -53,7 +53,7 @@ def predict(argv: list[str]) -> int:
         "--class-list, or from the folders of --data.",
         "  secure-fedprompt predict state/alice/prompt-1a2b3c4d.safetensors cat.jpg dog.jpg",
     ).parse_args(argv)
-    return command.guard(lambda: _with(args, _predict), args.debug)
+    return command.guard(lambda: _with(args, _predict), args)
 
 
 Body = Callable[[argparse.Namespace, ModelSettings, "PromptFile"], int]
@@ -63,17 +63,21 @@ def _with(args: argparse.Namespace, body: Body) -> int:
     from secure_fedprompt.prompt_file import read_prompt
 
     args.dataset = args.data or args.dataset
-    settings = command.load(ModelSettings, args)
+    settings = command.load(ModelSettings, args, beside=ClientSettings)
     return body(args, settings, read_prompt(args.run))
 
 
 def _evaluate(args: argparse.Namespace, settings: ModelSettings, prompt: PromptFile) -> int:
     from secure_fedprompt.clients.backbone import Backbone
     from secure_fedprompt.clients.metrics import macro_f1
-    from secure_fedprompt.clients.training import Features, load_part
+    from secure_fedprompt.clients.training import Features, load_part, load_sets
     from secure_fedprompt.clients.training import predict as guess
 
-    train, test = load_part(settings)
+    if settings.parts > 1:
+        train, test = load_part(settings)
+    else:
+        names_of = prompt.class_names if Path(settings.dataset).exists() else ()
+        train, test = load_sets(settings, None if args.other_classes else names_of or None)
     images = test if len(test) else train
     backbone = Backbone.load(
         settings.model, settings.pretrained, settings.device, settings.precision
@@ -98,6 +102,12 @@ def _evaluate(args: argparse.Namespace, settings: ModelSettings, prompt: PromptF
         table.add_row(name, f"{value:.1%}")
     console = Console(highlight=False)
     console.print(table)
+    if len(train) and images is test and not train.note:
+        console.print(
+            f"scored are the {len(test)} of {len(train) + len(test)} images that test_share = "
+            f"{settings.test_share:g} holds out; --test-share 1 scores all",
+            soft_wrap=True,
+        )
     console.print(f"accuracy {result['accuracy']:.2%}, macro-F1 {result['macro_f1']:.2%}")
     command.write_json(args.json, result)
     return 0

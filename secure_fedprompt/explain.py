@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     skip = frozenset(set(ServerSettings.__struct_fields__) - _USED)
     command.add_flags(parser, ServerSettings, skip=skip)
     args = parser.parse_args(argv)
-    return command.guard(lambda: _show(args), args.debug)
+    return command.guard(lambda: _show(args), args)
 
 
 def _show(args: argparse.Namespace) -> int:

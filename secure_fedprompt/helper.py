@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
     command.add_flags(parser, HelperSettings)
     args = parser.parse_args(argv)
     body = lambda: help_out(command.load(HelperSettings, args), args.json)  # noqa: E731
-    return command.guard(body, args.debug)
+    return command.guard(body, args)
 
 
 def help_out(settings: HelperSettings, json_path: str | None) -> int:

@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--accountant", choices=("prv", "rdp"), default=DEFAULTS.accountant)
     args = parser.parse_args(argv)
     body = _plan if args.action == "plan" else _status
-    return command.guard(lambda: body(args), args.debug)
+    return command.guard(lambda: body(args), args)
 
 
 def _plan(args: argparse.Namespace) -> int:

@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     command.add_flags(parser, ClientSettings, skip=frozenset(_ABSENT | shared))
     parser.set_defaults(parts=10)
     args = parser.parse_args(argv)
-    return command.guard(lambda: _run(args), args.debug)
+    return command.guard(lambda: _run(args), args)
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
             if (args.run_dir / "run.sqlite").exists():
                 command.write_json(args.json, look(args.run_dir).summary)
 
-    return command.guard(body, args.debug)
+    return command.guard(body, args)
 
 
 @dataclass(frozen=True)

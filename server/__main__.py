@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     command.add_flags(parser, ServerSettings)
     args = parser.parse_args(argv)
-    return command.guard(lambda: serve(command.load(ServerSettings, args), args.json), args.debug)
+    return command.guard(lambda: serve(command.load(ServerSettings, args), args.json), args)
 
 
 def serve(settings: ServerSettings, json_path: str | None) -> int:

@@ -14,6 +14,7 @@ from zmq.utils import z85
 
 from secure_fedprompt.protocol import chunks
 from secure_fedprompt.protocol import messages as m
+from secure_fedprompt.protocol.address import Address
 from secure_fedprompt.protocol.chunks import Assembler
 from secure_fedprompt.protocol.errors import (
     CodecError,
@@ -76,6 +77,7 @@ class Hub:
         count: Counter = lambda peer, direction, kind, size: None,
         recorder: Recorder | None = None,
     ) -> None:
+        where = Address.parse("bind", bind)
         self._names = {z85.encode(member.curve).decode(): member.name for member in roster.members}
         self._routes: dict[str, bytes] = {}
         self._coming: dict[str, Assembler] = {}
@@ -86,6 +88,7 @@ class Hub:
         self._zap.configure_curve_callback(DOMAIN, _Admission(self._names, denied))
         self._socket = self.context.socket(zmq.ROUTER)
         self._socket.linger = 2000
+        self._socket.ipv6 = where.ipv6
         self._socket.zap_domain = DOMAIN.encode()
         self._socket.curve_server = True
         self._socket.curve_secretkey = z85.encode(identity.curve.private_bytes_raw())

@@ -657,7 +657,8 @@ class Run:
         """A round that clients' policies forbid is not planned again: more clients are needed."""
         declined = {name: fault for name, fault in current.faults.items() if POLICY in fault}
         size = len(current.plan.cohort)
-        if current.stage is Stage.DONE or size - len(declined) >= current.plan.quorum:
+        enough = size - len(declined) >= current.plan.quorum
+        if current.stage is Stage.DONE or enough or size >= self.expected:
             self.larger = 0
             return
         self.larger = size + 1

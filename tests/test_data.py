@@ -286,8 +286,10 @@ def test_dirichlet_is_skewed_and_keeps_its_promise() -> None:
     for share in shares:  # test images in the training proportions
         a, b = (np.bincount(labels[x], minlength=10) for x in (share.train, share.test))
         assert np.abs(a - b).max() <= 2
-    with pytest.raises(DataError, match="10 each are needed"):
-        partitions.dirichlet(labels[:30], labels, 5, 0, 0.3)
+    few = partitions.dirichlet(labels[::5], labels, 20, 0, 0.3)  # ten each, if they were even
+    assert min(len(s.train) for s in few) >= 2
+    with pytest.raises(DataError, match="4 training images for 5 clients: use fewer"):
+        partitions.dirichlet(labels[:4], labels, 5, 0, 0.3)
 
 
 def test_few_shot_draws_k_of_each_class() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -31,6 +32,7 @@ from secure_fedprompt.clients.link import CurveLink
 from secure_fedprompt.clients.state import Ready, State
 from secure_fedprompt.protocol import chunks, errors
 from secure_fedprompt.protocol import messages as m
+from secure_fedprompt.protocol.address import Address
 from secure_fedprompt.protocol.codec import VERSION
 from secure_fedprompt.protocol.keys import Identity
 from secure_fedprompt.server.coordinator import Deadlines, Stage
@@ -119,8 +121,10 @@ def test_unreachable() -> None:
 def test_port_in_use_and_bad_addresses(hub: Hub) -> None:
     with pytest.raises(errors.PortInUseError, match="stop the other server"):
         Hub(hub.address, identity("server"), roster(4))
-    with pytest.raises(errors.ConfigError, match="tcp://ADDRESS:PORT"):
+    with pytest.raises(errors.ConfigError, match="bind = 'nonsense': write tcp://HOST:PORT"):
         Hub("nonsense", identity("server"), roster(4))
+    with pytest.raises(errors.ConfigError, match="port 80000 is not between 1 and 65535"):
+        Hub("tcp://127.0.0.1:80000", identity("server"), roster(4))
     with pytest.raises(errors.ConfigError, match="tcp://HOST:PORT"):
         CurveLink("nonsense", identity("server").curve_public(), identity("c001"))
 
@@ -302,3 +306,42 @@ def test_a_round_of_random_vectors_over_sockets(
     steps = np.concatenate([np.full(f.size, 2.0**-f.frac) for f in plan.layout])
     reference = float_sum(plan, updates, plan.cohort)
     assert (np.abs(opened[0] * steps - reference) <= 4 * steps).all()
+
+
+@pytest.mark.parametrize(
+    ("text", "host", "port"),
+    [("tcp://a.example:5570", "a.example", 5570), ("tcp://[::1]:5571", "::1", 5571),
+     ("tcp://[fe80::1%eth0]:1", "fe80::1%eth0", 1), ("tcp://*:*", "*", None)],
+)  # fmt: skip
+def test_addresses_are_read(text: str, host: str, port: int | None) -> None:
+    assert Address.parse("server", text) == Address(host, port)
+
+
+@pytest.mark.parametrize(
+    "text", ["tcp://::1:5570", "tcp://a", "udp://a:1", "tcp://a:0", "tcp://a:65536", "tcp://a b:1"]
+)
+def test_what_is_no_address_is_refused(text: str) -> None:
+    with pytest.raises(errors.ConfigError, match=f"^server = {re.escape(repr(text))}"):
+        Address.parse("server", text)
+
+
+def test_servers_and_clients_speak_ipv6() -> None:
+    if not socket.has_ipv6:
+        pytest.skip("this machine has no IPv6")
+    try:
+        served = Hub("tcp://[::1]:*", identity("server"), roster(4))
+    except errors.ConfigError:
+        pytest.skip("this machine has no IPv6 loopback")
+    with closing(served):
+        key = identity("server").curve_public()
+        with closing(CurveLink(served.address, key, identity("c001"), 10.0)) as link:
+            link.connect()
+            link.send(m.Alive())
+            assert [name for name, _ in served.poll(10.0)] == ["c001"]
+
+
+def test_a_host_that_nobody_knows_is_not_called_unreachable() -> None:
+    link = CurveLink("tcp://no.such.host.invalid:5570", identity("server").curve_public(),
+                     identity("c001"), 60.0)  # fmt: skip
+    with closing(link), pytest.raises(errors.UnreachableError, match="no such host as no.such"):
+        link.connect()

@@ -90,17 +90,17 @@ def dirichlet(train: Index, test: Index, parts: int, seed: int, beta: float) -> 
     """Label shift: each class is spread with proportions ~ Dir(beta), Hsu et al. 2019.
 
     A client that already holds N / K training images gets no more of later classes, and the draw
-    is repeated until every client has at least ``MIN_SAMPLES``. Test images follow the training
-    proportions.
+    is repeated until every client has at least ``MIN_SAMPLES``, or a quarter of an even share if
+    that is less. Test images follow the training proportions.
 
     Raises:
         DataError: too few images for that.
     """
-    if len(train) < parts * MIN_SAMPLES:
+    if len(train) < parts:
         raise DataError(
-            f"partition 'dirichlet': {len(train)} training images for {parts} clients, "
-            f"{MIN_SAMPLES} each are needed"
+            f"partition 'dirichlet': {len(train)} training images for {parts} clients: use fewer"
         )
+    least = max(1, min(MIN_SAMPLES, len(train) // (4 * parts)))
     rng = np.random.default_rng([seed, 5])
     classes = np.unique(train)
     for _ in range(_TRIES):
@@ -115,11 +115,11 @@ def dirichlet(train: Index, test: Index, parts: int, seed: int, beta: float) -> 
                 for client, chosen in enumerate(np.split(index, cuts)):
                     owner[chosen] = client
                     held[client] += len(chosen) if labels is train else 0
-        if held.min() >= MIN_SAMPLES:
+        if held.min() >= least:
             return [Part(*(np.flatnonzero(owner == k) for owner in owners)) for k in range(parts)]
     raise DataError(
         f"partition 'dirichlet': no draw of beta {beta} gave each of {parts} clients "
-        f"{MIN_SAMPLES} images: use a larger beta, fewer clients or more images"
+        f"{least} images: use a larger beta, fewer clients or more images"
     )
 
 

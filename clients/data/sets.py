@@ -320,7 +320,7 @@ def read_class_list(path: Path) -> tuple[str, ...]:
         DataError: unreadable, or doubled names.
     """
     try:
-        names = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+        names = [line.strip() for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"class list {path} cannot be read: {error}") from None
     if len(set(names)) != len(names):

@@ -37,7 +37,7 @@ class DataSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     data_root: FilePath = "data"
     download: bool = False
     class_list: FilePath = ""
-    test_share: Annotated[float, Meta(ge=0, lt=1)] = 0.3
+    test_share: Annotated[float, Meta(ge=0, le=1)] = 0.3
     shots: Count = 0
     styles: str = "photo,poster,sketch,neon"
     generated_classes: Positive = 32

@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     )  # fmt: skip
     parser.add_argument("--format", choices=("table", "json", "sarif"), default="table")
     args = parser.parse_args(argv)
-    return command.guard(lambda: _audit(args), args.debug)
+    return command.guard(lambda: _audit(args), args)
 
 
 def _audit(args: argparse.Namespace) -> int:
@@ -104,7 +104,7 @@ def audit_diff(argv: list[str] | None = None) -> int:
     parser.add_argument("second", type=Path, metavar="B")
     parser.add_argument("--format", choices=("table", "json"), default="table")
     args = parser.parse_args(argv)
-    return command.guard(lambda: _diff(args), args.debug)
+    return command.guard(lambda: _diff(args), args)
 
 
 def _diff(args: argparse.Namespace) -> int:

@@ -53,4 +53,4 @@ def main(argv: list[str] | None = None) -> int:
         command.write_json(args.json, dataclasses.asdict(report))
         return 0
 
-    return command.guard(body, args.debug)
+    return command.guard(body, args)
