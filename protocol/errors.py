@@ -19,6 +19,7 @@
     │   ├── UpdateReusedError                    a second upload in one round
     │   └── BudgetError                      11  the privacy budget is spent
     ├── AuditError                           12  an audit log or a promise is broken
+    │   └── UnfinishedLogError               13  kept so far, in a log that has no end
     └── ProtocolError                        10  a peer broke the protocol
         ├── CodecError                           bytes are not a message
         │   ├── TruncatedError
@@ -139,6 +140,10 @@ class BudgetError(UpdateError):
 
 class AuditError(SecureFedPromptError):
     exit_code = 12
+
+
+class UnfinishedLogError(AuditError):
+    exit_code = 13
 
 
 class ProtocolError(SecureFedPromptError):

@@ -20,8 +20,9 @@ from audited import (
 )
 from rounds import roster
 
+from secure_fedprompt.__main__ import main
 from secure_fedprompt.audit import promises, summary
-from secure_fedprompt.audit.findings import Level
+from secure_fedprompt.audit.findings import Level, collapsed, failed
 from secure_fedprompt.audit.log import Log
 from secure_fedprompt.protocol import errors, homomorphic
 from secure_fedprompt.protocol import messages as m
@@ -57,9 +58,36 @@ def test_a_log_that_was_cut_is_shorter_than_what_it_signed(
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join(lines[: len(lines) // 2]))
     log, other = read(folders, "server", VICTIM)
-    found = failures(summary.audit(log, [other], "", None))
-    assert any(c == "chain" and "ends without a closing record" in text for c, text in found)
-    assert any(c == "heads" and "it was cut" in text for c, text in found)
+    result = summary.audit(log, [other], "", None)
+    assert any("ends without a closing record" in f.text for f in result.findings
+               if f.level is Level.OPEN)  # fmt: skip
+    assert any(c == "heads" and "it was cut" in text for c, text in failures(result))
+
+
+def test_a_log_without_an_end_is_kept_so_far_and_no_more(
+    good: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It may belong to a process that runs: that is no broken promise, and no acquittal."""
+    folders = copied(good, tmp_path)
+    path = folders["server"] / "audit" / "audit-0000.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    for data in (b"".join(lines[:-1]), b"".join(lines[:-1]) + lines[-1][:20]):
+        path.write_bytes(data)
+        result = summary.audit(read(folders, "server")[0], [], "", None)
+        assert (result.kept, result.finished, result.checks["chain"]) == (True, False, "open")
+        assert main(["audit", str(folders["server"])]) == 13
+        printed = capsys.readouterr()
+        assert "NOT FINISHED; so far kept, as far as this log shows" in printed.out
+        assert printed.err.startswith("UnfinishedLogError: server: ")
+        assert printed.err.rstrip().endswith("; kept so far")
+
+
+def test_repeated_findings_are_shown_once(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [failed("plans", f"server: round {i}", "no such cohort") for i in range(250)]
+    (one,) = collapsed(rows)
+    assert one.where == "server: round 0"
+    assert one.text == "no such cohort (and 249 more)"
+    assert len(collapsed([*rows, failed("plans", "x", "another")])) == 2
 
 
 def test_frames_that_one_end_hides_or_invents_show(good: dict[str, Path], tmp_path: Path) -> None:

@@ -14,10 +14,15 @@ from rich.console import Console
 from rich.table import Table
 
 from secure_fedprompt.audit import summary
+from secure_fedprompt.audit.findings import noted
 from secure_fedprompt.audit.log import Log
 from secure_fedprompt.audit.private import Private
 from secure_fedprompt.protocol import command
-from secure_fedprompt.protocol.errors import AuditError, SecureFedPromptError
+from secure_fedprompt.protocol.errors import (
+    AuditError,
+    SecureFedPromptError,
+    UnfinishedLogError,
+)
 
 EXAMPLES = """\
   secure-fedprompt audit runs/monday                                  # the server's log
@@ -32,7 +37,8 @@ def main(argv: list[str] | None = None) -> int:
         "Check the audit log of a server, client or helper: its hash chain, the signed heads that "
         "others hold, every message against the catalogue and the plan, protected payloads, and "
         "whether the run kept the promises of its row in 'who learns what'. The exit code is 0 "
-        "only if nothing failed. Whole payloads are only there with audit = 'full'.",
+        "only if nothing failed, and 13 if nothing failed so far but the log has no end. Whole "
+        "payloads are only there with audit = 'full'.",
         EXAMPLES,
     )
     parser.add_argument("run_dir", type=Path, metavar="RUN", help="run_dir or state_dir")
@@ -66,9 +72,11 @@ def _audit(args: argparse.Namespace) -> int:
         result = summary.audit(log, peers, args.run, private, roster)
         _print(args.format, result)
     command.write_json(args.json, summary.as_json(result))
+    first = next(iter(result.findings), noted("chain", "", "nothing to say"))
     if not result.kept:
-        first = result.findings[0]
         raise AuditError(f"[{first.check}] {first.where}: {first.text}")
+    if not result.finished:
+        raise UnfinishedLogError(f"{first.where}: {first.text}; kept so far")
     return 0
 
 

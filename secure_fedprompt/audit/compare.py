@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 
-from secure_fedprompt.audit.findings import Finding, failed, noted, warned
+from secure_fedprompt.audit.findings import Finding, failed, noted, unfinished, warned
 from secure_fedprompt.audit.log import Entry, Log
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.errors import SignatureError
@@ -20,12 +20,12 @@ def check_log(log: Log, run: str) -> Iterator[Finding]:
         check = "frames" if fault.where.startswith("frames") else "chain"
         yield failed(check, f"{log.name}: {fault.where}", fault.what)
     if log.torn:
-        yield failed(
+        yield unfinished(
             "chain", f"{log.name}: last line", "the log ends within a record: cut, or the process "
-            "was killed while it wrote",
+            "writes it now, or was killed meanwhile",
         )  # fmt: skip
     if not log.closed:
-        yield failed(
+        yield unfinished(
             "chain", f"{log.name}: record {max(log.chains, default=0)}", "the log ends without a "
             "closing record: cut, or the process was killed or still runs",
         )  # fmt: skip

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
 
 class Level(StrEnum):
-    """FAIL: a promise is broken, or the record is. WARN: look at it. NOTE: good to know."""
+    """FAIL: a promise is broken, or the record is. OPEN: the record has no end, by which nobody can
+    tell whether it was cut. WARN: look at it. NOTE: good to know."""
 
     FAIL = "fail"
+    OPEN = "open"
     WARN = "warn"
     NOTE = "note"
 
@@ -49,6 +52,21 @@ def failed(check: str, where: str, text: str) -> Finding:
 
 def warned(check: str, where: str, text: str) -> Finding:
     return Finding(Level.WARN, check, where, text)
+
+
+def unfinished(check: str, where: str, text: str) -> Finding:
+    return Finding(Level.OPEN, check, where, text)
+
+
+def collapsed(findings: Sequence[Finding]) -> list[Finding]:
+    """What is said of many places in the same words is said once, with the first of them."""
+    places: dict[tuple[Level, str, str], list[str]] = {}
+    for finding in findings:
+        places.setdefault((finding.level, finding.check, finding.text), []).append(finding.where)
+    return [
+        Finding(level, check, where[0], text + (f" (and {len(where) - 1} more)" * (len(where) > 1)))
+        for (level, check, text), where in places.items()
+    ]
 
 
 def noted(check: str, where: str, text: str) -> Finding:

@@ -13,14 +13,15 @@ from rich.table import Table
 from secure_fedprompt import __version__
 from secure_fedprompt.audit.compare import check_log, check_pair
 from secure_fedprompt.audit.fields import TYPES, expected_size, in_the_clear, protected
-from secure_fedprompt.audit.findings import CHECKS, Finding, Level, failed, noted, warned
+from secure_fedprompt.audit.findings import CHECKS, Finding, Level, collapsed, failed, noted, warned
 from secure_fedprompt.audit.log import Log
 from secure_fedprompt.audit.private import Private, check_private
 from secure_fedprompt.audit.promises import check_pooled, check_promises, row_of
 from secure_fedprompt.protocol.errors import ConfigError, SecureFedPromptError
 from secure_fedprompt.protocol.roster import Roster
 
-COLOURS = {Level.FAIL: "red", Level.WARN: "yellow", Level.NOTE: "dim"}
+_SARIF = {Level.FAIL: "error", Level.OPEN: "warning", Level.WARN: "warning", Level.NOTE: "note"}
+COLOURS = {Level.FAIL: "red", Level.OPEN: "yellow", Level.WARN: "yellow", Level.NOTE: "dim"}
 
 
 @dataclass
@@ -47,7 +48,7 @@ class Audit:
 
     Attributes:
         logs: owners of the logs, the audited one first.
-        checks: "pass", "fail", "warn" or "not run", by check.
+        checks: "pass", "fail", "open", "warn" or "not run", by check.
     """
 
     run: str
@@ -61,6 +62,11 @@ class Audit:
     def kept(self) -> bool:
         """Whether nothing failed."""
         return "fail" not in self.checks.values()
+
+    @property
+    def finished(self) -> bool:
+        """Whether the record has an end."""
+        return "open" not in self.checks.values()
 
 
 def audit(
@@ -120,8 +126,10 @@ def audit(
     for check in CHECKS:
         levels = {finding.level for finding in findings if finding.check == check}
         passed = "pass" if whole or check not in _BY_LABEL else "labels only"
-        unsure = "warn" if Level.WARN in levels else passed if check in ran else "not run"
-        checks[check] = "fail" if Level.FAIL in levels else unsure
+        checks[check] = next(
+            (str(level) for level in (Level.FAIL, Level.OPEN, Level.WARN) if level in levels),
+            passed if check in ran else "not run",
+        )
     order = list(Level)
     findings.sort(key=lambda finding: order.index(finding.level))
     plans = [plan for (of, _), plan in log.plans.items() if of == run]
@@ -224,16 +232,19 @@ def show(console: Console, result: Audit) -> None:
         if row.clear or row.hidden:
             console.print(f"[bold]{row.kind}[/]: {clear}{hidden}", soft_wrap=True)
     for check, state in result.checks.items():
-        colour = {"pass": "green", "fail": "red", "warn": "yellow"}.get(state, "dim")
+        colour = {"pass": "green", "fail": "red", "open": "yellow", "warn": "yellow"}.get(
+            state, "dim"
+        )
         console.print(f"[{colour}]{state:8}[/] {check:15} {CHECKS[check]}", soft_wrap=True)
-    for finding in result.findings:
+    for finding in collapsed(result.findings):
         colour = COLOURS[finding.level]
         where = f"{finding.where}: " if finding.where else ""
         console.print(
             f"[{colour}]{finding.level}[/] {escape(f'[{finding.check}] {where}{finding.text}')}",
             soft_wrap=True,
         )
-    console.print(verdict(result), style="bold green" if result.kept else "bold red")
+    colour = "red" if not result.kept else "green" if result.finished else "yellow"
+    console.print(verdict(result), style=f"bold {colour}", soft_wrap=True)
 
 
 def verdict(result: Audit) -> str:
@@ -245,8 +256,9 @@ def verdict(result: Audit) -> str:
     others = f"; in agreement with {', '.join(result.logs[1:])}"
     labels = "labels only" in result.checks.values()
     seen = ", by the frames' labels only" if labels else ""
+    so_far = "" if result.finished else "NOT FINISHED; so far "
     return (
-        f"kept, as far as this log shows{seen}: the promises of {result.protection}"
+        f"{so_far}kept, as far as this log shows{seen}: the promises of {result.protection}"
         f"{others if len(result.logs) > 1 else alone}"
     )
 
@@ -254,7 +266,7 @@ def verdict(result: Audit) -> str:
 def as_json(result: Audit) -> dict[str, Any]:
     """Everything, for programs. Format 1."""
     return {"format": "secure-fedprompt/audit-result/1", "verdict": verdict(result),
-            "kept": result.kept, **asdict(result)}  # fmt: skip
+            "kept": result.kept, "finished": result.finished, **asdict(result)}  # fmt: skip
 
 
 def as_sarif(result: Audit) -> dict[str, Any]:
@@ -265,7 +277,9 @@ def as_sarif(result: Audit) -> dict[str, Any]:
     results = [
         {
             "ruleId": finding.check,
-            "level": {"fail": "error", "warn": "warning", "note": "note"}[finding.level],
+            "level": {"fail": "error", "open": "warning", "warn": "warning", "note": "note"}[
+                finding.level
+            ],
             "message": {"text": finding.text},
             "locations": [
                 {"logicalLocations": [{"fullyQualifiedName": finding.where or result.run[:8]}]}
