@@ -15,6 +15,7 @@ Rate = Annotated[float, Meta(gt=0)]
 NonNegative = Annotated[float, Meta(ge=0)]
 Seconds = Annotated[float, Meta(gt=0)]
 Strength = Annotated[float, Meta(ge=0, le=1e4)]  # of a term of the loss
+Digits = Annotated[str, Meta(pattern="^[0-9a-f]{0,64}$")]  # hexadecimal, the first of a digest
 # Paths: relative ones are relative to the configuration file, or on the command line to its folder.
 FilePath = Annotated[str, Meta(extra={"path": "file"})]
 DataPath = Annotated[str, Meta(extra={"path": "data"})]  # or the name of a data set
@@ -241,8 +242,8 @@ class ServerSettings(MethodSettings, frozen=True, forbid_unknown_fields=True, kw
     alive_seconds: Seconds = 15.0
     audit: str = "headers"
     audit_mb: Positive = 2048
-    model_fingerprint: str = ""
-    classes_digest: str = ""
+    model_fingerprint: Digits = ""
+    classes_digest: Digits = ""
 
     def method_settings(self) -> MethodSettings:
         names = MethodSettings.__struct_fields__
@@ -250,6 +251,23 @@ class ServerSettings(MethodSettings, frozen=True, forbid_unknown_fields=True, kw
 
 
 CHOICES = {
+    "method": (
+        "promptfl",
+        "fedotp",
+        "fedmgp",
+        "zeroshot",
+        "coop",
+        "promptfl-ft",
+        "fedprox",
+        "fedper",
+        "fedamp",
+        "promptfolio",
+        "fedpgp",
+        "pfedprompt",
+        "fedtpg",
+        "linear",
+        "linear-scratch",
+    ),
     "protection": ("masks", "bfv", "ckks", "none"),
     "selection": ("client", "secure"),
     "selection_scope": ("client", "federation"),

@@ -80,12 +80,13 @@ def roster(argv: list[str]) -> int:
         "Manage the public roster file. Every machine needs the same copy; compare fingerprints "
         "over another channel, since the roster is what everybody trusts.",
         "  secure-fedprompt roster add server.entry.toml alice.entry.toml --roster roster.toml\n"
+        "  secure-fedprompt roster remove carol\n"
         "  secure-fedprompt roster list\n"
         "  secure-fedprompt roster check",
     )
-    parser.add_argument("action", choices=("add", "list", "check"))
+    parser.add_argument("action", choices=("add", "remove", "list", "check"))
     parser.add_argument(
-        "entries", nargs="*", metavar="ENTRY", help="NAME.entry.toml files, for add"
+        "entries", nargs="*", metavar="ENTRY", help="add: NAME.entry.toml files; remove: names"
     )
     parser.add_argument("--roster", default="roster.toml", metavar="FILE")
     args = parser.parse_args(argv)
@@ -100,10 +101,20 @@ def _roster(args: argparse.Namespace) -> int:
         current = command.read_roster(args.roster) if path.exists() else Roster(())
         for entry in args.entries:
             for member in command.read_roster(entry).members:
-                current = current.add(member)
-        partial = path.with_suffix(".partial")
-        partial.write_text(current.to_toml())
-        partial.replace(path)
+                if member in current.members:
+                    print(f"{member.name} is on {path} already, with this very key")
+                else:
+                    current = current.add(member)
+        _write_roster(path, current)
+    if args.action == "remove":
+        known = command.read_roster(args.roster)
+        for name in args.entries or [""]:
+            if name not in known.by_name:
+                on_it = ", ".join(known.by_name)
+                raise ConfigError(f"roster remove: {name!r} is not on {path}, which has {on_it}")
+        _write_roster(path, Roster.of(tuple(
+            member for member in known.members if member.name not in args.entries
+        )))  # fmt: skip
     current = command.read_roster(args.roster)
     if args.action == "check" and len(current.with_role("server")) != 1:
         count = len(current.with_role("server"))
@@ -117,6 +128,12 @@ def _roster(args: argparse.Namespace) -> int:
     ]
     command.write_json(args.json, {"digest": digest, "members": rows})
     return 0
+
+
+def _write_roster(path: Path, roster: Roster) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(roster.to_toml())
+    partial.replace(path)
 
 
 def check(argv: list[str]) -> int:

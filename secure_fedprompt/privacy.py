@@ -39,9 +39,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--images", type=int, default=0, metavar="N", help="training images")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="expected")
     parser.add_argument("--epochs", type=int, default=1, metavar="N", help="of one round")
-    parser.add_argument("--rounds", type=int, default=10, metavar="N")
-    parser.add_argument("--target-epsilon", type=float, default=0.0, metavar="E")
-    parser.add_argument("--noise-multiplier", type=float, default=0.0, metavar="S")
+    parser.add_argument("--rounds", type=int, default=10, metavar="N", help="of the run")
+    text = "find the noise for it"
+    parser.add_argument("--target-epsilon", type=float, default=0.0, metavar="E", help=text)
+    text = "find its epsilon"
+    parser.add_argument("--noise-multiplier", type=float, default=0.0, metavar="S", help=text)
     parser.add_argument("--delta", type=float, default=DEFAULTS.delta, metavar="D")
     parser.add_argument("--accountant", choices=("prv", "rdp"), default=DEFAULTS.accountant)
     args = parser.parse_args(argv)

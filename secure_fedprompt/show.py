@@ -34,7 +34,9 @@ def add_history(summary: Summary, history: dict[str, dict[str, float]]) -> None:
 def rounds_table(summary: Summary) -> Table:
     """Per round: accuracy before and after, clients, bytes per client, seconds by stage."""
     table = Table(title=f"{summary['method']} under {summary['protection']}; bytes are per client")
-    for name in ("round", "before", "after", "in", "dropped", "up", "down", "seconds by stage"):
+    timed = any(r["seconds"] for r in summary["rounds"])
+    names = ("round", "before", "after", "in", "dropped", "up", "down")
+    for name in (*names, *(["seconds by stage"] if timed else [])):
         table.add_column(
             name, justify="left" if name in ("dropped", "seconds by stage") else "right"
         )
@@ -44,7 +46,7 @@ def rounds_table(summary: Summary) -> Table:
         n, clients = r["learning_round"], max(len(r["cohort"]), 1)
         label = str(n) if n <= summary["learning_rounds"] else "final"
         if r["outcome"] != "done":
-            table.add_row(label, "", "", "0", "aborted", "", "", r["reason"])
+            table.add_row(label, "", "", "0", f"aborted: {r['reason']}", "", "")
             continue
         stages = ", ".join(f"{k} {v:.1f}" for k, v in r["seconds"].items() if v >= 0.05)
         table.add_row(
@@ -55,7 +57,7 @@ def rounds_table(summary: Summary) -> Table:
             ", ".join(r["dropped"]) or "-",
             size(sum(r["bytes"]["up"].values()) / clients),
             size(sum(r["bytes"]["down"].values()) / clients),
-            stages or "below 0.05",
+            *([stages or "below 0.05"] if timed else []),
         )
     return table
 

@@ -81,11 +81,16 @@ def _run(args: argparse.Namespace) -> int:
         task = bar.add_task("rounds", total=server.rounds + int(server.metrics != "off"))
         trainers = make_trainers(client, server.method_settings())
         store = Store(Path(args.run_dir or scratch), server)
+        if store.finished:
+            store.close()
+            raise ConfigError(f"run_dir = {args.run_dir!r} holds a finished run: choose another")
         store.on_event.append(lambda kind, value: bar.advance(task) if kind == "round" else None)
         try:
             _, history = simulate_run(server, store, trainers, args.dropout)
             summary = store.summary()
             show.add_history(summary, {str(number): row for number, row in history.items()})
+            for row in summary["rounds"]:
+                row["seconds"] = {}  # of a clock that jumps from deadline to deadline
         finally:
             store.close()
     show.show_run(console, summary)

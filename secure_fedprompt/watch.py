@@ -75,12 +75,12 @@ def follow(
     console, state = Console(highlight=False), look(folder)
     if once:
         console.print(render(state))
-        return 0
-    with Live(render(state), console=console, auto_refresh=False) as live:
-        while not state.ended:
-            wait(every)
-            state = look(folder)
-            live.update(render(state), refresh=True)
+    else:
+        with Live(render(state), console=console, auto_refresh=False) as live:
+            while not state.ended:
+                wait(every)
+                state = look(folder)
+                live.update(render(state), refresh=True)
     if state.ended == "failed":
         raise RunFailedError(
             next(text for _, kind, text in reversed(state.events) if kind == "failed")

@@ -208,7 +208,7 @@ class Run:
             case m.Ready():
                 return self._ready(sender, client, message, now)
             case m.Leave():
-                self.ledger.event("left", f"{sender} left: {message.error}: {message.reason}")
+                self.ledger.event("left", f"{sender}: {_why(message)}")
                 return self.gone(sender, now)
             case m.Initial():
                 return self._initial(sender, message, now)
@@ -244,7 +244,7 @@ class Run:
         out: Outbox = []
         for name, client in [*self.clients.items(), *self.helpers.items()]:
             if now - client.seen > self.settings.alive_seconds:
-                self.ledger.event("lost", f"{name} has been silent for {now - client.seen:.0f} s")
+                self.ledger.event("lost", f"{name}, silent for {now - client.seen:.0f} s")
                 out += self.gone(name, now)
         if self.over:
             return out
@@ -288,7 +288,7 @@ class Run:
         try:
             admit(self.state, self.settings, self.roster, sender, hello)
         except SecureFedPromptError as error:
-            self.ledger.event("refused", f"{sender} refused: {error}")
+            self.ledger.event("refused", f"{sender}: {error}")
             return [(sender, _refused(error))]
         if self.unopened[sender] > 1 and not self.state.run:
             refusal = FieldError(f"{sender} opens no nonce: the run begins without it")
@@ -306,8 +306,9 @@ class Run:
         if self.over:
             return [*out, *self._finish_frames((sender,))]
         present[sender] = Client(hello.commitment, now, now)
-        count = f"{len(self.clients)} of {self.expected}" if role == "client" else "as helper"
-        self.ledger.event("joined", f"{sender} joined ({count})")
+        here, most = len(self.clients), self.expected
+        count = f"{here} of {most}" if here <= most else f"{here}, of whom a round takes {most}"
+        self.ledger.event("joined", f"{sender} ({count if role == 'client' else 'helper'})")
         if self.state.run:
             out.append((sender, self._welcome(sender)))
         return out + (self._maybe_start(now) if not self.current else [])
@@ -372,7 +373,7 @@ class Run:
         error = MismatchError(
             f"starting prompt of {name} is not the run's: use the same weights and settings"
         )
-        self.ledger.event("refused", f"{name} refused: {error}")
+        self.ledger.event("refused", f"{name}: {error}")
         return [(name, _refused(error)), *self.gone(name, now)]
 
     def _initial(self, sender: str, message: m.Initial, now: float) -> Outbox:
@@ -710,6 +711,13 @@ class Run:
             return [(name, refusal) for name in names]
         finish = m.Finish(self.state.run, self.state.base, m.line(self.error or reason))
         return [(name, finish) for name in names]
+
+
+def _why(leave: m.Leave) -> str:
+    """What a client said as it left. Most reasons it keeps to itself."""
+    if leave.error == "Stopped" and not leave.reason:
+        return "stopped, and did not say why: its own log does"
+    return f"{leave.error}: {leave.reason}" if leave.reason else leave.error
 
 
 def _refused(error: SecureFedPromptError) -> m.Refused:

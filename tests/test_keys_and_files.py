@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import stat
 from pathlib import Path
@@ -15,10 +16,11 @@ from rounds import identity, roster
 from secure_fedprompt import cli
 from secure_fedprompt.__main__ import COMMANDS, main
 from secure_fedprompt.client_settings import ClientSettings
+from secure_fedprompt.clients.methods.base import METHODS
 from secure_fedprompt.protocol import command, errors
 from secure_fedprompt.protocol.keys import Identity, Member, agree, seal, unseal
 from secure_fedprompt.protocol.roster import Roster, member_to_toml
-from secure_fedprompt.protocol.settings import MethodSettings, ServerSettings
+from secure_fedprompt.protocol.settings import CHOICES, MethodSettings, ServerSettings
 
 
 def flags(cls: type, words: list[str]) -> argparse.Namespace:
@@ -82,9 +84,52 @@ def test_roster_add_list_check(tmp_path: Path, capsys: pytest.CaptureFixture[str
     ]
     before = Path("roster.toml").read_text()
     capsys.readouterr()
-    assert main(["roster", "add", "bob.entry.toml"]) == 2
+    assert main(["roster", "add", "bob.entry.toml"]) == 0
+    assert "bob is on roster.toml already, with this very key" in capsys.readouterr().out
+    assert Path("roster.toml").read_text() == before
+    (tmp_path / "other").mkdir()
+    cli.make_key("bob", "client", tmp_path / "other")
+    assert main(["roster", "add", "other/bob.entry.toml"]) == 2  # the name, with another key
     assert "same" in capsys.readouterr().err
     assert Path("roster.toml").read_text() == before
+    assert main(["roster", "remove", "carol"]) == 2
+    assert "'carol' is not on roster.toml, which has alice, bob" in capsys.readouterr().err
+    assert main(["roster", "remove"]) == 2
+    assert main(["roster", "remove", "bob"]) == 0
+    assert [m.name for m in command.read_roster("roster.toml").members] == ["alice", "server"]
+
+
+def test_json_can_go_to_standard_output(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["keygen", "--name", "alice", "--json", "-"]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["name"] == "alice"
+    assert "fingerprint" in printed.err
+    assert main(["keygen", "--name", "bob", "--json", "no/where.json"]) == 2
+    assert "--json no/where.json: cannot be written" in capsys.readouterr().err
+
+
+def test_names_of_methods_are_those_that_exist() -> None:
+    assert CHOICES["method"] == tuple(METHODS)
+    for words, says in (
+        (["--method", "fedmpg"], "invalid choice: 'fedmpg'"),
+        (["--model-fingerprint", "xyz"], "model_fingerprint = 'xyz'"),
+    ):
+        try:
+            command.load(ServerSettings, flags(ServerSettings, words))
+        except errors.ConfigError as error:
+            assert says in str(error)
+        except SystemExit as stop:
+            assert stop.code == 2
+
+
+def test_files_with_a_method_of_no_name_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "s.toml"
+    path.write_text('method = "fedmpg"')
+    with pytest.raises(errors.ConfigError, match="method = 'fedmpg': must be one of promptfl, "):
+        command.load(ServerSettings, flags(ServerSettings, ["--config", str(path)]))
 
 
 def test_roster_entries_are_bound_by_their_signature() -> None:

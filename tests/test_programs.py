@@ -344,7 +344,7 @@ def test_mistakes_are_one_line_and_an_exit_code(federation: Any, tmp_path: Path)
     ]  # fmt: skip
     # The first hello fixes model and classes: bob's comes first.
     f.start(2)
-    f.wait_for("server", "bob joined")
+    f.wait_for("server", "joined bob")
 
     def attempt(number: int) -> subprocess.CompletedProcess[str]:
         return python(*alice, *cases[number][0], "--state-dir", str(tmp_path / f"state{number}"))
