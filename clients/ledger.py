@@ -27,13 +27,16 @@ _SLACK = 1 + 1e-9  # of a budget that is planned to be met
 
 
 class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The steps that an attempt at a round may take; ``sigma`` is 0 without noise."""
+    """The steps that an attempt at a round may take; ``sigma`` is 0 without noise. ``delta`` and
+    ``accountant`` are how their client counts them."""
 
     run: str
     round: int
     sigma: float
     rate: float
     steps: int
+    delta: float = 1e-5
+    accountant: str = "prv"
 
 
 class Upload(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -101,6 +104,12 @@ class Ledger:
     @property
     def history(self) -> list[Steps]:
         return [Steps(e.sigma, e.rate, e.steps) for e in self.entries]
+
+    @property
+    def counting(self) -> tuple[float, str]:
+        """Delta and accountant with which this client counts: of its last steps with noise."""
+        noisy = [(e.delta, e.accountant) for e in self.entries if e.sigma]
+        return noisy[-1] if noisy else (1e-5, "prv")
 
     def sigma_of(self, run: str) -> float | None:
         """The noise multiplier with which a run began; 0 if it began without noise."""

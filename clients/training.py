@@ -228,6 +228,7 @@ class LocalTrainer:
         self.augment, self.seat, self.dp = augment, seat, dp
         dp.check()
         self.sigma = 0.0  # noise multiplier of the run under way
+        self.spent = 0.0  # epsilon of all steps so far, once somebody has asked for it
         self.cancelled = threading.Event()
         self.class_names = train.class_names
         self.model_fingerprint = backbone.fingerprint
@@ -471,7 +472,8 @@ class LocalTrainer:
             left = steps * (plan.rounds - plan.learning_round + 1 + dp.retries)
             before = self.ledger.history
             self.sigma = noise_for(dp.target_epsilon, dp.delta, rate, left, before, dp.accountant)
-        self.ledger.reserve(Entry(run, plan.round, self.sigma, rate, steps), dp)
+        entry = Entry(run, plan.round, self.sigma, rate, steps, dp.delta, dp.accountant)
+        self.ledger.reserve(entry, dp)
         optimiser = torch.optim.SGD(
             method.parameters(), lr=s.lr, momentum=s.momentum, weight_decay=s.weight_decay
         )

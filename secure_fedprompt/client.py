@@ -200,7 +200,7 @@ def loop(
                     raise session.declined
                 told = tell_sums(console, session, told)
                 if job is None and session.work is not None:
-                    job = session.work, pool.submit(trainer.run, session.work)
+                    job = session.work, pool.submit(trained, trainer, session.work)
                 if job is not None and job[1].done():
                     (work, future), job = job, None
                     sent = settle(session, trainer, console, record, pace, work, future)
@@ -218,6 +218,15 @@ def loop(
         finally:
             trainer.cancelled.set()  # the pool waits for its thread
     return rounds
+
+
+def trained(trainer: LocalTrainer, work: Work) -> Result:
+    """Train, and count what was spent: an accountant takes longer than frames may wait."""
+    result = trainer.run(work)
+    if trainer.dp.kind == "sample":
+        dp = trainer.dp
+        trainer.spent = epsilon(trainer.ledger.history, dp.delta, dp.accountant)
+    return result
 
 
 def settle(
@@ -349,10 +358,9 @@ def tell(
     weighs = "" if plan.uniform else f" for {weight:g} images"
     console.print(f"{what}: {sent}{weighs} sent {shield}{clipped}")
     if trainer.dp.kind == "sample" and plan.training:
-        spent = epsilon(trainer.ledger.history, trainer.dp.delta, "rdp")  # quick: frames wait
         console.print(
-            f"  privacy: epsilon {spent:.3g} (rdp) at delta {trainer.dp.delta:g} spent so far, "
-            f"noise multiplier {trainer.sigma:.3g}"
+            f"  privacy: epsilon {trainer.spent:.4g} ({trainer.dp.accountant}) at delta "
+            f"{trainer.dp.delta:g} spent so far, noise multiplier {trainer.sigma:.3g}"
         )
     if plan.noise.used:
         delta = session.party.policy.client_delta

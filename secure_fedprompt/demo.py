@@ -44,7 +44,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "published": "5 groups, 2 slots, 2 tokens each, lr 0.001, 2 epochs, batch 8, 10 rounds",
     },
 }
-DATA = {
+DATA: dict[str, Any] = {
     "dataset": "generated",
     "styles": "poster,sketch",
     "per_class": 16,
@@ -172,12 +172,39 @@ def run(
     summary |= {"seconds": time.monotonic() - begin, "run_dir": str(folder), "clients": clients}
     show.show_run(console, summary)
     prompt = next((folder / NAMES[0] / "state").glob("prompt-*.safetensors"))
+    if dp:
+        summary |= _privately(console, folder, prompt, clients, seed)
     console.print(
         f"{summary['seconds']:.0f} s; use the prompt: secure-fedprompt predict {prompt} IMAGE...",
         soft_wrap=True,
     )
     command.write_json(json_path, summary)
     return 0
+
+
+def _privately(
+    console: Console, folder: Path, prompt: Path, clients: int, seed: int
+) -> dict[str, Any]:
+    """What clients with dp do not count: the accuracy, here where all pictures are ours; and what
+    they spent."""
+    from secure_fedprompt.client_settings import ModelSettings
+    from secure_fedprompt.clients.accounting import epsilon
+    from secure_fedprompt.clients.ledger import NAME, Ledger
+    from secure_fedprompt.evaluate import score
+    from secure_fedprompt.prompt_file import read_prompt
+
+    data = ModelSettings(**{**DATA, "partition": "iid", "data_seed": seed})
+    accuracy = score(data, read_prompt(prompt)).figures["accuracy"]
+    console.print(f"accuracy of {prompt.parent.parent.name}'s prompt on all test pictures "
+                  f"{accuracy:.1%}; clients with dp count none")  # fmt: skip
+    spent = {}
+    for state in sorted(folder.glob(f"*/state/{NAME}")):
+        ledger = Ledger.read(state)
+        delta, accountant = ledger.counting
+        spent[state.parents[1].name] = epsilon(ledger.history, delta, accountant)
+    told = ", ".join(f"{name} {value:.4g}" for name, value in spent.items())
+    console.print(f"epsilon ({accountant}) at delta {delta:g}: {told}", soft_wrap=True)
+    return {"accuracy": accuracy, "epsilon": spent, "delta": delta, "accountant": accountant}
 
 
 def write_files(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
@@ -67,7 +68,24 @@ def _with(args: argparse.Namespace, body: Body) -> int:
     return body(args, settings, read_prompt(args.run))
 
 
-def _evaluate(args: argparse.Namespace, settings: ModelSettings, prompt: PromptFile) -> int:
+@dataclass(frozen=True)
+class Scores:
+    """Attributes:
+    figures: accuracy, macro-F1, loss, by class.
+    held: images that were not scored; note: how the data set was split.
+    """
+
+    figures: dict[str, Any]
+    held: int
+    note: str
+
+
+def score(settings: ModelSettings, prompt: PromptFile, other_classes: bool = False) -> Scores:
+    """Figures of a prompt on the test images of a set, or on all if there are none.
+
+    Raises:
+        DataError, ModelError, PromptFileError
+    """
     from secure_fedprompt.clients.backbone import Backbone
     from secure_fedprompt.clients.metrics import macro_f1
     from secure_fedprompt.clients.training import Features, load_part, load_sets
@@ -77,34 +95,40 @@ def _evaluate(args: argparse.Namespace, settings: ModelSettings, prompt: PromptF
         train, test = load_part(settings)
     else:
         names_of = prompt.class_names if Path(settings.dataset).exists() else ()
-        train, test = load_sets(settings, None if args.other_classes else names_of or None)
+        train, test = load_sets(settings, None if other_classes else names_of or None)
     images = test if len(test) else train
     backbone = Backbone.load(
         settings.model, settings.pretrained, settings.device, settings.precision
     )
     names = images.class_names
-    method = prompt.method(backbone, names, other_classes=args.other_classes)
+    method = prompt.method(backbone, names, other_classes=other_classes)
     features = Features(backbone, images, method.needs, lambda what, done, total: None, "")
     guesses, losses = guess(method, features)
     hits = guesses == images.labels
     per_class = {names[c]: float(hits[images.labels == c].mean()) for c in np.unique(images.labels)}
-    result = {
+    figures = {
         "images": len(images),
         "accuracy": float(hits.mean()),
         "macro_f1": macro_f1(images.labels, guesses),
         "loss": float(losses.mean()),
         "per_class": per_class,
     }
-    table = Table(title=f"{prompt.path.name} on {len(images)} images")
+    return Scores(figures, len(train) if images is test else 0, train.note)
+
+
+def _evaluate(args: argparse.Namespace, settings: ModelSettings, prompt: PromptFile) -> int:
+    found = score(settings, prompt, args.other_classes)
+    result, images = found.figures, found.figures["images"]
+    table = Table(title=f"{prompt.path.name} on {images} images")
     table.add_column("class")
     table.add_column("accuracy", justify="right")
-    for name, value in per_class.items():
+    for name, value in result["per_class"].items():
         table.add_row(name, f"{value:.1%}")
     console = Console(highlight=False)
     console.print(table)
-    if len(train) and images is test and not train.note:
+    if found.held and not found.note:
         console.print(
-            f"scored are the {len(test)} of {len(train) + len(test)} images that test_share = "
+            f"scored are the {images} of {found.held + images} images that test_share = "
             f"{settings.test_share:g} holds out; --test-share 1 scores all",
             soft_wrap=True,
         )

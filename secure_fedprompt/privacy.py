@@ -12,6 +12,7 @@ from secure_fedprompt.clients.ledger import NAME, Ledger
 from secure_fedprompt.clients.privacy_settings import PrivacySettings
 from secure_fedprompt.protocol import client_noise, command
 from secure_fedprompt.protocol.errors import ConfigError
+from secure_fedprompt.protocol.settings import CHOICES
 
 EXAMPLES = """\
   # the noise that keeps 10 rounds of 4 epochs over 400 images within epsilon 8
@@ -44,9 +45,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--target-epsilon", type=float, default=0.0, metavar="E", help=text)
     text = "find its epsilon"
     parser.add_argument("--noise-multiplier", type=float, default=0.0, metavar="S", help=text)
-    parser.add_argument("--delta", type=float, default=DEFAULTS.delta, metavar="D")
-    parser.add_argument("--accountant", choices=("prv", "rdp"), default=DEFAULTS.accountant)
+    parser.add_argument(
+        "--delta", type=float, metavar="D",
+        help=f"plan: default {DEFAULTS.delta:g}; status: default what the client counts with",
+    )  # fmt: skip
+    text = f"plan: default {DEFAULTS.accountant}; status: default what the client counts with"
+    parser.add_argument("--accountant", choices=CHOICES["accountant"], help=text)
     args = parser.parse_args(argv)
+    if args.action == "plan":
+        args.delta = DEFAULTS.delta if args.delta is None else args.delta
+        args.accountant = args.accountant or DEFAULTS.accountant
     body = _plan if args.action == "plan" else _status
     return command.guard(lambda: body(args), args)
 
@@ -91,6 +99,11 @@ def _status(args: argparse.Namespace) -> int:
     if not path.exists():
         raise ConfigError(f"{path}: no such file; this client has not trained")
     ledger, console = Ledger.read(path), Console(highlight=False)
+    delta, accountant = ledger.counting
+    args.delta = delta if args.delta is None else args.delta
+    args.accountant = args.accountant or accountant
+    if not 0 < args.delta < 1:
+        raise ConfigError(f"--delta = {args.delta}: must lie between 0 and 1")
     runs = dict.fromkeys([e.run for e in ledger.entries] + [u.run for u in ledger.uploads])
     for run in runs:
         history = [s for e, s in zip(ledger.entries, ledger.history, strict=True) if e.run == run]
@@ -104,7 +117,8 @@ def _status(args: argparse.Namespace) -> int:
         f"  this client or zeros in its place: epsilon {whole:.4g} (zCDP)",
         soft_wrap=True,
     )
-    result = {"epsilon": total, "client_epsilon": whole, "delta": args.delta, "runs": len(runs)}
+    result = {"epsilon": total, "client_epsilon": whole, "delta": args.delta,
+              "accountant": args.accountant, "runs": len(runs)}  # fmt: skip
     command.write_json(args.json, result)
     return 0
 

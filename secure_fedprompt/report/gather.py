@@ -234,14 +234,14 @@ def _spent(plans: list[RoundPlan], clients: Sequence[Path]) -> list[str]:
             raise ConfigError(f"--client {folder} holds no {NAME}: that client has not trained")
         ledger = Ledger.read(folder / NAME)
         history, steps = ledger.history, sum(e.steps for e in ledger.entries)
-        for delta in (1e-3, 1e-5):
-            found.append(
-                f"{folder.name or folder}, over all runs of this state folder, at delta {delta:g}: "
-                f"{steps} steps of training, epsilon {epsilon(history, delta, 'prv'):.3g} for one "
-                f"image more or less; {len(ledger.uploads)} uploads, epsilon "
-                f"{client_noise.epsilon(ledger.rho(), delta):.3g} for the client or zeros in its "
-                "place."
-            )
+        delta, accountant = ledger.counting
+        found.append(
+            f"{folder.name or folder}, over all runs of this state folder, at delta {delta:g}: "
+            f"{steps} steps of training, epsilon {epsilon(history, delta, accountant):.4g} "
+            f"({accountant}) for one image more or less; {len(ledger.uploads)} uploads, epsilon "
+            f"{client_noise.epsilon(ledger.rho(), delta):.4g} (zCDP) for the client or zeros in "
+            "its place."
+        )
     return found or [
         "No client noise. What clients spend by DP-SGD is in their own ledgers: --client adds them."
     ]
