@@ -135,7 +135,6 @@ class Ledger:
         Raises:
             BudgetError: they would exceed ``target_epsilon``, with the figures.
         """
-        self.check_bounded(settings)
         if settings.target_epsilon:
             after = [*self.history, Steps(entry.sigma, entry.rate, entry.steps)]
             needed = accounting.epsilon(after, settings.delta, settings.accountant)

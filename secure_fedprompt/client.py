@@ -7,6 +7,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -34,11 +35,12 @@ from secure_fedprompt.identity import whoami
 from secure_fedprompt.pace import UPLOADS, Pace
 from secure_fedprompt.protocol import client_noise, command
 from secure_fedprompt.protocol import messages as m
-from secure_fedprompt.protocol.errors import SecureFedPromptError, UpdateError
+from secure_fedprompt.protocol.errors import DataError, SecureFedPromptError, UpdateError
 from secure_fedprompt.protocol.recorder import recorder
 
 if TYPE_CHECKING:
     from secure_fedprompt.client_settings import ClientSettings
+    from secure_fedprompt.clients.data.sets import ImageSet
     from secure_fedprompt.clients.training import LocalTrainer, Result, Values
     from secure_fedprompt.protocol.terms import RunTerms
 
@@ -81,7 +83,16 @@ def load_trainer(settings: ClientSettings, console: Console, progress: Progress)
 
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    train, test = load_part(settings)
+    tasks: dict[str, TaskID] = {}
+
+    def report(what: str, done: int, total: int) -> None:
+        if what not in tasks:
+            tasks[what] = progress.add_task(what, total=total)
+        progress.update(tasks[what], completed=done, total=total)
+
+    train, test = readable(load_part(settings), console, settings.skip_unreadable, report)
+    if not len(train):
+        raise DataError(f"data set {settings.dataset} has no training image that can be read")
     backbone = Backbone.load(
         settings.model, settings.pretrained, settings.device, settings.precision
     )
@@ -91,15 +102,33 @@ def load_trainer(settings: ClientSettings, console: Console, progress: Progress)
     )
     if train.note:
         console.print(f"data set {settings.dataset}: {train.note}")
-    tasks: dict[str, TaskID] = {}
-
-    def report(what: str, done: int, total: int) -> None:
-        if what not in tasks:
-            tasks[what] = progress.add_task(what, total=total)
-        progress.update(tasks[what], completed=done, total=total)
-
     seed = None if settings.seed < 0 else settings.seed
     return LocalTrainer(backbone, train, test, seed, settings.augment, report, dp=settings.dp)
+
+
+def readable(
+    sets: Sequence[ImageSet],
+    console: Console,
+    skip: bool,
+    progress: Callable[[str, int, int], None],
+) -> list[ImageSet]:
+    """The images that can be read, after the names of all that cannot.
+
+    Raises:
+        DataError: there are some, and they are not to be skipped.
+    """
+    found = [images.unreadable(progress) for images in sets]
+    texts = [text for bad in found for text in bad.values()]
+    for text in texts:
+        console.print(f"[yellow]unreadable[/] {escape(text)}", soft_wrap=True)
+    if texts and not skip:
+        raise DataError(
+            f"{len(texts)} of {sum(map(len, sets))} images cannot be read, the first: {texts[0]}; "
+            "all are named above, and --skip-unreadable leaves them out"
+        )
+    kept = ([i for i in range(len(images)) if i not in bad]
+            for images, bad in zip(sets, found, strict=True))  # fmt: skip
+    return [s.subset(np.array(rows, np.int64)) for s, rows in zip(sets, kept, strict=True)]
 
 
 def take_part(settings: ClientSettings, json_path: str | None) -> int:

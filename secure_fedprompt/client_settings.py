@@ -43,6 +43,7 @@ class ClientSettings(ModelSettings, frozen=True, forbid_unknown_fields=True, kw_
         method: take part only if the run uses this method; empty takes the run's.
         seed: of batch order, for reproducible benchmarks; -1 draws it from the system.
         augment: train on random crops and flips instead of cached features.
+        skip_unreadable: leave out images that cannot be read, instead of ending with their names.
         accept: first hex digits of the terms of a run that train from a prompt that this client has
             trained from before, under other bounds or settings; its error message names them.
         hold_seconds: seconds from a round's plan before which nothing is uploaded, whatever the
@@ -62,6 +63,7 @@ class ClientSettings(ModelSettings, frozen=True, forbid_unknown_fields=True, kw_
     method: str = ""
     seed: int = -1
     augment: bool = False
+    skip_unreadable: bool = False
     accept: tuple[str, ...] = ()
     hold_seconds: NonNegative = 0.0
     patience: Seconds = 60.0

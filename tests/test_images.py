@@ -8,11 +8,16 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
+from rich.progress import Progress
 
 from secure_fedprompt.__main__ import main
+from secure_fedprompt.client import load_trainer
+from secure_fedprompt.client_settings import ClientSettings
 from secure_fedprompt.clients.backbone import Backbone
 from secure_fedprompt.clients.data import images, sets
 from secure_fedprompt.clients.data.images import read_image
@@ -267,3 +272,48 @@ def test_an_image_of_too_many_pixels_is_refused(
         images.open_image(dicom(tmp_path / "x.dcm", np.zeros((8, 8), np.uint16)), ".dcm")
     with pytest.raises(ValueError, match="8 x 8 pixels"):
         images.open_image(io.BytesIO((tmp_path / "x.png").read_bytes()), ".png")
+
+
+# -- files that cannot be read ---------------------------------------------------------------------
+
+
+def spoilt(folder: Path) -> Path:
+    for name in ("a", "b"):
+        for i in range(6):
+            fill(folder / name, f"{i}.png")
+    for name in ("a/1.png", "b/4.png"):
+        (folder / name).write_bytes((folder / name).read_bytes()[:40])  # cut
+    (folder / "b" / "5.png").write_bytes(b"")
+    return folder
+
+
+def test_all_bad_files_are_named_before_a_client_joins(
+    bundled: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Backbone, "load", lambda *args: bundled)
+    settings = ClientSettings(dataset=str(spoilt(tmp_path / "d")))
+    console = Console(file=io.StringIO(), width=500)
+    with Progress(disable=True) as progress, pytest.raises(DataError) as caught:
+        load_trainer(settings, console, progress)
+    assert str(caught.value).startswith("3 of 12 images cannot be read, the first: image ")
+    assert "--skip-unreadable" in str(caught.value)
+    told = console.file.getvalue()  # type: ignore[attr-defined]
+    for name in ("a/1.png", "b/4.png", "b/5.png"):
+        assert f"unreadable image {name} cannot be read" in told
+    skipping = msgspec.structs.replace(settings, skip_unreadable=True)
+    with Progress(disable=True) as progress:
+        trainer = load_trainer(skipping, console, progress)
+    assert sum(trainer.image_counts) == 9
+
+
+def test_zips_are_opened_too_and_pictures_that_are_ours_are_not(tmp_path: Path) -> None:
+    folder = spoilt(tmp_path / "d")
+    with zipfile.ZipFile(tmp_path / "d.zip", "w") as file:
+        for path in sorted(folder.rglob("*.png")):
+            file.write(path, path.relative_to(folder))
+    seen: list[int] = []
+    for part in sets.folder_sets(tmp_path / "d.zip", None, 0.3, 0):
+        bad = part.unreadable(lambda what, done, total: seen.append(done))
+        assert all("cannot be read" in text for text in bad.values())
+    assert len(seen) == 12
+    assert not sets.generated_sets(4, ["photo"], 2, 2, 0)[0].unreadable(lambda *_: None)

@@ -161,8 +161,8 @@ def test_client_noise_and_ledgers_are_spent(tmp_path: Path) -> None:
         ledger.release(Upload("ab", 1, 0.125), 0.0, 1e-5)
         spent = gather(folder, [], [tmp_path / "alice"], None).spent  # while the client runs
     (told,) = (text for text in spent if text.startswith("alice") and "1e-05" in text)
-    assert re.search(r"40 steps of training, epsilon [\d.]+ for one image", told)
-    assert "1 uploads, epsilon 2.17 for the client or zeros" in told
+    assert re.search(r"40 steps of training, epsilon [\d.]+ \(prv\) for one image", told)
+    assert "1 uploads, epsilon 2.166 (zCDP) for the client or zeros" in told
     with pytest.raises(errors.ConfigError, match=r"holds no privacy\.jsonl"):
         gather(folder, [], [tmp_path], None)
 

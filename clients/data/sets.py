@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import inspect
 import io
+import os
 import zipfile
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -64,6 +66,26 @@ class ImageSet:
         except UNREADABLE as error:
             why = reason(error)
             raise DataError(f"image {key} cannot be read: {why}; repair or remove it") from None
+
+    def unreadable(self, progress: Callable[[str, int, int], None]) -> dict[int, str]:
+        """Images that cannot be decoded, and why: every file is opened."""
+        if not len(self) or not isinstance(self._keys[0], PurePosixPath):
+            return {}  # no files of the user's
+
+        def fault(i: int) -> str:
+            try:
+                self.image(i)
+            except DataError as error:
+                return str(error)
+            return ""
+
+        found: dict[int, str] = {}
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            for i, text in enumerate(pool.map(fault, range(len(self)))):
+                progress("opening images", i + 1, len(self))
+                if text:
+                    found[i] = text
+        return found
 
     def subset(self, index: Index) -> ImageSet:
         """Images, labels and domains together."""
