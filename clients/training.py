@@ -243,6 +243,7 @@ class LocalTrainer:
         self.settings: MethodSettings | None = None
         self._before: tuple[tuple[bytes, int], Arrays] | None = None  # private part, round's start
         self.ledger = Ledger()
+        self._zero_shot_hits: int | None = None
         self._counted: Values = {}  # metrics of the round under way
         self.clipped = 0  # update values beyond the plan's clip in the last round
         self.norms: list[float] = []  # L2 norms of the updates so far
@@ -359,13 +360,15 @@ class LocalTrainer:
         if method.fine_tunes and not plan.training:
             self._train(train, plan)
         if any(field.name == lay.SEEN for field in plan.layout) and self.dp.kind != "none":
-            values = {name: np.float64(0) for name in (lay.SEEN, lay.CORRECT, lay.LOSS)}
+            counters = (lay.SEEN, lay.CORRECT, lay.LOSS, lay.ZERO_SHOT)
+            values = {name: np.float64(0) for name in counters}
         elif any(field.name == lay.SEEN for field in plan.layout):
             guesses, losses = predict(method, test)
             hits = guesses == test.labels.cpu().numpy()
             values = {
                 lay.SEEN: np.float64(len(test)),
                 lay.CORRECT: np.float64(hits.sum()),
+                lay.ZERO_SHOT: np.float64(self._zero_shot()),
                 lay.LOSS: np.float64(np.minimum(losses, LOSS_CLIP).sum()),
             }
         if plan.training:
@@ -377,6 +380,15 @@ class LocalTrainer:
         if plan.selecting:
             return method.selection_keys(self._draws(plan))
         return self._contribution(work)
+
+    def _zero_shot(self) -> int:
+        """Test images that "a photo of a NAME." gets right: what the run is measured against."""
+        if self._zero_shot_hits is None:
+            method = build(MethodSettings(method="zeroshot"), self.backbone, self.class_names)
+            _, test = self._load_features(method.needs)
+            guesses, _ = predict(method, test)
+            self._zero_shot_hits = int((guesses == test.labels.cpu().numpy()).sum())
+        return self._zero_shot_hits
 
     def _draws(self, plan: RoundPlan) -> np.random.Generator:
         return np.random.default_rng(None if self.seed is None else [self.seed, plan.round, 1])

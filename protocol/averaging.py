@@ -53,4 +53,6 @@ def metrics_of(total: Mapping[str, lay.Vector]) -> dict[str, float]:
             "seen": seen,
             "clipped": float(total.get(lay.CLIPPED, 0.0)),
         }
+        if zero := float(total.get(lay.ZERO_SHOT, 0.0)):
+            metrics["zero_shot"] = zero / seen
     return metrics

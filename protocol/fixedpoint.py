@@ -114,7 +114,7 @@ def size_layout(
             )
     counters = {lay.WEIGHT: float(max_weight), lay.CONTRIBUTORS: 1.0}
     if metrics:
-        counters |= {lay.CORRECT: max_seen, lay.SEEN: max_seen}
+        counters |= {lay.CORRECT: max_seen, lay.SEEN: max_seen, lay.ZERO_SHOT: max_seen}
         counters |= {lay.LOSS: LOSS_CLIP * max_seen}
         counters |= {lay.CLIPPED: values} if values else {}
     for name, bound in counters.items():
@@ -132,7 +132,8 @@ def weighted(layout: Layout, values: Values, *, weight: float, clip: float) -> V
     Args:
         layout: of the plan.
         values: update tensors (unweighted) and counters, by field name. The number of clipped
-            values is filled in if the layout has a field for it.
+            values is filled in if the layout has a field for it; right answers of zero-shot are 0
+            unless they are given.
         weight: n_k, the multiplier of the update fields; at most the weight field's bound counts.
         clip: C.
 
@@ -143,8 +144,8 @@ def weighted(layout: Layout, values: Values, *, weight: float, clip: float) -> V
         UpdateError: NaN or infinity, or a wrong shape.
     """
     weight = min(weight, next(field.bound for field in layout if field.name == lay.WEIGHT))
-    counted = any(field.name == lay.CLIPPED for field in layout)
-    vector = lay.flatten(layout, {lay.CLIPPED: np.float64(0), **values} if counted else values)
+    filled = [f.name for f in layout if f.name in (lay.CLIPPED, lay.ZERO_SHOT)]
+    vector = lay.flatten(layout, {**dict.fromkeys(filled, np.float64(0)), **values})
     if not np.isfinite(vector).all():
         at = int(np.flatnonzero(~np.isfinite(vector))[0])
         raise UpdateError(f"update value {at} is {vector[at]}: lower the learning rate")

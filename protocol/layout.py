@@ -23,8 +23,8 @@ Values = Mapping[str, NDArray[np.floating[Any]] | np.float64]
 FieldName = Annotated[str, Text(48)]
 
 WEIGHT, CONTRIBUTORS, CLIPPED = "weight", "contributors", "clipped"
-CORRECT, SEEN, LOSS = "correct", "seen", "loss"
-METRICS = (CORRECT, SEEN, LOSS, CLIPPED)
+CORRECT, SEEN, LOSS, ZERO_SHOT = "correct", "seen", "loss", "zero_shot"
+METRICS = (CORRECT, SEEN, LOSS, ZERO_SHOT, CLIPPED)
 FILLED = "filled."  # before a tensor's name: how many clients filled each of its slots
 
 

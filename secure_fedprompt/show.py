@@ -29,6 +29,9 @@ def add_history(summary: Summary, history: dict[str, dict[str, float]]) -> None:
     scores = [r["metrics"]["accuracy"] for r in summary["rounds"] if "accuracy" in r["metrics"]]
     if scores:
         summary |= {"accuracy_before": scores[0], "accuracy_after": scores[-1]}
+    zero = [r["metrics"]["zero_shot"] for r in summary["rounds"] if "zero_shot" in r["metrics"]]
+    if zero:
+        summary["zero_shot"] = zero[0]
 
 
 def rounds_table(summary: Summary) -> Table:
@@ -89,14 +92,19 @@ def what_the_server_saw(summary: Summary) -> str:
 def show_run(console: Console, summary: Summary) -> None:
     console.print(rounds_table(summary))
     before, after = summary["accuracy_before"], summary["accuracy_after"]
+    zero, against = summary.get("zero_shot"), ""
+    if zero is not None and after is not None:
+        against = f", zero-shot {zero:.1%} ({100 * (after - zero):+.1f} points)"
     if (
         before is not None
         and len([r for r in summary["rounds"] if "accuracy" in r["metrics"]]) == 1
     ):
-        console.print(f"accuracy of the global prompt {after:.1%} (counted once, at the end)")
-    elif before is not None:
-        points = 100 * (after - before)
         console.print(
-            f"accuracy of the global prompt {before:.1%} -> {after:.1%} ({points:+.1f} points)"
+            f"accuracy of the global prompt {after:.1%}{against} (counted once, at the end)"
+        )
+    elif before is not None:
+        change = f" ({100 * (after - before):+.1f} points)"
+        console.print(
+            f"accuracy of the global prompt {before:.1%} -> {after:.1%}{against or change}"
         )
     console.print(what_the_server_saw(summary), soft_wrap=True)

@@ -22,7 +22,7 @@ from secure_fedprompt.protocol.settings import ServerSettings
 from secure_fedprompt.server.hub import Hub, bound_connections
 from secure_fedprompt.server.planning import noise_of
 from secure_fedprompt.server.run import Run
-from secure_fedprompt.server.store import Store
+from secure_fedprompt.server.store import BEST, Store
 
 EXAMPLES = """\
   python -m secure_fedprompt.server --config server.toml
@@ -67,7 +67,7 @@ def serve(settings: ServerSettings, json_path: str | None) -> int:
     try:
         if store.finished:
             raise ConfigError(f"run folder {folder} holds a finished run: choose another run_dir")
-        store.on_event.append(lambda kind, value: show(console, kind, value, settings))
+        store.on_event.append(lambda kind, value: show(console, kind, value, settings, folder))
         state = store.load()
         run = Run(settings, roster, store, os.urandom, state, time.monotonic(), identity)
         warn(console, settings, run.expected)
@@ -168,26 +168,33 @@ def warn(console: Console, settings: ServerSettings, clients: int) -> None:
         )
 
 
-def show(console: Console, kind: str, value: Any, settings: ServerSettings) -> None:
+def show(console: Console, kind: str, value: Any, settings: ServerSettings, folder: Path) -> None:
     """One line per event."""
     if kind != "round":
         console.print(f"[dim]{kind:>8}[/] {escape(str(value))}")
         return
     metrics, seconds = value["metrics"], sum(value["seconds"].values())
-    what = (
-        f"round {value['learning_round']}/{settings.rounds}"
-        if value["learning_round"] <= settings.rounds
-        else "final evaluation"
-    )
+    last = value["learning_round"] > settings.rounds
+    best = folder / BEST if (folder / BEST).exists() and settings.metrics == "rounds" else None
+    what = "final evaluation" if last else f"round {value['learning_round']}/{settings.rounds}"
     if value["outcome"] == "aborted":
         console.print(f"[red]{what} aborted[/]: {escape(value['reason'])}")
         return
     accuracy = f"accuracy before {metrics['accuracy']:.1%}  " if "accuracy" in metrics else ""
+    if "zero_shot" in metrics:
+        accuracy += f"(zero-shot {metrics['zero_shot']:.1%})  "
     dropped = ", ".join(f"{n} ({s})" for n, s in value["dropped"].items()) or "nobody"
     console.print(
         f"[green]{what}[/]  {accuracy}{metrics['contributors']:.0f} clients in, "
         f"{escape(dropped)} dropped, {seconds:.1f} s"
     )
+    if metrics.get("accuracy", 1.0) < metrics.get("zero_shot", 0.0) and last:
+        console.print(
+            '[bold yellow]the prompt is worse than zero-shot[/] ("a photo of a NAME.", nothing '
+            'trained): train longer, with a smaller lr, or from words (init = "a photo of a", '
+            "n_ctx = 4)" + (f"; the best prompt is {best}" if best else ""),
+            soft_wrap=True,
+        )
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sqlite3
 import time
 from collections.abc import Mapping
@@ -45,6 +46,7 @@ CREATE TABLE IF NOT EXISTS traffic (
     PRIMARY KEY (round, peer, direction, type));
 CREATE TABLE IF NOT EXISTS events (at REAL, kind TEXT, text TEXT);
 """
+BEST = "best.safetensors"  # in a run folder
 _FREE = {"key", "roster", "bind", "run_dir", "gather_seconds", "alive_seconds", "max_attempts",
          "stop_after", "audit", "audit_mb"}  # what the terms of a run do not fix  # fmt: skip
 
@@ -201,6 +203,7 @@ class Store:
                                          round.seconds)), time.time())  # fmt: skip
         with self._db:
             self._db.execute("INSERT OR REPLACE INTO rounds VALUES (?,?,?,?,?,?,?,?,?,?)", row)
+        self._keep_best(plan.learning_round - 1, metrics)
         self.flush_traffic()
         for listener in self.on_event:
             listener("round", next(r for r in rounds_of(self._db) if r["round"] == plan.round))
@@ -258,6 +261,15 @@ class Store:
         save_file(tensors, partial, metadata)
         partial.replace(path)
 
+    def _keep_best(self, number: int, metrics: Mapping[str, float]) -> None:
+        """A copy of the prompt with the best accuracy, once rounds have counted it."""
+        scores = [r["metrics"].get("accuracy", 0.0) for r in rounds_of(self._db)]
+        path = self.prompt_path(number)
+        if metrics.get("accuracy", 0.0) and metrics["accuracy"] >= max(scores) and path.exists():
+            partial = self.folder / "best.partial"
+            shutil.copyfile(path, partial)
+            partial.replace(self.folder / BEST)
+
     def _read(self, path: Path, names: list[str]) -> NDArray[Any]:
         try:
             with safe_open(path, "np") as file:
@@ -282,6 +294,9 @@ class Store:
             "rounds": rounds,
             "accuracy_before": scores[0] if scores else None,
             "accuracy_after": scores[-1] if scores else None,
+            "zero_shot": next(
+                (r["metrics"]["zero_shot"] for r in done if "zero_shot" in r["metrics"]), None
+            ),
             "bytes_up_per_client": sum(up) // max(clients, 1),
             "bytes_down_per_client": sum(down) // max(clients, 1),
             "prompt": str(self.prompt_path(settings["rounds"], settings["protection"] in SCHEMES)),

@@ -141,7 +141,7 @@ class Spoiler:
         if not isinstance(message, m.MaskedUpload) or not self.plan.training:
             return message
         rng = np.random.default_rng(self.plan.round)
-        steps = rng.normal(0, 2.0**14, WIDTH + 6).astype(np.int64)  # an update in fixed point
+        steps = rng.normal(0, 2.0**14, WIDTH + 7).astype(np.int64)  # an update in fixed point
         match self.how:
             case "unmasked" if sender == VICTIM:
                 words = steps.astype(np.uint32)

@@ -199,6 +199,8 @@ def test_explain_says_whether_noise_is_of_any_use(
     least = int(figures["break_even_clients"])
     assert told("--clients", str(least))[0]["signal_to_noise"] >= 1
     assert told("--clients", str(least - 1))[0]["signal_to_noise"] < 1
+    higher = told("--clients", "10", "--threshold", "9")[0]  # of these ten, not of fewer
+    assert higher["break_even_clients"] == least
     drowned, says = told("--clients", "50", "--update-norm", "0.007")
     assert drowned["signal_norm"] == 0.007
     assert drowned["break_even_clients"] > 100 * least
@@ -313,7 +315,7 @@ def test_the_cost_of_a_sum_counts_on_nobody_whose_noise_can_be_subtracted() -> N
 
 def test_noise_that_colluders_could_subtract_is_not_counted_on() -> None:
     good: dict[str, Any] = {"dp_noise": 1.0, "weights": "uniform", "metrics": "off"}
-    for clients, quorum, c in ((3, 3, 1), (4, 3, 1), (10, 7, 3), (100, 67, 33)):
+    for clients, quorum, c in ((2, 2, 1), (3, 3, 1), (4, 3, 1), (10, 7, 3), (100, 67, 33)):
         assert noise_of(ServerSettings(**good), clients).honest == quorum - c
         assert noise_of(ServerSettings(**good, dp_colluders=0), clients).honest == quorum
         encrypted = ServerSettings(**good, protection="bfv")  # the same quorum as in the terms

@@ -201,7 +201,7 @@ def test_the_local_prompt_is_never_uploaded_and_survives_a_restart(
     plan = make_plan(3, tensors=trainer.tensors(), max_weight=200)
     values, _ = trainer.run(Work(plan, trainer.initial()))
     assert [t.name for t in trainer.tensors()] == ["ctx"]
-    assert set(values) == {"ctx", "seen", "correct", "loss"}
+    assert set(values) == {"ctx", "seen", "correct", "loss", "zero_shot"}
     assert values["ctx"].shape == (1, 4, 128)
     moved = method.local.detach().clone()
     assert (moved - start).abs().max() > 1e-4  # it is trained

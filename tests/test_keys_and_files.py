@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import stat
+import tomllib
 from pathlib import Path
 
+import msgspec
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,8 +23,10 @@ from secure_fedprompt.client_settings import ClientSettings
 from secure_fedprompt.clients.methods.base import METHODS
 from secure_fedprompt.protocol import command, errors
 from secure_fedprompt.protocol.keys import Identity, Member, agree, seal, unseal
+from secure_fedprompt.protocol.layout import TensorSpec
 from secure_fedprompt.protocol.roster import Roster, member_to_toml
 from secure_fedprompt.protocol.settings import CHOICES, MethodSettings, ServerSettings
+from secure_fedprompt.server.planning import RunState, check_roster, check_settings, terms_of
 
 
 def flags(cls: type, words: list[str]) -> argparse.Namespace:
@@ -304,3 +310,24 @@ def test_paths_of_a_file_belong_to_its_folder(
         == "client.pem"
     )
     assert command.load(ServerSettings, flags(ServerSettings, [])).run_dir == "runs/{time}"
+
+
+def test_readmes_files_are_good_and_survive_one_loss() -> None:
+    """Those of "On a LAN", read as the programs read them, with five clients on the roster."""
+    text = (Path(__file__).parents[1] / "README.md").read_text().partition("## On a LAN")[2]
+    blocks = [part.partition("```")[0] for part in text.split("```toml\n")[1:3]]
+    server, client = (
+        msgspec.convert(tomllib.loads(block), kind)
+        for block, kind in zip(blocks, (ServerSettings, ClientSettings), strict=True)
+    )
+    check_settings(server)
+    check_roster(server, roster(5))
+    state = RunState(run=b"r" * 16, model_fingerprint=b"m" * 32, classes_digest=b"c" * 32)
+    state.tensors = (TensorSpec("ctx", (4, 3)),)
+    state.start = state.prompt = np.zeros(12, np.float32)
+    terms = terms_of(server, roster(5), state)
+    terms.check()
+    client.policy.check_terms(terms, 5)
+    for cohort in (5, 4):
+        chosen = dataclasses.replace(terms.sample(1), cohort=terms.sample(1).cohort[:cohort])
+        client.policy.check_plan(terms.plan(chosen), 5)

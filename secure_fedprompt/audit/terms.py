@@ -177,7 +177,8 @@ def _layout(plan: RoundPlan, terms: RunTerms, training: bool) -> Iterator[str]:
         }
     if counted:
         seen = float(terms.max_seen)
-        bounds |= {"seen": ((), seen), "correct": ((), seen), "loss": ((), LOSS * seen)}
+        bounds |= dict.fromkeys(("seen", "correct", "zero_shot"), ((), seen))
+        bounds |= {"loss": ((), LOSS * seen)}
         if training:
             bounds |= {"clipped": ((), float(sum(t.size for t in terms.tensors)))}
     filled = {name for name in fields if name.startswith("filled.")}
