@@ -63,6 +63,7 @@ from secure_fedprompt.protocol.agreement_proof import AgreementProof
 from secure_fedprompt.protocol.codec import (
     MAX_FRAME,
     U8,
+    U16,
     U32,
     U64,
     Blob,
@@ -107,6 +108,32 @@ class Hello(Printable):
     model_fingerprint: Digest
     classes_digest: Digest
     roster_digest: Digest
+
+
+@dataclass(frozen=True, repr=False)
+class Probe(Printable):
+    """What ``Hello`` says, by somebody who only asks whether it would be admitted."""
+
+    method: Annotated[str, Text(32)]
+    model_fingerprint: Digest
+    classes_digest: Digest
+    roster_digest: Digest
+
+
+@dataclass(frozen=True, repr=False)
+class Probed(Printable):
+    """The answer. ``error`` is empty, or the name of what ``Hello`` would be refused with.
+
+    Attributes:
+        clients, quorum, protection: what the terms will say; settings: of the method.
+    """
+
+    error: Annotated[str, Text(64)]
+    reason: Line
+    settings: Annotated[Blob, UpTo(1 << 16)]
+    protection: Annotated[str, Text(16)]
+    clients: U16
+    quorum: U16
 
 
 @dataclass(frozen=True, repr=False)
@@ -614,7 +641,7 @@ CATALOGUE = Catalogue(
     KeyRequest, KeyGrant, KeyBox, CipherUpload, CipherSum, Opened, SealedRequest, SealedPrompt,
     HelperPlan, HelperOffer, HelperAnswer, KeyShares, HelperInputs, HelperChoices, HelperTables,
     HelperOutcome, Outcome, LogHead, Terms, Accept, Contest, Complaint, Evidence,
-    Accusation, KeyAsk,
+    Accusation, KeyAsk, Probe, Probed,
 )  # fmt: skip
 
 TO_HELPER = (HelperPlan, HelperAnswer, HelperInputs, HelperTables)

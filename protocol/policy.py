@@ -28,7 +28,9 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         colluders: clients that may collude with the server (masks), or pool what they know under an
             honest one (bfv, ckks), and still learn nothing more. -1 asks for what a federation of
             the whole roster gives; terms that tolerate fewer are refused.
-        protections, methods, graphs: allowed values; an empty ``methods`` allows every method.
+        protections: allowed ones.
+        methods: allowed ones; empty allows every method.
+        graphs: allowed graphs of masks.
         key_makers: who may make the cohort key of bfv and ckks; empty allows every client. If none
             of them is left when a new key is needed, this client leaves the run.
         selections: whether others may choose what this client uploads: "secure" is server and
@@ -40,13 +42,18 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             0 asks for none. Terms with metrics are refused then.
         noise_colluders: clients of a quorum whose noise is not counted on; -1 is the c of terms on
             the complete graph, and one at least.
+        client_delta: of max_client_epsilon.
         max_client_epsilon: most that all sums of this state_dir together may tell of this client as
             a whole, at client_delta; 0 is no limit. A run that would pass it is refused, and sums
             without noise, which nothing bounds. An upload that would pass it is zeros.
-        min_clip, min_weight, min_seen: the least room for an update's values, for n_k (where it
-            weighs) and for counted test images (where they are counted): less would cut off honest
-            values, and what is cut off tells on which side of the bound a private number lies.
-        max_lr, max_momentum, max_weight_decay, max_epochs: of local training.
+        min_clip: the least room for an update's values: less would cut off honest values, and what
+            is cut off tells on which side of the bound a private number lies.
+        min_weight: the least room for n_k, where it weighs.
+        min_seen: the least room for counted test images, where they are counted.
+        max_lr: largest learning rate of local training.
+        max_momentum: its largest momentum.
+        max_weight_decay: its largest weight decay.
+        max_epochs: its most epochs of a round.
         max_rounds: most learning rounds of one run, and half the attempts at them.
         allow_late_join: take part in a run that began without this client's nonce, and come back to
             one that went on without it.
@@ -86,11 +93,8 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         Raises:
             PolicyError: naming the limit, its value and the terms'.
         """
-        method, name = terms.method, terms.method.method
-        if self.methods and name not in self.methods:
-            raise PolicyError(_outside("methods", self.methods, name))
-        if terms.protection not in self.protections:
-            raise PolicyError(_outside("protections", self.protections, terms.protection))
+        method = terms.method
+        self.check_outline(method.method, terms.protection, terms.clients, terms.quorum)
         if terms.rounds > self.max_rounds:
             raise PolicyError(_above("max_rounds", self.max_rounds, f"{terms.rounds} rounds"))
         rooms = [("min_clip", self.min_clip, terms.clip, True),
@@ -110,14 +114,8 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
                 f"policy.min_noise is {self.min_noise:g}: metrics must be 'off'"
             )
         self._check_noise(terms.plan(terms.sample(1)))
-        if terms.clients < self.min_cohort:
-            raise PolicyError(
-                _below("min_cohort", self.min_cohort, f"cohorts of {terms.clients} at most")
-            )
         if terms.protection == "none":
             return
-        if terms.quorum < self.min_survivors:
-            raise PolicyError(_below("min_survivors", self.min_survivors, f"quorum {terms.quorum}"))
         self._check_colluders(
             terms.protection, bool(terms.regular), terms.clients, terms.quorum, terms.colluders,
             roster_clients,
@@ -129,6 +127,23 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         makers = terms.makers if terms.protection in SCHEMES else self.key_makers
         if self.key_makers and not set(self.key_makers) & set(makers):
             raise PolicyError(_outside("key_makers", self.key_makers, ", ".join(makers)))
+
+    def check_outline(self, method: str, protection: str, clients: int, quorum: int) -> None:
+        """Refuse what is known of terms before a run: also for who only asks.
+
+        Raises:
+            PolicyError: naming the limit, its value and the terms'.
+        """
+        if self.methods and method not in self.methods:
+            raise PolicyError(_outside("methods", self.methods, method))
+        if protection not in self.protections:
+            raise PolicyError(_outside("protections", self.protections, protection))
+        if clients < self.min_cohort:
+            raise PolicyError(
+                _below("min_cohort", self.min_cohort, f"cohorts of {clients} at most")
+            )
+        if protection != "none" and quorum < self.min_survivors:
+            raise PolicyError(_below("min_survivors", self.min_survivors, f"quorum {quorum}"))
 
     def _check_colluders(
         self, protection: str, regular: bool, clients: int, quorum: int, found: int, roster: int

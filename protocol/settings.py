@@ -74,11 +74,12 @@ class ComparatorSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True
         theta: PromptFolio, share of the local prompt in a text feature.
         rank: FedPGP, of the local correction of the global prompt.
         contrast: FedPGP, weight of the contrastive term.
-        cache_weight, cache_sharpness: pFedPrompt, of the local cache's logits.
+        cache_weight: pFedPrompt, weight of the local cache's logits.
+        cache_sharpness: pFedPrompt, how fast they fall with the distance of features.
         queries: FedTPG, context vectors that are generated.
-        amp_alpha, amp_sigma: FedAMP, largest share of others in a client's anchor, and the squared
-            distance over which it falls to 1/e; amp_lambda: weight of half the squared distance
-            from the anchor.
+        amp_alpha: FedAMP, largest share of others in a client's anchor.
+        amp_sigma: FedAMP, squared distance over which that share falls to 1/e.
+        amp_lambda: FedAMP, weight of half the squared distance from the anchor.
     """
 
     prox_mu: Strength = 0.5
@@ -101,7 +102,11 @@ class MethodSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
         n_ctx: context length in tokens.
         init: words that start the context ("a photo of a"), or empty for N(0, 0.02).
         position: of the class name: "end", "middle" or "front" of the context.
-        lr, momentum, weight_decay, batch_size, epochs: local SGD of one round.
+        lr: learning rate of local SGD.
+        momentum: of local SGD; it begins anew in each round.
+        weight_decay: of local SGD.
+        batch_size: images of a step; at most a quarter of a client's.
+        epochs: passes over a client's images in one round.
         seed: of the random initial context.
     """
 
@@ -157,7 +162,8 @@ class ServerSettings(MethodSettings, frozen=True, forbid_unknown_fields=True, kw
     """The server's file.
 
     Attributes:
-        key, roster: own key file and the federation's public roster file.
+        key: own key file.
+        roster: the federation's public roster file, the same everywhere.
         bind: ZeroMQ address to listen on.
         run_dir: folder of this run; one that holds an unfinished run is resumed.
         clients: clients to wait for; 0 is all on the roster.
@@ -186,7 +192,8 @@ class ServerSettings(MethodSettings, frozen=True, forbid_unknown_fields=True, kw
             is c = min(2t - n - 1, t - 2), and one at least.
         graph: "complete", or "regular" (k neighbours, honest-but-curious server) for large cohorts.
         threshold: t, the quorum; 0 means floor(2n/3) + 1, and less is refused.
-        max_dropout, max_corruption: shares of clients that a regular graph must tolerate.
+        max_dropout: share of clients that a regular graph tolerates as lost.
+        max_corruption: share of clients that a regular graph tolerates as colluding.
         ring_bits: b, width of the update words on the wire.
         clip: C, largest magnitude of an update value.
         weights: "uniform"; "bucket" (n_k rounded down to a power of two) or "samples" (n_k). Under
@@ -195,14 +202,17 @@ class ServerSettings(MethodSettings, frozen=True, forbid_unknown_fields=True, kw
         max_seen: largest number of test images a client counts.
         metrics: protected counts of accuracy and loss: "final" (once, of the final prompt),
             "rounds" (in every round: a dropout between two can reveal a client's counts) or "off".
-        gather_seconds, stage_seconds, training_seconds: deadlines.
+        gather_seconds: to wait for clients, at the start and whenever too few are left.
+        stage_seconds: for each answer of a round but the upload.
+        training_seconds: for training and the upload, and to encode images at the start.
         upload_after: seconds from a round's plan before which no client uploads, so that nobody's
             training time shows; 0 is off.
         alive_seconds: silence after which a client counts as gone.
         audit: log of frames, in run_dir/audit: "off", "headers" (sizes, digests), or "full".
         audit_mb: most megabytes of that log; its oldest parts go first.
-        model_fingerprint, classes_digest: what every client must hold, as the first hex digits that
+        model_fingerprint: of the model that every client must hold, as the first hex digits that
             'secure-fedprompt check' prints; empty takes what the first client announces.
+        classes_digest: the same for the class list.
     """
 
     key: FilePath = "server.pem"

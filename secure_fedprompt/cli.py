@@ -5,13 +5,30 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
+import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from secure_fedprompt.identity import whoami
 from secure_fedprompt.protocol import command
-from secure_fedprompt.protocol.errors import ConfigError, KeyFileError, SecureFedPromptError
+from secure_fedprompt.protocol import messages as m
+from secure_fedprompt.protocol.errors import (
+    ConfigError,
+    KeyFileError,
+    MismatchError,
+    SecureFedPromptError,
+    UnreachableError,
+)
 from secure_fedprompt.protocol.keys import ROLES, Identity, Member
 from secure_fedprompt.protocol.roster import Roster, member_to_toml
+from secure_fedprompt.protocol.settings import MethodSettings
+
+if TYPE_CHECKING:
+    from secure_fedprompt.client_settings import ClientSettings
+    from secure_fedprompt.clients.link import CurveLink
+    from secure_fedprompt.clients.training import LocalTrainer
+
+_ANSWER = 10.0  # seconds to wait for the server's
 
 
 def write_private(path: Path, data: bytes) -> None:
@@ -58,8 +75,8 @@ def keygen(argv: list[str]) -> int:
         "  secure-fedprompt keygen --name server --role server --out keys/",
     )
     parser.add_argument("--name", required=True, help="letters, digits, '.', '_', '-'")
-    parser.add_argument("--role", choices=ROLES, default="client")
-    parser.add_argument("--out", type=Path, default=Path("."), metavar="DIR")
+    parser.add_argument("--role", choices=ROLES, default="client", help="what it is for")
+    parser.add_argument("--out", type=Path, default=Path("."), metavar="DIR", help="folder of both")
     args = parser.parse_args(argv)
 
     def body() -> int:
@@ -84,11 +101,12 @@ def roster(argv: list[str]) -> int:
         "  secure-fedprompt roster list\n"
         "  secure-fedprompt roster check",
     )
-    parser.add_argument("action", choices=("add", "remove", "list", "check"))
+    parser.add_argument("action", choices=("add", "remove", "list", "check"),
+                        help="what to do with it")  # fmt: skip
     parser.add_argument(
         "entries", nargs="*", metavar="ENTRY", help="add: NAME.entry.toml files; remove: names"
     )
-    parser.add_argument("--roster", default="roster.toml", metavar="FILE")
+    parser.add_argument("--roster", default="roster.toml", metavar="FILE", help="the file")
     args = parser.parse_args(argv)
     return command.guard(lambda: _roster(args), args)
 
@@ -141,12 +159,38 @@ def check(argv: list[str]) -> int:
 
     parser = command.parser(
         "secure-fedprompt check",
-        "Test a client's key, roster, data, model and connection, without joining a run.",
+        "Test a client's data (every image is opened), model, key, roster and connection, and ask "
+        "the server whether it would have this client, without joining a run.",
         "  secure-fedprompt check --config client.toml",
     )
     command.add_flags(parser, ClientSettings)
     args = parser.parse_args(argv)
     return command.guard(lambda: _check(command.load(ClientSettings, args), args.json), args)
+
+
+def _ask(
+    link: CurveLink, settings: ClientSettings, trainer: LocalTrainer, roster_digest: bytes
+) -> str:
+    """Whether the server would have this client, and this client the server's terms.
+
+    Raises:
+        MismatchError, PolicyError: why not. UnreachableError: no answer.
+    """
+    link.send(m.Probe(
+        settings.method, trainer.model_fingerprint, trainer.classes_digest, roster_digest,
+    ))  # fmt: skip
+    until = time.monotonic() + _ANSWER
+    while not isinstance(found := link.receive(0.5), m.Probed):
+        if time.monotonic() > until:
+            raise UnreachableError(f"server {settings.server} does not answer: is it as new as we?")
+    if found.error:
+        raise MismatchError(f"the server would refuse us: {found.reason}")
+    method = MethodSettings.from_bytes(found.settings)
+    settings.policy.check_outline(method.method, found.protection, found.clients, found.quorum)
+    return (
+        f"{method.method} under {found.protection}, {found.clients} clients, quorum "
+        f"{found.quorum}: roster, model, classes and policy fit"
+    )
 
 
 def _check(settings: object, json_path: str | None) -> int:
@@ -172,29 +216,34 @@ def _check(settings: object, json_path: str | None) -> int:
         results[what] = f"{type(error).__name__}: {error}"
         console.print(f"[red]failed[/]  {what:7} {error}", soft_wrap=True, markup=True)
 
+    trainer: LocalTrainer | None = None
     try:
-        identity, known, me, server = whoami(settings.key, settings.roster, "client")
-    except SecureFedPromptError as error:
-        failed("keys", error)
-    else:
-        attempt("keys", f"{me.name}, roster digest {known.digest.hex()[:16]}")
-        link = CurveLink(settings.server, server.curve, identity, min(settings.patience, 10.0))
-        try:
-            link.connect()
-            attempt("server", f"{settings.server} answers and admits us")
-        except SecureFedPromptError as error:
-            failed("server", error)
-        finally:
-            link.close()
-    try:
-        with Progress(disable=True) as progress:
+        with Progress(console=console, transient=True) as progress:
             trainer = client.load_trainer(settings, console, progress)
         attempt("model", f"fingerprint {trainer.model_fingerprint.hex()[:16]}")
         attempt(
             "data",
-            f"{len(trainer.class_names)} classes, digest {trainer.classes_digest.hex()[:16]}",
+            f"{sum(trainer.image_counts)} images opened, {len(trainer.class_names)} classes, "
+            f"digest {trainer.classes_digest.hex()[:16]}",
         )
     except SecureFedPromptError as error:
         failed("data", error)
+    try:
+        identity, known, me, server = whoami(settings.key, settings.roster, "client")
+        attempt("keys", f"{me.name}, roster digest {known.digest.hex()[:16]}")
+    except SecureFedPromptError as error:
+        failed("keys", error)
+        command.write_json(json_path, results)
+        return error.exit_code
+    link = CurveLink(settings.server, server.curve, identity, min(settings.patience, 10.0))
+    try:
+        link.connect()
+        attempt("server", f"{settings.server} answers and admits us")
+        if trainer is not None:
+            attempt("run", _ask(link, settings, trainer, known.digest))
+    except SecureFedPromptError as error:
+        failed("server", error)
+    finally:
+        link.close()
     command.write_json(json_path, results)
     return failure.exit_code if failure else 0

@@ -37,7 +37,8 @@ class ClientSettings(ModelSettings, frozen=True, forbid_unknown_fields=True, kw_
     """A client.
 
     Attributes:
-        key, roster: own key file and the federation's public roster file.
+        key: own key file.
+        roster: the federation's public roster file, the same everywhere.
         server: address of the server.
         state_dir: what must survive a restart; {name} in it is the client's.
         method: take part only if the run uses this method; empty takes the run's.

@@ -69,12 +69,16 @@ def main(argv: list[str] | None = None) -> int:
         "  secure-fedprompt demo --target-epsilon 8   # differentially private training\n"
         "  secure-fedprompt demo --method fedmgp --selection secure --selection-scope federation",
     )
-    parser.add_argument("--method", choices=sorted(METHODS), default="promptfl")
-    parser.add_argument("--clients", type=int, default=4, metavar="N")
-    parser.add_argument("--rounds", type=int, default=5, metavar="N")
-    parser.add_argument("--protection", choices=PROTECTIONS, default="masks")
-    parser.add_argument("--selection", choices=CHOICES["selection"], default="client")
-    parser.add_argument("--selection-scope", choices=CHOICES["selection_scope"], default="client")
+    parser.add_argument("--method", choices=sorted(METHODS), default="promptfl",
+                        help="prompt method; 20 s to two minutes on two cores")  # fmt: skip
+    parser.add_argument("--clients", type=int, default=4, metavar="N", help="processes")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="learning rounds")
+    parser.add_argument("--protection", choices=PROTECTIONS, default="masks",
+                        help="of what clients send")  # fmt: skip
+    parser.add_argument("--selection", choices=CHOICES["selection"], default="client",
+                        help="of FedMGP groups: by a client, or server and helper")  # fmt: skip
+    parser.add_argument("--selection-scope", choices=CHOICES["selection_scope"], default="client",
+                        help="of the secure one: by client, or the best of all")  # fmt: skip
     parser.add_argument(
         "--helper", choices=("client", "process"), default="client",
         help="of --selection secure: an elected client, or a process of its own",

@@ -25,7 +25,7 @@ def _parse(argv: list[str], prog: str, text: str, examples: str) -> argparse.Arg
     parser = command.parser(f"secure-fedprompt {prog}", text, examples)
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder or prompt file")
     if prog == "predict":
-        parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
+        parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="files")
     parser.add_argument("--data", metavar="DIR", help="same as --dataset")
     parser.add_argument(
         "--other-classes", action="store_true", help="use the prompt on names it was not trained on"

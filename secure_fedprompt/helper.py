@@ -45,7 +45,8 @@ class HelperSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     """The helper's file.
 
     Attributes:
-        key, roster: own key file and the federation's public roster file.
+        key: own key file.
+        roster: the federation's public roster file, the same everywhere.
         server: address of the server.
         min_cohort: smallest cohort to help.
         patience: seconds without a connection before giving up.

@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
         "the noise of whole clients.",
         EXAMPLES,
     )
-    parser.add_argument("action", choices=("plan", "status"))
+    parser.add_argument("action", choices=("plan", "status"), help="before a run, or after")
     parser.add_argument("folder", nargs="?", type=Path, help="of status: a client's state_dir")
     parser.add_argument("--images", type=int, default=0, metavar="N", help="training images")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="expected")

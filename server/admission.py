@@ -22,6 +22,20 @@ def admit(
     Raises:
         NotOnRosterError, RosterMismatchError, MismatchError: with both values.
     """
+    check(state, settings, roster, sender, hello)
+    if not state.model_fingerprint and roster.by_name[sender].role == "client":
+        state.model_fingerprint = hello.model_fingerprint
+        state.classes_digest = hello.classes_digest
+
+
+def check(
+    state: RunState, settings: ServerSettings, roster: Roster, sender: str, hello: m.Hello | m.Probe
+) -> None:
+    """The same without fixing anything.
+
+    Raises:
+        NotOnRosterError, RosterMismatchError, MismatchError
+    """
     role = roster.by_name[sender].role if sender in roster.by_name else ""
     if role not in ("client", "helper"):
         raise NotOnRosterError(f"{sender!r} is on the roster, but not as a client or helper")
@@ -49,8 +63,7 @@ def admit(
         if not theirs.startswith(pinned.lower()):
             raise MismatchError(f"{what} of {sender} is {theirs[:16]}, the server wants {pinned}")
     if not state.model_fingerprint:
-        state.model_fingerprint = hello.model_fingerprint
-        state.classes_digest = hello.classes_digest
+        return
     if hello.model_fingerprint != state.model_fingerprint:
         raise MismatchError(
             f"model of {sender} has fingerprint {hello.model_fingerprint.hex()[:16]}, the "

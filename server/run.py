@@ -42,7 +42,7 @@ from secure_fedprompt.protocol.keys import Identity, verify
 from secure_fedprompt.protocol.plan import MAX_ATTEMPTS, NO_KEY, RoundPlan
 from secure_fedprompt.protocol.roster import Roster
 from secure_fedprompt.protocol.settings import ServerSettings
-from secure_fedprompt.server.admission import admit
+from secure_fedprompt.server.admission import admit, check
 from secure_fedprompt.server.coordinator import Deadlines, Round, Stage
 from secure_fedprompt.server.encrypted import EncryptedRound, make_round
 from secure_fedprompt.server.opening import Pending
@@ -55,6 +55,7 @@ from secure_fedprompt.server.planning import (
     elect,
     elect_helper,
     fewest_of,
+    quorum_of,
     round_plan,
     terms_of,
 )
@@ -198,6 +199,8 @@ class Run:
     def _take(self, sender: str, message: m.Message, now: float) -> Outbox:
         if isinstance(message, m.Hello):
             return self._hello(sender, message, now)
+        if isinstance(message, m.Probe):
+            return [(sender, self._probed(sender, message))]
         client = self.clients.get(sender) or self.helpers.get(sender)
         if client is None:
             return self._call(sender, now) if isinstance(message, m.Alive) else []
@@ -223,6 +226,19 @@ class Run:
         out = self.current.on(sender, message, now)
         self._register(self.current)
         return self._after(out, now)
+
+    def _probed(self, sender: str, probe: m.Probe) -> m.Probed:
+        """Whether a client could join: nothing changes by it."""
+        error, reason = "", ""
+        try:
+            check(self.state, self.settings, self.roster, sender, probe)
+        except SecureFedPromptError as refusal:
+            error, reason = type(refusal).__name__, m.line(refusal)
+        clients = len(self.roster.with_role("client"))
+        return m.Probed(
+            error, reason, self.settings.method_settings().to_bytes(), self.settings.protection,
+            clients, quorum_of(self.settings, clients),
+        )  # fmt: skip
 
     def _register(self, current: Round) -> None:
         """Note a granted cohort key before any client is told of it."""

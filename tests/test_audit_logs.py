@@ -18,7 +18,7 @@ from audited import (
     read,
     relabel,
 )
-from rounds import roster
+from rounds import identity, roster
 
 from secure_fedprompt.__main__ import main
 from secure_fedprompt.audit import promises, summary
@@ -27,7 +27,7 @@ from secure_fedprompt.audit.log import Log
 from secure_fedprompt.protocol import errors, homomorphic
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.codec import encode_fields
-from secure_fedprompt.protocol.recorder import link
+from secure_fedprompt.protocol.recorder import Recorder, link
 from secure_fedprompt.protocol.selection.task import Selection
 
 # -- logs that were touched ------------------------------------------------------------------------
@@ -369,3 +369,23 @@ def test_frames_that_a_full_log_lacks_and_plans_that_it_invents_show(
     kept = "1 frames were not kept (MaskedUpload): nothing is known of their content"
     assert ("frames", kept) in found
     assert ("plans", "the plan on record is not the one that was sent") in found
+
+
+def test_who_only_asks_leaves_no_trace_that_contradicts(
+    good: dict[str, Path], tmp_path: Path
+) -> None:
+    """'check' keeps no log, and may ask while its client runs."""
+    folders = copied(good, tmp_path)
+    log, other = read(folders, "server", VICTIM)
+    member = roster(4).by_name["server"]
+    again = Recorder(folders["server"] / "audit", "full", 1 << 30, identity("server"), member,
+                     roster(4))  # fmt: skip
+    probe = m.Probe("", bytes(32), bytes(32), roster(4).digest)
+    for way, message in (("in", probe), ("out", m.Probed("", "", b"{}", "masks", 4, 3))):
+        again.record(way, VICTIM, message, m.CATALOGUE.encode(message))
+    again.close()
+    log, other = read(folders, "server", VICTIM)
+    result = summary.audit(log, [other], "", None)
+    assert result.kept
+    assert result.finished
+    assert {row.kind for row in result.traffic} >= {"Probe", "Probed"}

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
 import stat
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -17,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rounds import identity, roster
 
-from secure_fedprompt import cli
+from secure_fedprompt import cli, client, helper
 from secure_fedprompt.__main__ import COMMANDS, main
 from secure_fedprompt.client_settings import ClientSettings
 from secure_fedprompt.clients.methods.base import METHODS
@@ -26,6 +28,7 @@ from secure_fedprompt.protocol.keys import Identity, Member, agree, seal, unseal
 from secure_fedprompt.protocol.layout import TensorSpec
 from secure_fedprompt.protocol.roster import Roster, member_to_toml
 from secure_fedprompt.protocol.settings import CHOICES, MethodSettings, ServerSettings
+from secure_fedprompt.server.__main__ import main as server_main
 from secure_fedprompt.server.planning import RunState, check_roster, check_settings, terms_of
 
 
@@ -331,3 +334,26 @@ def test_readmes_files_are_good_and_survive_one_loss() -> None:
     for cohort in (5, 4):
         chosen = dataclasses.replace(terms.sample(1), cohort=terms.sample(1).cohort[:cohort])
         client.policy.check_plan(terms.plan(chosen), 5)
+
+
+def test_every_flag_has_a_help_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    parsers: list[argparse.ArgumentParser] = []
+
+    def parse(self: argparse.ArgumentParser, *args: Any) -> None:
+        parsers.append(self)
+        raise SystemExit(0)
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
+    programs = [lambda name=name: main([name]) for name in COMMANDS]
+    for program in [*programs, client.main, helper.main, server_main]:
+        with contextlib.suppress(SystemExit):
+            program()
+    assert len(parsers) == len(COMMANDS) + 3
+    for parser in parsers:
+        seen: dict[str, str] = {}
+        for action in parser._actions:
+            name = action.dest
+            text = (action.help or "").partition(" (default")[0].strip()
+            assert text, f"{parser.prog} {name} has no help"
+            assert text not in seen, f"{parser.prog}: {name} and {seen[text]} share a help"
+            seen[text] = name

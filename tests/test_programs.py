@@ -94,7 +94,8 @@ def test_the_demo_passes_its_audit_held_against_every_client(finished: Path) -> 
         logged[row["kind"]] += row["frames"]
     assert logged == counted
     values = [json.loads(line) for line in record.read_text().splitlines()][1]["values"]
-    assert set(values) == {"ctx", "weighted ctx", "local prompt", "seen", "correct", "loss"}
+    counters = {"seen", "correct", "loss", "zero_shot"}
+    assert set(values) == {"ctx", "weighted ctx", "local prompt", *counters}
 
 
 def test_no_key_is_in_an_audit_log(finished: Path) -> None:
@@ -363,6 +364,18 @@ def test_mistakes_are_one_line_and_an_exit_code(federation: Any, tmp_path: Path)
     check = python("secure_fedprompt", "check", *alice[1:])
     assert check.returncode == 0, check.stdout + check.stderr
     assert "answers and admits us" in check.stdout
+    told = " ".join(check.stdout.split())
+    assert "promptfl under masks, 4 clients, quorum 3: roster, model, classes and policy" in told
+    assert "images opened, 32 classes" in told
+    for extra, code, words in (
+        (["--generated-classes", "24"], 7, "the server would refuse us: class list of alice"),
+        (["--policy-protections", "bfv"], 10, "allows only bfv"),
+        (["--method", "fedmgp"], 7, "method of alice is 'fedmgp', the run's is 'promptfl'"),
+    ):
+        refused = python("secure_fedprompt", "check", *alice[1:], *extra)
+        assert refused.returncode == code, refused.stdout
+        assert words in " ".join(refused.stdout.split())
+    assert "joined alice" not in f.log("server")  # who only asks does not join
     check = python("secure_fedprompt", "check", *alice[1:], "--key", "nowhere.pem")
     assert check.returncode == 2
     assert "no such file" in check.stdout

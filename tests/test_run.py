@@ -17,7 +17,7 @@ from secure_fedprompt.clients.session import Session
 from secure_fedprompt.protocol import errors
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.policy import Policy
-from secure_fedprompt.protocol.settings import ServerSettings
+from secure_fedprompt.protocol.settings import MethodSettings, ServerSettings
 from secure_fedprompt.server.store import Store
 
 
@@ -302,3 +302,33 @@ def test_a_client_that_computes_another_start_is_told_so_and_the_others_go_on(
     assert set(world.errors) == {"c003"}
     assert "starting prompt of c003" in str(world.errors["c003"])
     assert world.run.error is None
+
+
+def test_a_probe_is_answered_and_changes_nothing(tmp_path: Path) -> None:
+    world = World(tmp_path, 4)
+    good = m.Probe("", b"m" * 32, b"c" * 32, world.roster.digest)
+
+    def ask(**changes: Any) -> m.Probed:
+        ((name, answer),) = world.run.on("c001", dataclasses.replace(good, **changes), 0.0)
+        assert name == "c001"
+        assert isinstance(answer, m.Probed)
+        return answer
+
+    first = ask()
+    assert (first.error, first.protection, first.clients, first.quorum) == ("", "masks", 4, 3)
+    assert MethodSettings.from_bytes(first.settings) == world.settings.method_settings()
+    assert ask(model_fingerprint=bytes(32)).error == ""  # the first to join says which it is
+    assert not world.run.clients
+    assert not world.run.state.model_fingerprint
+    world.join("c002")
+    world.pump(lambda w, message: bool(w.run.clients))
+    assert ask().error == ""
+    for changes, error in (
+        ({"model_fingerprint": bytes(32)}, "MismatchError"),
+        ({"classes_digest": bytes(32)}, "MismatchError"),
+        ({"roster_digest": bytes(32)}, "RosterMismatchError"),
+        ({"method": "coop"}, "MismatchError"),
+    ):
+        assert ask(**changes).error == error
+    assert set(world.run.clients) == {"c002"}
+    assert not [text for kind, text in world.events if kind == "refused"]

@@ -23,11 +23,13 @@ class DataSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         shots: training images per class, 0 for all, drawn before the partition.
         styles: of the generated set, comma-separated.
         generated_classes: how many of its classes.
-        per_class, test_per_class: pictures of each class and style of the generated set.
+        per_class: training pictures of each class and style of the generated set.
+        test_per_class: test pictures of each of them.
         classes: "all", or the "base" or "novel" half of the sorted class names.
         partition: how a shared data set is dealt out: iid, pathological, overlap, dirichlet, domain
             or domain-dirichlet.
-        part, parts: which of how many shares this client takes; parts = 1 takes everything.
+        part: which share this client takes, from 0.
+        parts: into how many shares the data set is dealt out; 1 takes everything.
         beta: concentration of the Dirichlet partitions.
         rho: share of classes that all clients have, partition overlap.
         data_seed: of all these draws.

@@ -59,7 +59,8 @@ def main(argv: list[str] | None = None) -> int:
         "--secrets", type=Path, metavar="FILE",
         help="a client's private record (private_record = true): look for its values on the wire",
     )  # fmt: skip
-    parser.add_argument("--format", choices=("table", "json", "sarif"), default="table")
+    parser.add_argument("--format", choices=("table", "json", "sarif"), default="table",
+                        help="of what is printed")  # fmt: skip
     args = parser.parse_args(argv)
     return command.guard(lambda: _audit(args), args)
 
@@ -109,8 +110,9 @@ def audit_diff(argv: list[str] | None = None) -> int:
         "  secure-fedprompt audit-diff runs/masks runs/bfv --format json",
     )
     parser.add_argument("first", type=Path, metavar="A", help="run_dir or state_dir")
-    parser.add_argument("second", type=Path, metavar="B")
-    parser.add_argument("--format", choices=("table", "json"), default="table")
+    parser.add_argument("second", type=Path, metavar="B", help="the same of the other run")
+    parser.add_argument("--format", choices=("table", "json"), default="table",
+                        help="of what is printed")  # fmt: skip
     args = parser.parse_args(argv)
     return command.guard(lambda: _diff(args), args)
 

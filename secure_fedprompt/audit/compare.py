@@ -144,6 +144,10 @@ def _content(entry: Entry) -> tuple[str, str, int, int]:
     return entry.digest, entry.kind, entry.round, entry.size
 
 
+# What says nothing, and what passes between the server and 'check', which keeps no log.
+UNLOGGED = ("Alive", "Probe", "Probed")
+
+
 def _passed(log: Log, run: str, way: str, peer: str) -> list[tuple[int, Entry]]:
     """Frames of a run to or from a peer, and of no run on the same connections, with the number of
     their connection.
@@ -159,7 +163,7 @@ def _passed(log: Log, run: str, way: str, peer: str) -> list[tuple[int, Entry]]:
         connection += entry.kind == "Hello" and entry.way == hello
         if entry.run == run:
             used.add(connection)
-        if entry.way == way and entry.run in ("", run) and entry.kind != "Alive":
+        if entry.way == way and entry.run in ("", run) and entry.kind not in UNLOGGED:
             found.append((connection, entry))
     return [(number, entry) for number, entry in found if number in used or entry.run]
 

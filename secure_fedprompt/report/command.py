@@ -28,7 +28,8 @@ def main(argv: list[str] | None = None) -> int:
         EXAMPLES,
     )
     parser.add_argument("run_dir", type=Path, metavar="RUN", help="the server's run_dir")
-    parser.add_argument("-o", "--out", type=Path, default=Path("report.html"), metavar="FILE")
+    parser.add_argument("-o", "--out", type=Path, default=Path("report.html"), metavar="FILE",
+                        help="of the page; default report.html")  # fmt: skip
     parser.add_argument(
         "--peer", type=Path, action="append", default=[], metavar="RUN",
         help="log of another end, for the audit; may be given several times",
