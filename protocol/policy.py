@@ -7,14 +7,17 @@ server what the file says, and nothing about images.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Annotated
 
 import msgspec
+from msgspec import Meta
 
 from secure_fedprompt.protocol.client_noise import concentrated, effective, epsilon
 from secure_fedprompt.protocol.errors import BudgetError, IsolationError, PolicyError
 from secure_fedprompt.protocol.homomorphic import SCHEMES
 from secure_fedprompt.protocol.layout import METRICS
 from secure_fedprompt.protocol.plan import RoundPlan, default_threshold, noise_colluders
+from secure_fedprompt.protocol.settings import NonNegative
 from secure_fedprompt.protocol.terms import RunTerms, tolerated
 
 
@@ -70,10 +73,10 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     selections: tuple[str, ...] = ()
     helpers: tuple[str, ...] = ()
     min_fillers: int = 3
-    min_noise: float = 0.0
-    noise_colluders: int = -1
-    max_client_epsilon: float = 0.0
-    client_delta: float = 1e-5
+    min_noise: NonNegative = 0.0
+    noise_colluders: Annotated[int, Meta(ge=-1)] = -1
+    max_client_epsilon: NonNegative = 0.0
+    client_delta: Annotated[float, Meta(gt=0, lt=1)] = 1e-5
     min_clip: float = 0.1
     min_weight: int = 256
     min_seen: int = 4096

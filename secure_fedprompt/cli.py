@@ -20,6 +20,7 @@ from secure_fedprompt.protocol.errors import (
     UnreachableError,
 )
 from secure_fedprompt.protocol.keys import ROLES, Identity, Member
+from secure_fedprompt.protocol.locking import lock
 from secure_fedprompt.protocol.roster import Roster, member_to_toml
 from secure_fedprompt.protocol.settings import MethodSettings
 
@@ -168,6 +169,18 @@ def check(argv: list[str]) -> int:
     return command.guard(lambda: _check(command.load(ClientSettings, args), args.json), args)
 
 
+def _in_use(journal: Path) -> bool:
+    """Whether a client holds this file."""
+    if not journal.exists():
+        return False
+    with journal.open("rb") as file:
+        try:
+            lock(file.fileno(), "")
+        except ConfigError:
+            return True
+    return False
+
+
 def _ask(
     link: CurveLink, settings: ClientSettings, trainer: LocalTrainer, roster_digest: bytes
 ) -> str:
@@ -235,6 +248,11 @@ def _check(settings: object, json_path: str | None) -> int:
         failed("keys", error)
         command.write_json(json_path, results)
         return error.exit_code
+    if _in_use(Path(settings.state_dir.replace("{name}", me.name)) / "journal.jsonl"):
+        results["server"] = "not asked: this client runs"
+        console.print(f"[yellow]not run[/] server  {me.name} runs now: its connection would suffer")
+        command.write_json(json_path, results)
+        return failure.exit_code if failure else 0
     link = CurveLink(settings.server, server.curve, identity, min(settings.patience, 10.0))
     try:
         link.connect()

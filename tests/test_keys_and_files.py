@@ -22,6 +22,7 @@ from rounds import identity, roster
 from secure_fedprompt import cli, client, helper
 from secure_fedprompt.__main__ import COMMANDS, main
 from secure_fedprompt.client_settings import ClientSettings
+from secure_fedprompt.clients.journal import FileJournal
 from secure_fedprompt.clients.methods.base import METHODS
 from secure_fedprompt.protocol import command, errors
 from secure_fedprompt.protocol.keys import Identity, Member, agree, seal, unseal
@@ -357,3 +358,31 @@ def test_every_flag_has_a_help_of_its_own(monkeypatch: pytest.MonkeyPatch) -> No
             assert text, f"{parser.prog} {name} has no help"
             assert text not in seen, f"{parser.prog}: {name} and {seen[text]} share a help"
             seen[text] = name
+
+
+def test_check_does_not_disturb_a_client_that_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    members = (
+        cli.make_key("server", "server", tmp_path),
+        cli.make_key("alice", "client", tmp_path),
+    )
+    Path("roster.toml").write_text(Roster.of(members).to_toml())
+    words = ["check", "--key", "alice.pem", "--per-class", "1", "--test-per-class", "1",
+             "--patience", "0.5"]  # fmt: skip
+    with contextlib.closing(FileJournal(tmp_path / "state" / "alice" / "journal.jsonl")):
+        assert main(words) == 0
+        assert "alice runs now" in " ".join(capsys.readouterr().out.split())
+    assert main(words) == 3  # nobody is there
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [("--policy-client-delta", "1"), ("--policy-client-delta", "0"), ("--policy-min-noise", "-1"),
+     ("--policy-max-client-epsilon", "-2"), ("--policy-noise-colluders", "-2")],
+)  # fmt: skip
+def test_policies_that_mean_nothing_are_refused(flag: str, value: str) -> None:
+    key = flag.removeprefix("--policy-").replace("-", "_")
+    with pytest.raises(errors.ConfigError, match=rf"policy\.{key} = "):
+        command.load(ClientSettings, flags(ClientSettings, [flag, value]))
