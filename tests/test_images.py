@@ -317,3 +317,44 @@ def test_zips_are_opened_too_and_pictures_that_are_ours_are_not(tmp_path: Path) 
         assert all("cannot be read" in text for text in bad.values())
     assert len(seen) == 12
     assert not sets.generated_sets(4, ["photo"], 2, 2, 0)[0].unreadable(lambda *_: None)
+
+
+# -- evaluate --------------------------------------------------------------------------------------
+
+
+def test_evaluate_takes_the_names_that_the_prompt_holds(
+    bundled: Backbone, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A site with two of three classes, trained under a class list, its own file as settings."""
+    whole = sets.generated_sets(3, ["photo"], 4, 1, 0)[0]
+    trainer = LocalTrainer(bundled, whole, whole, 0)
+    trainer.prepare(MethodSettings(n_ctx=4, init="a photo of a"))
+    prompt, out = tmp_path / "prompt.safetensors", tmp_path / "o.json"
+    write_prompt(prompt, trainer)
+    for i in range(len(whole)):
+        if whole.labels[i] < 2:
+            folder = tmp_path / "scans" / whole.class_names[whole.labels[i]]
+            folder.mkdir(parents=True, exist_ok=True)
+            whole.image(i).save(folder / f"{i}.png")
+    (tmp_path / "client.toml").write_text(
+        'key = "alice.pem"\nserver = "tcp://192.0.2.1:5570"\ndataset = "scans"\n'
+        '[policy]\nmin_cohort = 5\n[dp]\nkind = "none"\n'
+    )
+    words = ["evaluate", str(prompt), "--config", str(tmp_path / "client.toml"), "--json", str(out)]
+    assert main(words) == 0
+    assert json.loads(out.read_text())["images"] == 2
+    assert "scored are the 2 of 8 images that test_share = 0.3" in capsys.readouterr().out
+    assert main([*words, "--test-share", "1"]) == 0
+    found = json.loads(out.read_text())
+    assert found["images"] == 8
+    assert set(found["per_class"]) == set(whole.class_names[:2])
+    assert "scored are" not in capsys.readouterr().out
+    (tmp_path / "client.toml").write_text('sever = "x"\n')
+    assert main(words) == 2  # what no file knows is still an error
+    assert "unknown key 'sever'" in capsys.readouterr().err
+
+
+def test_class_lists_of_other_systems_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "classes.txt"
+    path.write_bytes("\ufeffcat\r\nsea lion\r\n\r\n".encode())
+    assert sets.read_class_list(path) == ("cat", "sea lion")
