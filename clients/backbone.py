@@ -8,25 +8,31 @@ which attends to their keys and values. In the last layer only the EOT position 
 
 from __future__ import annotations
 
+import difflib
 import functools
 import hashlib
 import importlib.resources
 import json
 import logging
 import math
+import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import open_clip
 import torch
 import torch.nn.functional as F
+from huggingface_hub import constants
 from PIL import Image
 from torch import Tensor, nn
 
 from secure_fedprompt.protocol.errors import ModelError
 
+_HUB_SECONDS = 3.0
 BUNDLED = "bundled"
 _BUNDLED_DIR = Path(str(importlib.resources.files("secure_fedprompt"))) / "bundled_clip"
 _DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -51,6 +57,34 @@ class PromptTokens:
     static: Tensor
     index: Tensor
     eot: Tensor
+
+
+def _check_names(name: str, pretrained: str) -> None:
+    """Refuse what open_clip would not load, and do not let it try a hub that is out of reach.
+
+    Raises:
+        ModelError: with the nearest names.
+    """
+    known = open_clip.list_models()
+    if name not in known:
+        near = ", ".join(difflib.get_close_matches(name, known, 5, 0.3))
+        raise ModelError(f"model = {name!r}: open_clip knows no such model; near it are {near}")
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if Path(pretrained).suffix or (pretrained and Path(pretrained).exists()):
+        if not pretrained.endswith(".safetensors"):
+            raise ModelError(f"pretrained = {pretrained!r}: only .safetensors files are loaded")
+        return
+    if pretrained not in tags:
+        raise ModelError(
+            f"pretrained = {pretrained!r}: weights of {name} are {', '.join(tags)}, or a "
+            ".safetensors file"
+        )
+    host = urlsplit(constants.ENDPOINT).hostname
+    if host and not getproxies():
+        try:
+            socket.create_connection((host, 443), _HUB_SECONDS).close()
+        except OSError:
+            constants.HF_HUB_OFFLINE = True  # what is in the cache still loads
 
 
 class Backbone:
@@ -113,19 +147,15 @@ class Backbone:
             for file in ("open_clip_config.json", "open_clip_model.safetensors"):
                 if not (Path(local) / file).is_file():
                     raise ModelError(f"model folder {local} lacks {file}")
-        elif not pretrained:
-            raise ModelError(
-                f"model = {name!r} needs pretrained = TAG (see open_clip.list_pretrained()) "
-                "or a .safetensors file"
-            )
-        elif Path(pretrained).exists() and not pretrained.endswith(".safetensors"):
-            raise ModelError(f"pretrained = {pretrained!r}: only .safetensors files are loaded")
+        else:
+            _check_names(name, pretrained)
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         elif device == "cuda" and not torch.cuda.is_available():
             raise ModelError("device = 'cuda', but PyTorch sees no GPU here: use 'cpu' or 'auto'")
         quick = pretrained == "openai" and "quickgelu" not in name
-        logging.getLogger().setLevel(logging.ERROR)
+        for logger in ("", "huggingface_hub"):  # what they say is in the error
+            logging.getLogger(logger).setLevel(logging.CRITICAL)
         try:
             model, _, test = open_clip.create_model_and_transforms(
                 name, pretrained=pretrained or None, device=device, force_quick_gelu=quick
@@ -133,6 +163,11 @@ class Backbone:
             tokenizer = open_clip.get_tokenizer(name)
         except Exception as error:  # open_clip raises anything from KeyError to RuntimeError
             line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+            if constants.HF_HUB_OFFLINE and "download" in line:
+                line = (
+                    "this machine does not reach the model hub, and its cache lacks these weights; "
+                    "copy them here and use local-dir:PATH, or a .safetensors file as pretrained"
+                )
             raise ModelError(
                 f"model {name!r} ({pretrained or 'local'}) does not load: {line}"
             ) from None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import time
+from collections.abc import Callable
 from typing import Protocol
 
 import zmq
@@ -29,6 +30,7 @@ from secure_fedprompt.protocol.keys import Identity
 from secure_fedprompt.protocol.recorder import Recorder
 
 _HANDSHAKE_TRIES = 3
+_MISSED = 5.0  # seconds without a connection until somebody is told
 
 
 def _families(where: Address) -> set[int]:
@@ -55,6 +57,7 @@ class CurveLink:
         identity: our keys.
         patience: seconds without a connection after which ``receive`` gives up.
         recorder: keeps the audit log, if there is one.
+        notice: told when a connection is missed, and when it is back.
 
     Attributes:
         connections: completed handshakes; it grows when the link was lost and came back.
@@ -67,8 +70,10 @@ class CurveLink:
         identity: Identity,
         patience: float = 60.0,
         recorder: Recorder | None = None,
+        notice: Callable[[str], None] = lambda text: None,
     ) -> None:
-        self.address, self.patience = address, patience
+        self.address, self.patience, self._notice = address, patience, notice
+        self._told = False  # that there is no connection
         self._where = Address.parse("server", address)
         self._recorder = recorder
         self.connections = 0
@@ -153,6 +158,9 @@ class CurveLink:
                 case zmq.Event.HANDSHAKE_SUCCEEDED:
                     self.connections += 1
                     self._broken, self._down_since = 0, None
+                    if self._told:
+                        self._told = False
+                        self._notice(f"connected to {self.address} again")
                 case zmq.Event.HANDSHAKE_FAILED_AUTH:
                     raise NotOnRosterError(
                         f"server {self.address} refuses our key (status {event['value']}): it is "
@@ -168,6 +176,11 @@ class CurveLink:
                 "probably not this server's; compare the roster files"
             )
         down = 0.0 if self._down_since is None else time.monotonic() - self._down_since
+        if down > min(_MISSED, self.patience) and not self._told:
+            self._told = True
+            self._notice(
+                f"no connection to {self.address}: trying again, for {self.patience:g} s in all"
+            )
         if down > self.patience:
             raise UnreachableError(
                 f"server {self.address} is unreachable for {down:.0f} s: check the address, that "

@@ -155,13 +155,16 @@ def take_part(settings: ClientSettings, json_path: str | None) -> int:
         log = recorder(state_dir, settings.audit, settings.audit_mb, identity, me, roster)
         if log is not None:
             stack.callback(log.close)
-        link = CurveLink(settings.server, server.curve, identity, settings.patience, log)
+        link = CurveLink(
+            settings.server, server.curve, identity, settings.patience, log,
+            lambda text: console.print(f"[yellow]{escape(text)}[/]", soft_wrap=True),
+        )  # fmt: skip
         stack.callback(link.close)
-        link.connect()
-        console.print(f"[bold]{me.name}[/] connected to {settings.server}")
         with Progress(*columns, console=console, transient=True) as progress:
             names = sorted(member.name for member in roster.with_role("client"))
-            trainer = load_trainer(settings, console, progress)
+            trainer = load_trainer(settings, console, progress)  # what is wrong here shows at once
+            link.connect()
+            console.print(f"[bold]{me.name}[/] connected to {settings.server}")
             trainer.seat = names.index(me.name), len(names)
             trainer.keep, trainer.hold_seconds = state_dir, settings.hold_seconds
             trainer.ledger = ledger

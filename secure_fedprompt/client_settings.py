@@ -67,7 +67,7 @@ class ClientSettings(ModelSettings, frozen=True, forbid_unknown_fields=True, kw_
     skip_unreadable: bool = False
     accept: tuple[str, ...] = ()
     hold_seconds: NonNegative = 0.0
-    patience: Seconds = 60.0
+    patience: Seconds = 14400.0
     audit: str = "headers"
     audit_mb: Positive = 2048
     private_record: bool = False

@@ -60,7 +60,7 @@ class HelperSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     roster: FilePath = "roster.toml"
     server: str = "tcp://127.0.0.1:5570"
     min_cohort: int = 3
-    patience: Seconds = 60.0
+    patience: Seconds = 14400.0
     state_dir: FilePath = "state/{name}"
     audit: str = "headers"
     audit_mb: Positive = 2048
@@ -90,7 +90,10 @@ def help_out(settings: HelperSettings, json_path: str | None) -> int:
     party = Party(me.name, identity, roster, policy, MemoryJournal(), os.urandom)
     folder = Path(settings.state_dir.replace("{name}", me.name))
     log = recorder(folder, settings.audit, settings.audit_mb, identity, me, roster)
-    link = CurveLink(settings.server, server.curve, identity, settings.patience, log)
+    link = CurveLink(
+        settings.server, server.curve, identity, settings.patience, log,
+        lambda text: console.print(f"[yellow]{text}[/]", soft_wrap=True),
+    )  # fmt: skip
     try:
         link.connect()
         console.print(f"[bold]{me.name}[/] connected to {settings.server}, helps with selections")

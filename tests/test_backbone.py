@@ -12,9 +12,11 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
+from huggingface_hub import constants
 from models import in_double, tiny
 from torch import Tensor
 
+from secure_fedprompt.clients import backbone as backbone_module
 from secure_fedprompt.clients.backbone import Backbone
 from secure_fedprompt.clients.data import sets
 from secure_fedprompt.clients.methods.base import Batch, build
@@ -131,7 +133,7 @@ def test_local_folders_load_and_pickles_do_not(tmp_path: Path) -> None:
         Backbone.load(f"local-dir:{folder}")
     with pytest.raises(ModelError, match=r"only \.safetensors"):
         Backbone.load("ViT-B-32", str(tmp_path / "model.pt"))
-    with pytest.raises(ModelError, match="needs pretrained"):
+    with pytest.raises(ModelError, match="pretrained = '': weights of ViT-B-32 are openai"):
         Backbone.load("ViT-B-32")
     with pytest.raises(ModelError, match="does not load"):
         Backbone.load("ViT-Z-99", "openai")
@@ -256,3 +258,44 @@ def test_the_bundled_model_is_a_real_stand_in(bundled: Backbone) -> None:
     config = json.loads((BUNDLED / "open_clip_config.json").read_text())
     assert config["model_cfg"]["vision_cfg"]["image_size"] == 64
     assert (BUNDLED / "open_clip_model.safetensors").stat().st_size < 20_000_000
+
+
+@pytest.mark.parametrize(
+    ("name", "pretrained", "says"),
+    [("ViT-B-61", "openai", r"open_clip knows no such model; near it are ViT-B-16(, [^,]+){4}$"),
+     ("ViT-B-16", "opnai", "pretrained = 'opnai': weights of ViT-B-16 are openai, "),
+     ("ViT-B-16", "", "pretrained = '': weights of ViT-B-16 are openai, "),
+     ("ViT-B-16", "weights.pt", r"only \.safetensors files are loaded")],
+)  # fmt: skip
+def test_names_that_nobody_knows_are_told_from_those_near(
+    name: str, pretrained: str, says: str
+) -> None:
+    with pytest.raises(ModelError, match=says):
+        Backbone.load(name, pretrained, "cpu")
+
+
+def test_a_hub_out_of_reach_is_one_line_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither tries again for a minute, nor hides what is in the cache."""
+    tried: list[object] = []
+
+    def refuse(address: object, timeout: float) -> None:
+        tried.append(address)
+        raise OSError("no route")
+
+    def create(name: str, **options: object) -> None:
+        assert constants.HF_HUB_OFFLINE
+        raise RuntimeError("Failed to download weights for tag 'openai'")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(backbone_module, "getproxies", dict)
+    monkeypatch.setattr(backbone_module.socket, "create_connection", refuse)
+    monkeypatch.setattr(backbone_module.open_clip, "create_model_and_transforms", create)
+    with pytest.raises(ModelError, match="does not reach the model hub, and its cache lacks"):
+        Backbone.load("ViT-B-16", "openai", "cpu")
+    assert len(tried) == 1
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(backbone_module, "getproxies", lambda: {"https": "proxy"})
+    with pytest.raises(ModelError) as caught:  # behind a proxy nobody can tell: it is tried
+        Backbone.load("ViT-B-16", "openai", "cpu")
+    assert "does not reach" not in str(caught.value)
+    assert len(tried) == 1

@@ -26,6 +26,7 @@ from rounds import (
 )
 from zmq.utils import z85
 
+from secure_fedprompt.clients import link as link_module
 from secure_fedprompt.clients import participant
 from secure_fedprompt.clients.encrypted import Opening
 from secure_fedprompt.clients.link import CurveLink
@@ -345,3 +346,27 @@ def test_a_host_that_nobody_knows_is_not_called_unreachable() -> None:
                      identity("c001"), 60.0)  # fmt: skip
     with closing(link), pytest.raises(errors.UnreachableError, match="no such host as no.such"):
         link.connect()
+
+
+def test_a_missing_connection_is_told_once_and_its_return_too() -> None:
+    """A server that starts after its client: nobody need do anything."""
+    told: list[str] = []
+    with closing(socket.socket()) as taken:
+        taken.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
+    key = identity("server").curve_public()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(link_module, "_MISSED", 0.3)
+        link = CurveLink(address, key, identity("c001"), 60.0, None, told.append)
+        with closing(link):
+            until = time.monotonic() + 20
+            while not told:
+                assert time.monotonic() < until
+                link.receive(0.1)
+            with closing(Hub(address, identity("server"), roster(4))):
+                link.connect()
+                link.receive(0.5)
+    assert told == [
+        f"no connection to {address}: trying again, for 60 s in all",
+        f"connected to {address} again",
+    ]
