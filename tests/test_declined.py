@@ -36,7 +36,7 @@ def loses(world: World, name: str) -> None:
 
 
 def test_clients_wait_for_the_one_that_is_missing(tmp_path: Path) -> None:
-    world = federation(tmp_path, policy(min_cohort=5))
+    world = federation(tmp_path, policy(min_cohort=5), max_attempts=2)  # of which it costs none
     world.pump(second_round)
     loses(world, "c005")
     declined: list[str] = []

@@ -135,6 +135,9 @@ def test_dicom_is_windowed_as_the_file_says(tmp_path: Path) -> None:
     path = dicom(tmp_path / "x.dcm", stored, **tags, WindowCenter=40, WindowWidth=400)
     expected = np.clip((units - 39.5) / 399 + 0.5, 0, 1)  # PS3.3 C.11.2.1.2.1
     assert np.abs(shown(path) - expected).max() < 1 / 250
+    narrow = dicom(tmp_path / "n.dcm", np.arange(36, 45, dtype=np.uint16).reshape(3, 3),
+                   WindowCenter=40, WindowWidth=5)  # fmt: skip
+    assert np.abs(shown(narrow) * 8 - [[0, 0, 1], [3, 5, 7], [8, 8, 8]]).max() < 0.05
     exact = dicom(tmp_path / "e.dcm", stored, **tags, WindowCenter=[40, 500],
                   WindowWidth=[400, 2000], VOILUTFunction="LINEAR_EXACT")  # fmt: skip
     assert np.abs(shown(exact) - np.clip((units - 40) / 400 + 0.5, 0, 1)).max() < 1 / 250
