@@ -88,6 +88,7 @@ def _run(args: argparse.Namespace) -> int:
         try:
             _, history = simulate_run(server, store, trainers, args.dropout)
             summary = store.summary()
+            store.event("finished", f"prompt {summary['prompt']}")
             show.add_history(summary, {str(number): row for number, row in history.items()})
             for row in summary["rounds"]:
                 row["seconds"] = {}  # of a clock that jumps from deadline to deadline

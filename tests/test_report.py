@@ -234,6 +234,35 @@ def test_watch_follows_a_run_to_its_end(run: Path, tmp_path: Path) -> None:
         watch.follow(folder, False, 0.5, wait)
 
 
+def test_watch_once_returns_what_became_of_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def tap(sender: str, recipient: str, message: m.Message) -> m.Message:
+        if isinstance(message, m.Consistent):
+            return m.Withdraw(message.run, message.round, "SealError", "bad")
+        return message
+
+    folder = run_folder(tmp_path, tap)
+    assert main(["watch", str(folder), "--once"]) == 8
+    printed = capsys.readouterr()
+    assert "failed;" in printed.out
+    assert printed.err.startswith("RunFailedError: learning round 1 aborted 3 times")
+
+
+def test_a_simulation_does_not_go_on_in_a_finished_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["simulate", "--parts", "3", "--rounds", "1", "--per-class", "2", "--run-dir",
+             str(tmp_path / "r"), "--styles", "photo", "--json", str(tmp_path / "o.json")]  # fmt: skip
+    assert main(words) == 0
+    summary = json.loads((tmp_path / "o.json").read_text())
+    assert summary["update_norm"]["low"] <= summary["update_norm"]["median"]
+    assert not any(row["seconds"] for row in summary["rounds"])  # of a clock that jumps
+    assert "seconds by stage" not in capsys.readouterr().out
+    assert main(words) == 2
+    assert "holds a finished run: choose another" in capsys.readouterr().err
+
+
 def test_watch_once_shows_rounds_and_events(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["watch", str(run), "--once"]) == 0
     shown = capsys.readouterr().out
