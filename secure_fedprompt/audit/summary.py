@@ -277,9 +277,7 @@ def as_sarif(result: Audit) -> dict[str, Any]:
     results = [
         {
             "ruleId": finding.check,
-            "level": {"fail": "error", "open": "warning", "warn": "warning", "note": "note"}[
-                finding.level
-            ],
+            "level": _SARIF[finding.level],
             "message": {"text": finding.text},
             "locations": [
                 {"logicalLocations": [{"fullyQualifiedName": finding.where or result.run[:8]}]}
