@@ -26,7 +26,7 @@ from secure_fedprompt.protocol.errors import (
     UnreachableError,
     WrongServerKeyError,
 )
-from secure_fedprompt.protocol.keys import Identity
+from secure_fedprompt.protocol.keys import Identity, fingerprint
 from secure_fedprompt.protocol.recorder import Recorder
 
 _HANDSHAKE_TRIES = 3
@@ -74,6 +74,7 @@ class CurveLink:
     ) -> None:
         self.address, self.patience, self._notice = address, patience, notice
         self._told = False  # that there is no connection
+        self._key = fingerprint(identity.curve_public())
         self._where = Address.parse("server", address)
         self._recorder = recorder
         self.connections = 0
@@ -163,8 +164,9 @@ class CurveLink:
                         self._notice(f"connected to {self.address} again")
                 case zmq.Event.HANDSHAKE_FAILED_AUTH:
                     raise NotOnRosterError(
-                        f"server {self.address} refuses our key (status {event['value']}): it is "
-                        "not on the server's roster; have our entry added there and restart it"
+                        f"server {self.address} refuses our key {self._key} (status "
+                        f"{event['value']}): it is not on the server's roster; have our entry "
+                        "added there and restart it"
                     )
                 case zmq.Event.HANDSHAKE_FAILED_NO_DETAIL:
                     self._broken += 1

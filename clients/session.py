@@ -19,7 +19,7 @@ from secure_fedprompt.clients.helper import Helper
 from secure_fedprompt.clients.ledger import Upload
 from secure_fedprompt.clients.participant import Agreed, Revealed
 from secure_fedprompt.clients.selecting import share_keys
-from secure_fedprompt.clients.state import Party, Ready, Replies, State
+from secure_fedprompt.clients.state import Party, Ready, Replies, State, refusal
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.averaging import Prompt, averaged, metrics_of, prompt_bytes
 from secure_fedprompt.protocol.codec import decode_fields, encode_fields
@@ -178,7 +178,7 @@ class Session:
         """
         match message:
             case m.Refused():
-                raise _refusal(message)
+                raise refusal(message)
             case m.Welcome():
                 return self._welcome(message)
             case m.Terms():
@@ -600,9 +600,3 @@ def _choice_bytes(choice: Choice | None) -> bytes:
 
 def _show(value: str | bytes) -> str:
     return value.hex()[:16] if isinstance(value, bytes) else repr(value)
-
-
-def _refusal(message: m.Refused) -> SecureFedPromptError:
-    """The server's refusal as the error class it names, if that is one a server may name."""
-    known = {cls.__name__: cls for cls in (MismatchError, RunFailedError)}
-    return known.get(message.error, RunFailedError)(f"server refuses us: {message.reason}")

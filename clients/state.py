@@ -17,8 +17,13 @@ from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.agreement_proof import NO_PROOF, prove
 from secure_fedprompt.protocol.errors import (
     AdvertMismatchError,
+    KeyInUseError,
+    MismatchError,
+    NotOnRosterError,
     ReplayError,
     RosterMismatchError,
+    RunFailedError,
+    SecureFedPromptError,
     SurvivorError,
     TermsError,
     ThresholdError,
@@ -39,8 +44,18 @@ from secure_fedprompt.protocol.terms import RunTerms, nonces_digest, tolerated
 if TYPE_CHECKING:
     from secure_fedprompt.clients.cohort_key import CohortKey
 
+_REFUSALS = (  # that a server may name
+    KeyInUseError, MismatchError, NotOnRosterError, RosterMismatchError, RunFailedError,
+)  # fmt: skip
+
 Replies = list[m.Message]
 Step = tuple["State", Replies]
+
+
+def refusal(message: m.Refused) -> SecureFedPromptError:
+    """The server's refusal as the error that it names."""
+    known = {cls.__name__: cls for cls in _REFUSALS}
+    return known.get(message.error, RunFailedError)(f"server refuses us: {message.reason}")
 
 
 @dataclass

@@ -30,7 +30,7 @@ from secure_fedprompt.protocol.errors import (
     RosterError,
     SecureFedPromptError,
 )
-from secure_fedprompt.protocol.keys import Identity, Member
+from secure_fedprompt.protocol.keys import Identity, Member, fingerprint
 from secure_fedprompt.protocol.roster import Roster
 from secure_fedprompt.protocol.settings import CHOICES
 
@@ -84,7 +84,8 @@ def member_of(identity: Identity, roster: Roster, roles: Sequence[str]) -> Membe
                 )
             return member
     raise RosterError(
-        "our key is not on the roster: add its entry with 'secure-fedprompt roster add'"
+        f"our key {fingerprint(identity.public())} is not on the roster: add its entry with "
+        "'secure-fedprompt roster add'"
     )
 
 

@@ -11,8 +11,10 @@
     │   ├── UnreachableError                 3
     │   ├── NotOnRosterError                 4   the server refused our key (ZAP 400)
     │   ├── WrongServerKeyError              5   the handshake never completes
-    │   └── PortInUseError                   6
-    ├── MismatchError                        7   model, classes or method differ from the run's
+    │   ├── PortInUseError                   6
+    │   └── KeyInUseError                    14  another process takes part with our key
+    ├── MismatchError                        7   model, classes, method or roster are not the run's
+    │   └── RosterMismatchError                  the peer's roster is another
     ├── RunFailedError                       8   the run cannot go on
     │   └── TooFewClientsError               8
     ├── UpdateError                          9   an update may not be sent: NaN, wrong size
@@ -50,7 +52,6 @@
         │   └── OpenedError                          a sum of this base was opened already
         ├── SignatureError
         ├── SealError                            a sealed box does not open
-        ├── RosterMismatchError                  the peer's roster is another
         ├── AdvertMismatchError                  an advert is missing, doubled or altered
         ├── SurvivorError                        survivor list not ours, too short, unsigned
         │   ├── IsolationError                       a list that, with others, would isolate a few
@@ -114,8 +115,16 @@ class PortInUseError(LinkError):
     exit_code = 6
 
 
+class KeyInUseError(LinkError):
+    exit_code = 14
+
+
 class MismatchError(SecureFedPromptError):
     exit_code = 7
+
+
+class RosterMismatchError(MismatchError):
+    pass
 
 
 class RunFailedError(SecureFedPromptError):
@@ -263,10 +272,6 @@ class SignatureError(ProtocolError):
 
 
 class SealError(ProtocolError):
-    pass
-
-
-class RosterMismatchError(ProtocolError):
     pass
 
 

@@ -9,6 +9,7 @@ Primitives come from ``cryptography`` and PyNaCl; nothing here prints key materi
 from __future__ import annotations
 
 import functools
+import hashlib
 import re
 import stat
 from dataclasses import dataclass
@@ -89,6 +90,12 @@ class Identity:
             f"key file {where} does not hold one Ed25519 and one X25519 key: "
             "make one with 'secure-fedprompt keygen --name NAME'"
         )
+
+
+def fingerprint(public: bytes) -> str:
+    """A public key as people read it to each other: 64 bits of its SHA-256, in hex."""
+    text = hashlib.sha256(public).hexdigest()[:16]
+    return " ".join(text[i : i + 4] for i in range(0, 16, 4))
 
 
 @dataclass(frozen=True)

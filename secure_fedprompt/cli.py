@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import os
 import time
 from pathlib import Path
@@ -19,7 +18,7 @@ from secure_fedprompt.protocol.errors import (
     SecureFedPromptError,
     UnreachableError,
 )
-from secure_fedprompt.protocol.keys import ROLES, Identity, Member
+from secure_fedprompt.protocol.keys import ROLES, Identity, Member, fingerprint
 from secure_fedprompt.protocol.locking import lock
 from secure_fedprompt.protocol.roster import Roster, member_to_toml
 from secure_fedprompt.protocol.settings import MethodSettings
@@ -61,12 +60,6 @@ def make_key(name: str, role: str, folder: Path) -> Member:
     return member
 
 
-def short(key: bytes) -> str:
-    """What people read to each other over the phone."""
-    text = hashlib.sha256(key).hexdigest()[:16]
-    return " ".join(text[i : i + 4] for i in range(0, 16, 4))
-
-
 def keygen(argv: list[str]) -> int:
     parser = command.parser(
         "secure-fedprompt keygen",
@@ -85,7 +78,8 @@ def keygen(argv: list[str]) -> int:
         key, entry = args.out / f"{args.name}.pem", args.out / f"{args.name}.entry.toml"
         print(f"secret key    {key}  (mode 0600; it has no password: guard the file)")
         print(f"roster entry  {entry}  (public; add it with 'secure-fedprompt roster add {entry}')")
-        print(f"fingerprint   {short(member.identity)}")
+        print(f"fingerprint   {fingerprint(member.identity)}")
+        print(f"connects as   {fingerprint(member.curve)}")
         command.write_json(args.json, {"key": str(key), "entry": str(entry), "name": args.name})
         return 0
 
@@ -139,11 +133,20 @@ def _roster(args: argparse.Namespace) -> int:
         count = len(current.with_role("server"))
         raise ConfigError(f"roster {path} names {count} servers: it must name one")
     for member in current.members:
-        print(f"{member.name:20} {member.role:7} {short(member.identity)}")
+        print(
+            f"{member.name:20} {member.role:7} {fingerprint(member.identity)}  connects as "
+            f"{fingerprint(member.curve)}"
+        )
     digest = current.digest.hex()
     print(f"roster digest {digest[:16]}  ({len(current.members)} members, signatures good)")
     rows = [
-        {"name": m.name, "role": m.role, "fingerprint": short(m.identity)} for m in current.members
+        {
+            "name": m.name,
+            "role": m.role,
+            "fingerprint": fingerprint(m.identity),
+            "connects_as": fingerprint(m.curve),
+        }
+        for m in current.members
     ]
     command.write_json(args.json, {"digest": digest, "members": rows})
     return 0

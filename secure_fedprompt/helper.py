@@ -19,7 +19,7 @@ from rich.markup import escape
 from secure_fedprompt.clients.helper import Helper
 from secure_fedprompt.clients.journal import MemoryJournal
 from secure_fedprompt.clients.link import CurveLink
-from secure_fedprompt.clients.state import Party, Replies
+from secure_fedprompt.clients.state import Party, Replies, refusal
 from secure_fedprompt.identity import whoami
 from secure_fedprompt.protocol import command
 from secure_fedprompt.protocol import messages as m
@@ -141,7 +141,7 @@ class HelperSession:
             case m.LogHead():
                 self.party.check_head(message)
             case m.Refused():
-                raise RunFailedError(f"server refuses us: {message.reason}")
+                raise refusal(message)
             case m.Welcome():
                 self._welcome(message)
                 return [self.party.ready(self.run, self._nonce)]

@@ -73,7 +73,10 @@ def serve(settings: ServerSettings, json_path: str | None) -> int:
         warn(console, settings, run.expected)
 
         def denied(key: str) -> None:
-            console.print(f"[yellow]refused[/] a connection with the unknown key {escape(key)}")
+            console.print(
+                f"[yellow]refused[/] a connection as {key}: no such key on this roster "
+                "('secure-fedprompt roster list' shows those that are)", soft_wrap=True,
+            )  # fmt: skip
 
         def count(peer: str, direction: str, kind: str, size: int) -> None:
             store.count(state.round, peer, direction, kind, size)

@@ -6,6 +6,7 @@ from the routing id or the content of a frame.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 
 import zmq
@@ -19,14 +20,17 @@ from secure_fedprompt.protocol.chunks import Assembler
 from secure_fedprompt.protocol.errors import (
     CodecError,
     ConfigError,
+    KeyInUseError,
     PortInUseError,
     TrailingBytesError,
 )
-from secure_fedprompt.protocol.keys import Identity
+from secure_fedprompt.protocol.keys import Identity, fingerprint
 from secure_fedprompt.protocol.recorder import Recorder
 from secure_fedprompt.protocol.roster import Roster
+from secure_fedprompt.server.routes import Heard, Routes
 
 DOMAIN = "secure-fedprompt"
+TWO = "two processes use this key at the same time, the later one must end: each has its own"
 CONNECTIONS = 4096  # open files: as many strangers can hold a chunk each until they have to leave
 Counter = Callable[[str, str, str, int], None]
 
@@ -50,7 +54,7 @@ class _Admission:
     def callback(self, domain: str, key: bytes) -> bool:
         known = key.decode() in self._names
         if not known:
-            self._denied(key.decode())
+            self._denied(fingerprint(z85.decode(key)))
         return known
 
 
@@ -60,7 +64,7 @@ class Hub:
     Args:
         bind: ZeroMQ address; port ``*`` picks a free one, see ``address``.
         identity, roster: the server's key and who may connect.
-        denied: called, from the authenticator's thread, with the z85 key of a refused connection.
+        denied: called, from the authenticator's thread, with the fingerprint of a refused key.
         count: called for each frame with peer, "up" or "down", message type and bytes.
         recorder: keeps the audit log, if there is one.
 
@@ -79,7 +83,7 @@ class Hub:
     ) -> None:
         where = Address.parse("bind", bind)
         self._names = {z85.encode(member.curve).decode(): member.name for member in roster.members}
-        self._routes: dict[str, bytes] = {}
+        self._routes = Routes()
         self._coming: dict[str, Assembler] = {}
         self._count, self._recorder = count, recorder
         self.context = zmq.Context()
@@ -119,9 +123,14 @@ class Hub:
                 return
             if len(parts) < 2:
                 continue
-            name = self._names[str(parts[1].get("User-Id"))]
-            if self._routes.get(name) != parts[0].bytes:
-                self._routes[name], self._coming[name] = parts[0].bytes, Assembler()
+            name, route = self._names[str(parts[1].get("User-Id"))], parts[0].bytes
+            heard = self._routes.hear(name, route, time.monotonic())
+            if heard is Heard.NEW:
+                self._coming[name] = Assembler()
+            elif heard is Heard.TWICE and self._refuse_rival(name, route):
+                yield name, m.Leave(KeyInUseError.__name__, TWO)
+            if heard in (Heard.STALE, Heard.TWICE):
+                continue
             frame: bytes | memoryview = parts[1].buffer
             decoded: m.Message | None = None
             try:
@@ -140,9 +149,17 @@ class Hub:
             self._count(name, "up", type(message).__name__, len(frame))
             yield name, message
 
+    def _refuse_rival(self, name: str, route: bytes) -> bool:
+        """Give a member back to the process that had it first, and tell the other one, if it is
+        still there."""
+        told = self.send(name, m.Refused(KeyInUseError.__name__, f"{name}: {TWO}"))
+        self._routes.settle(name, route)
+        self._coming[name] = Assembler()
+        return told
+
     def send(self, name: str, message: m.Message) -> bool:
         """Queue a frame; False if the member is not connected or does not keep up."""
-        route = self._routes.get(name)
+        route = self._routes.of(name)
         if route is None:
             return False
         if self._recorder is not None and isinstance(message, m.RoundEnd | m.Finish):

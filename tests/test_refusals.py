@@ -12,7 +12,7 @@ from rounds import OPEN, entropy_from, identity, make_parties, make_plan, make_u
 
 from secure_fedprompt.clients import participant
 from secure_fedprompt.clients.journal import MemoryJournal
-from secure_fedprompt.clients.state import Party, Ready
+from secure_fedprompt.clients.state import Party, Ready, refusal
 from secure_fedprompt.protocol import errors
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.keys import Identity, Member
@@ -312,3 +312,14 @@ def test_policy_of_tests_is_wider_than_the_default() -> None:
     with pytest.raises(errors.PolicyError):
         Policy().check_plan(make_plan(1), 1)
     OPEN.check_plan(make_plan(1), 1)
+
+
+@pytest.mark.parametrize(
+    ("named", "code"),
+    [("RosterMismatchError", 7), ("MismatchError", 7), ("NotOnRosterError", 4),
+     ("KeyInUseError", 14), ("TooFewClientsError", 8), ("KeyFileError", 8), ("SystemExit", 8)],
+)  # fmt: skip
+def test_a_servers_refusal_ends_with_the_code_of_the_table(named: str, code: int) -> None:
+    """And only with one that a server may name."""
+    error = refusal(m.Refused(named, "because of it"))
+    assert (error.exit_code, str(error)) == (code, "server refuses us: because of it")

@@ -30,15 +30,17 @@ from secure_fedprompt.clients import link as link_module
 from secure_fedprompt.clients import participant
 from secure_fedprompt.clients.encrypted import Opening
 from secure_fedprompt.clients.link import CurveLink
-from secure_fedprompt.clients.state import Ready, State
+from secure_fedprompt.clients.state import Ready, State, refusal
 from secure_fedprompt.protocol import chunks, errors
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.address import Address
 from secure_fedprompt.protocol.codec import VERSION
 from secure_fedprompt.protocol.keys import Identity
+from secure_fedprompt.server import routes
 from secure_fedprompt.server.coordinator import Deadlines, Stage
 from secure_fedprompt.server.encrypted import make_round
-from secure_fedprompt.server.hub import CONNECTIONS, Hub, bound_connections
+from secure_fedprompt.server.hub import CONNECTIONS, TWO, Hub, bound_connections
+from secure_fedprompt.server.routes import Heard, Routes
 
 PATIENCE = 20.0
 
@@ -371,3 +373,68 @@ def test_a_missing_connection_is_told_once_and_its_return_too() -> None:
                 link.receive(0.1)
     lost = f"no connection to {address}: trying again, for 60 s in all"
     assert told == [lost, f"connected to {address} again", lost]
+
+
+def test_two_machines_with_one_key_are_noticed_and_named(
+    hub: Hub, connect: Callable[..., CurveLink], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(routes, "SPACING", 0.0)
+    first, copy = connect(identity("c001")), connect(identity("c001"))
+    for link in (first, copy):
+        link.connect()
+        link.send(m.Alive())
+        assert collect(hub, 1) == [("c001", m.Alive())]
+    for _ in range(routes.SIGHTINGS):
+        first.send(m.Alive())
+    ((name, left),) = collect(hub, 1)
+    assert (name, left) == ("c001", m.Leave("KeyInUseError", TWO))
+    told = copy.receive(PATIENCE)
+    assert isinstance(told, m.Refused)
+    assert isinstance(refusal(told), errors.KeyInUseError)
+    copy.send(m.Alive())  # it should have ended: not heard any more
+    first.send(m.RoundEnd(bytes(16), 1, "first"))
+    assert collect(hub, 1) == [("c001", m.RoundEnd(bytes(16), 1, "first"))]
+    assert hub.send("c001", m.Alive())
+    assert first.receive(PATIENCE) == m.Alive()
+
+
+def test_what_a_lost_connection_left_behind_is_dropped() -> None:
+    lines = Routes()
+    assert lines.hear("c001", b"1", 0.0) is Heard.NEW
+    assert lines.of("c001") == b"1"
+    assert lines.hear("c001", b"2", 0.1) is Heard.NEW
+    stale = [lines.hear("c001", b"1", 0.2 + i / 1000) for i in range(500)]
+    assert set(stale) == {Heard.STALE}
+    assert lines.of("c001") == b"2"
+    assert lines.hear("c001", b"2", 1.0) is Heard.CURRENT
+    # and one that goes on for longer than a queue lasts is a process
+    lasting = [lines.hear("c001", b"1", 2.0 + i) for i in range(routes.SIGHTINGS)]
+    assert lasting == [*[Heard.STALE] * (routes.SIGHTINGS - 1), Heard.TWICE]
+    assert lines.settle("c001", b"1") == b"2"
+    assert lines.of("c001") == b"1"
+    assert [lines.hear("c001", b"2", 10.0 + i) for i in range(9)] == [Heard.STALE] * 9
+    assert lines.hear("c001", b"3", 30.0) is Heard.NEW  # started again
+
+
+def test_a_visitor_with_the_same_key_that_has_gone_costs_nothing(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``check`` from another machine: its connection is gone when the client is heard again."""
+    monkeypatch.setattr(routes, "SPACING", 0.0)
+    key = identity("server").curve_public()
+    with closing(CurveLink(hub.address, key, identity("c001"), 5.0)) as first:
+        first.connect()
+        first.send(m.Alive())
+        collect(hub, 1)
+        with closing(CurveLink(hub.address, key, identity("c001"), 5.0)) as visitor:
+            visitor.connect()
+            visitor.send(m.Alive())
+            collect(hub, 1)
+        until = time.monotonic() + PATIENCE
+        while hub.send("c001", m.Alive()) and time.monotonic() < until:
+            collect(hub, 0)
+            list(hub.poll(0.05))
+        for _ in range(routes.SIGHTINGS):
+            first.send(m.Alive())
+        first.send(m.RoundEnd(bytes(16), 1, "first"))
+        assert collect(hub, 1) == [("c001", m.RoundEnd(bytes(16), 1, "first"))]
