@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,32 @@ _NO_DP = PrivacySettings()
 _AFTER = 1 << 32  # later than every learning round
 Progress = Callable[[str, int, int], None]
 Values = dict[str, NDArray[np.floating[Any]] | np.float64]
+
+
+_METRICS = (lay.SEEN, lay.CORRECT, lay.LOSS, lay.ZERO_SHOT)
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a client's own user may know of a round, and nobody else.
+
+    Attributes:
+        images: of the client's own test set; 0 where nothing was counted.
+        correct: of these, by the prompt of the round's start; zero_shot: by words alone.
+        loss: mean cross-entropy of these.
+        first_loss, last_loss: mean loss of the first and the last epoch of training, not with dp.
+    """
+
+    images: int = 0
+    correct: int = 0
+    zero_shot: int = 0
+    loss: float | None = None
+    first_loss: float | None = None
+    last_loss: float | None = None
+
+
+def _named_round(plan: RoundPlan) -> str:
+    return f"round {plan.learning_round}/{plan.rounds}: training"
 
 
 def load_sets(
@@ -245,6 +272,8 @@ class LocalTrainer:
         self.ledger = Ledger()
         self._zero_shot_hits: int | None = None
         self._counted: Values = {}  # metrics of the round under way
+        self.local_metrics = False  # whether ``figures`` are wanted where no round counts them
+        self.figures = Figures()
         self.clipped = 0  # update values beyond the plan's clip in the last round
         self.norms: list[float] = []  # L2 norms of the updates so far
         backbone.check_class_names(train.class_names)
@@ -355,22 +384,17 @@ class LocalTrainer:
             method.restore(self._before[1])
         self._before = here, method.private()
         method.begin(self._named(work.base), plan.learning_round)
-        self.clipped = 0
-        values: Values = {}
+        self.clipped, self.figures = 0, Figures()
         if method.fine_tunes and not plan.training:
             self._train(train, plan)
-        if any(field.name == lay.SEEN for field in plan.layout) and self.dp.kind != "none":
-            counters = (lay.SEEN, lay.CORRECT, lay.LOSS, lay.ZERO_SHOT)
-            values = {name: np.float64(0) for name in counters}
-        elif any(field.name == lay.SEEN for field in plan.layout):
-            guesses, losses = predict(method, test)
-            hits = guesses == test.labels.cpu().numpy()
-            values = {
-                lay.SEEN: np.float64(len(test)),
-                lay.CORRECT: np.float64(hits.sum()),
-                lay.ZERO_SHOT: np.float64(self._zero_shot()),
-                lay.LOSS: np.float64(np.minimum(losses, LOSS_CLIP).sum()),
-            }
+        counting = any(field.name == lay.SEEN for field in plan.layout)
+        values: Values = {}
+        if self.local_metrics or (counting and self.dp.kind == "none"):
+            values = self._metrics(test)
+        if counting and self.dp.kind != "none":
+            values = {name: np.float64(0) for name in _METRICS}
+        elif not counting:
+            values = {}
         if plan.training:
             if self.dp.kind == "sample":
                 self._train_privately(train, plan)
@@ -380,6 +404,16 @@ class LocalTrainer:
         if plan.selecting:
             return method.selection_keys(self._draws(plan))
         return self._contribution(work)
+
+    def _metrics(self, test: Features) -> Values:
+        """Counters of the prompt as it came, on this client's own test images."""
+        assert self.method is not None
+        guesses, losses = predict(self.method, test)
+        hits, zero = int((guesses == test.labels.cpu().numpy()).sum()), self._zero_shot()
+        self.figures = Figures(len(test), hits, zero, float(losses.mean()) if len(test) else None)
+        summed = np.minimum(losses, LOSS_CLIP).sum()
+        counts = (len(test), hits, summed, zero)
+        return {name: np.float64(count) for name, count in zip(_METRICS, counts, strict=True)}
 
     def _zero_shot(self) -> int:
         """Test images that "a photo of a NAME." gets right: what the run is measured against."""
@@ -449,7 +483,7 @@ class LocalTrainer:
         steps = s.epochs * -(-len(images) // size)
         entry = Entry(plan.run.hex(), plan.round, 0.0, size / len(images), steps)
         self.ledger.reserve(entry, self.dp)
-        done = 0
+        done, losses = 0, list[torch.Tensor]()
         with torch.random.fork_rng(devices=[]):  # torchvision draws from torch's generator
             torch.manual_seed(int(rng.integers(2**62)))
             for _ in range(s.epochs):
@@ -459,10 +493,15 @@ class LocalTrainer:
                     if self.cancelled.is_set():
                         raise UpdateError("training was cancelled")
                     optimiser.zero_grad()
-                    torch.autograd.backward(method.loss(batch))
+                    loss = method.loss(batch)
+                    torch.autograd.backward(loss)
                     optimiser.step()
                     done += 1
-                    self.progress("training", done, steps)
+                    losses.append(loss.detach().float())
+                    self.progress(_named_round(plan), done, steps)
+        each = steps // s.epochs
+        first, last = (float(torch.stack(part).mean()) for part in (losses[:each], losses[-each:]))
+        self.figures = replace(self.figures, first_loss=first, last_loss=last)
 
     def _train_privately(self, images: Features, plan: RoundPlan) -> None:
         """DP-SGD: the spend is on the disk before the first step.
@@ -500,7 +539,7 @@ class LocalTrainer:
                     raise UpdateError("training was cancelled")
                 taken = draws.poisson(len(images), rate)
                 training.step(self._batch(images, taken))
-                self.progress("training privately", done + 1, steps)
+                self.progress(_named_round(plan), done + 1, steps)
         finally:
             training.close()
 

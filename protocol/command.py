@@ -165,6 +165,8 @@ def _from_folder(cls: type, values: dict[str, Any], args: argparse.Namespace, fo
 
 def _is_path(kind: str, value: str, folder: Path) -> bool:
     """Whether a value is a path, and not a name."""
+    if kind == "log":
+        return value not in ("", "json")
     if kind == "model":
         return value.startswith(LOCAL_MODEL) or value.endswith(".safetensors")
     if kind == "data" and "/" not in value and not Path(value).suffix:

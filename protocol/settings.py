@@ -18,6 +18,7 @@ Strength = Annotated[float, Meta(ge=0, le=1e4)]  # of a term of the loss
 Digits = Annotated[str, Meta(pattern="^[0-9a-f]{0,64}$")]  # hexadecimal, the first of a digest
 # Paths: relative ones are relative to the configuration file, or on the command line to its folder.
 FilePath = Annotated[str, Meta(extra={"path": "file"})]
+LogPath = Annotated[str, Meta(extra={"path": "log"})]  # or "json"
 DataPath = Annotated[str, Meta(extra={"path": "data"})]  # or the name of a data set
 ModelPath = Annotated[str, Meta(extra={"path": "model"})]  # or the name of a model or its weights
 
@@ -210,6 +211,9 @@ class ServerSettings(MethodSettings, frozen=True, forbid_unknown_fields=True, kw
         alive_seconds: silence after which a client counts as gone.
         audit: log of frames, in run_dir/audit: "off", "headers" (sizes, digests), or "full".
         audit_mb: most megabytes of that log; its oldest parts go first.
+        log: file to append what the terminal shows to (objects, if it ends in .jsonl); or "json",
+            for objects in the place of text on the terminal.
+        log_level: least that is told: "debug", "info", "warning" or "error".
         model_fingerprint: of the model that every client must hold, as the first hex digits that
             'secure-fedprompt check' prints; empty takes what the first client announces.
         classes_digest: the same for the class list.
@@ -252,6 +256,8 @@ class ServerSettings(MethodSettings, frozen=True, forbid_unknown_fields=True, kw
     alive_seconds: Seconds = 15.0
     audit: str = "headers"
     audit_mb: Positive = 2048
+    log: LogPath = ""
+    log_level: str = "info"
     model_fingerprint: Digits = ""
     classes_digest: Digits = ""
 
@@ -296,6 +302,7 @@ CHOICES = {
     "kind": ("none", "sample"),
     "accountant": ("prv", "rdp"),
     "audit": ("off", "headers", "full"),
+    "log_level": ("debug", "info", "warning", "error"),
     "device": ("auto", "cpu", "cuda"),
     "precision": ("fp32", "bf16", "fp16"),
 }

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from secure_fedprompt.client_settings import ClientSettings
     from secure_fedprompt.clients.link import CurveLink
     from secure_fedprompt.clients.training import LocalTrainer
+    from secure_fedprompt.host.log import Log
 
 _ANSWER = 10.0  # seconds to wait for the server's
 
@@ -160,6 +161,7 @@ def _write_roster(path: Path, roster: Roster) -> None:
 
 def check(argv: list[str]) -> int:
     from secure_fedprompt.client_settings import ClientSettings
+    from secure_fedprompt.host.log import Log
 
     parser = command.parser(
         "secure-fedprompt check",
@@ -169,7 +171,13 @@ def check(argv: list[str]) -> int:
     )
     command.add_flags(parser, ClientSettings)
     args = parser.parse_args(argv)
-    return command.guard(lambda: _check(command.load(ClientSettings, args), args.json), args)
+
+    def body() -> int:
+        settings = command.load(ClientSettings, args)
+        with Log("check", settings.log, settings.log_level) as log:
+            return _check(settings, args.json, log)
+
+    return command.guard(body, args)
 
 
 def _in_use(journal: Path) -> bool:
@@ -209,33 +217,28 @@ def _ask(
     )
 
 
-def _check(settings: object, json_path: str | None) -> int:
-    from rich.console import Console
-    from rich.progress import Progress
-
+def _check(settings: ClientSettings, json_path: str | None, log: Log) -> int:
     from secure_fedprompt import client
-    from secure_fedprompt.client_settings import ClientSettings
     from secure_fedprompt.clients.link import CurveLink
+    from secure_fedprompt.host.log import Bars
 
-    assert isinstance(settings, ClientSettings)
-    console = Console(highlight=False)
     results: dict[str, str] = {}
     failure: SecureFedPromptError | None = None
 
     def attempt(what: str, text: str) -> None:
         results[what] = "ok"
-        console.print(f"[green]ok[/]      {what:7} {text}")
+        log.info(what, f"ok      {what:7} {text}")
 
     def failed(what: str, error: SecureFedPromptError) -> None:
         nonlocal failure
         failure = failure or error
         results[what] = f"{type(error).__name__}: {error}"
-        console.print(f"[red]failed[/]  {what:7} {error}", soft_wrap=True, markup=True)
+        log.error(what, f"failed  {what:7} {error}", error=type(error).__name__)
 
     trainer: LocalTrainer | None = None
     try:
-        with Progress(console=console, transient=True) as progress:
-            trainer = client.load_trainer(settings, console, progress)
+        with Bars(log) as bars:
+            trainer = client.load_trainer(settings, log, bars)
         attempt("model", f"fingerprint {trainer.model_fingerprint.hex()[:16]}")
         attempt(
             "data",
@@ -253,7 +256,7 @@ def _check(settings: object, json_path: str | None) -> int:
         return error.exit_code
     if _in_use(Path(settings.state_dir.replace("{name}", me.name)) / "journal.jsonl"):
         results["server"] = "not asked: this client runs"
-        console.print(f"[yellow]not run[/] server  {me.name} runs now: its connection would suffer")
+        log.warning("server", f"not run server  {me.name} runs now: its connection would suffer")
         command.write_json(json_path, results)
         return failure.exit_code if failure else 0
     link = CurveLink(settings.server, server.curve, identity, min(settings.patience, 10.0))

@@ -13,17 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-)
 
+from secure_fedprompt import narration
 from secure_fedprompt.audit import private
 from secure_fedprompt.clients.accounting import epsilon
 from secure_fedprompt.clients.journal import FileJournal
@@ -31,9 +22,10 @@ from secure_fedprompt.clients.ledger import NAME, Ledger
 from secure_fedprompt.clients.link import CurveLink
 from secure_fedprompt.clients.session import Session, Work
 from secure_fedprompt.clients.state import Party
+from secure_fedprompt.host.log import Bars, Log
 from secure_fedprompt.identity import whoami
 from secure_fedprompt.pace import UPLOADS, Pace
-from secure_fedprompt.protocol import client_noise, command
+from secure_fedprompt.protocol import command
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.errors import DataError, SecureFedPromptError, UpdateError
 from secure_fedprompt.protocol.recorder import recorder
@@ -42,7 +34,6 @@ if TYPE_CHECKING:
     from secure_fedprompt.client_settings import ClientSettings
     from secure_fedprompt.clients.data.sets import ImageSet
     from secure_fedprompt.clients.training import LocalTrainer, Result, Values
-    from secure_fedprompt.protocol.terms import RunTerms
 
 EXAMPLES = """\
   python -m secure_fedprompt.client --config client.toml
@@ -70,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     return command.guard(body, args)
 
 
-def load_trainer(settings: ClientSettings, console: Console, progress: Progress) -> LocalTrainer:
+def load_trainer(settings: ClientSettings, log: Log, bars: Bars) -> LocalTrainer:
     """Data and model, before anything is sent.
 
     Raises:
@@ -83,32 +74,27 @@ def load_trainer(settings: ClientSettings, console: Console, progress: Progress)
 
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    tasks: dict[str, TaskID] = {}
-
-    def report(what: str, done: int, total: int) -> None:
-        if what not in tasks:
-            tasks[what] = progress.add_task(what, total=total)
-        progress.update(tasks[what], completed=done, total=total)
-
-    train, test = readable(load_part(settings), console, settings.skip_unreadable, report)
+    train, test = readable(load_part(settings), log, settings.skip_unreadable, bars.on)
     if not len(train):
         raise DataError(f"data set {settings.dataset} has no training image that can be read")
     backbone = Backbone.load(
         settings.model, settings.pretrained, settings.device, settings.precision
     )
-    console.print(
-        f"{len(train)} training and {len(test)} test images, {len(train.class_names)} classes; "
-        f"model {settings.model} on {backbone.device}"
-    )
+    log.info(
+        "data", f"{len(train)} training and {len(test)} test images, {len(train.class_names)} "
+        f"classes; model {settings.model} on {backbone.device}",
+    )  # fmt: skip
     if train.note:
-        console.print(f"data set {settings.dataset}: {train.note}")
+        log.info("data", f"data set {settings.dataset}: {train.note}")
     seed = None if settings.seed < 0 else settings.seed
-    return LocalTrainer(backbone, train, test, seed, settings.augment, report, dp=settings.dp)
+    made = LocalTrainer(backbone, train, test, seed, settings.augment, bars.on, dp=settings.dp)
+    made.local_metrics = settings.local_metrics
+    return made
 
 
 def readable(
     sets: Sequence[ImageSet],
-    console: Console,
+    log: Log,
     skip: bool,
     progress: Callable[[str, int, int], None],
 ) -> list[ImageSet]:
@@ -120,7 +106,7 @@ def readable(
     found = [images.unreadable(progress) for images in sets]
     texts = [text for bad in found for text in bad.values()]
     for text in texts:
-        console.print(f"[yellow]unreadable[/] {escape(text)}", soft_wrap=True)
+        log.warning("unreadable", f"unreadable: {text}")
     if texts and not skip:
         raise DataError(
             f"{len(texts)} of {sum(map(len, sets))} images cannot be read, the first: {texts[0]}; "
@@ -137,34 +123,33 @@ def take_part(settings: ClientSettings, json_path: str | None) -> int:
     Raises:
         SecureFedPromptError: refused, disconnected, or the run failed.
     """
-    console = Console(highlight=False)
+    with Log("client", settings.log, settings.log_level) as log:
+        return _take_part(settings, json_path, log)
+
+
+def _take_part(settings: ClientSettings, json_path: str | None, log: Log) -> int:
     identity, roster, me, server = whoami(settings.key, settings.roster, "client")
+    log.name = me.name
     state_dir = Path(settings.state_dir.replace("{name}", me.name))
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
     with contextlib.ExitStack() as stack:
         journal = FileJournal(state_dir / "journal.jsonl")
         stack.callback(journal.close)
         ledger = Ledger(state_dir / NAME)
         stack.callback(ledger.close)
         ledger.check_bounded(settings.dp)
-        log = recorder(state_dir, settings.audit, settings.audit_mb, identity, me, roster)
-        if log is not None:
-            stack.callback(log.close)
+        frames = recorder(state_dir, settings.audit, settings.audit_mb, identity, me, roster)
+        if frames is not None:
+            stack.callback(frames.close)
         link = CurveLink(
-            settings.server, server.curve, identity, settings.patience, log,
-            lambda text: console.print(f"[yellow]{escape(text)}[/]", soft_wrap=True),
+            settings.server, server.curve, identity, settings.patience, frames,
+            lambda text: log.warning("link", text),
         )  # fmt: skip
         stack.callback(link.close)
-        with Progress(*columns, console=console, transient=True) as progress:
+        with Bars(log) as bars:
             names = sorted(member.name for member in roster.with_role("client"))
-            trainer = load_trainer(settings, console, progress)  # what is wrong here shows at once
+            trainer = load_trainer(settings, log, bars)  # what is wrong here shows at once
             link.connect()
-            console.print(f"[bold]{me.name}[/] connected to {settings.server}")
+            log.info("connected", f"{me.name} connected to {settings.server}")
             trainer.seat = names.index(me.name), len(names)
             trainer.keep, trainer.hold_seconds = state_dir, settings.hold_seconds
             trainer.ledger = ledger
@@ -173,10 +158,11 @@ def take_part(settings: ClientSettings, json_path: str | None) -> int:
             )
             session = Session(party, trainer, settings.method, settings.accept)
             record = state_dir if settings.private_record else None
-            rounds = loop(link, session, trainer, console, record, settings.patience)
-        path = save(session, trainer, state_dir)
-        console.print(f"[green]run {session.run.hex()[:8]} is finished[/]; prompt in {path}")
-        result = {"name": me.name, "run": session.run.hex(), "rounds": rounds, "prompt": str(path)}
+            rounds = loop(link, session, trainer, log, record, settings.patience)
+        path, run = save(session, trainer, state_dir), session.run.hex()
+        words = f"run {run[:8]} is finished; prompt in {path}"
+        log.info("finished", words, run=run, rounds=rounds, prompt=str(path))
+        result = {"name": me.name, "run": run, "rounds": rounds, "prompt": str(path)}
         command.write_json(json_path, {**result, "history": session.history})
         if session.failed_because is not None:
             raise session.failed_because
@@ -187,7 +173,7 @@ def loop(
     link: CurveLink,
     session: Session,
     trainer: LocalTrainer,
-    console: Console,
+    log: Log,
     record: Path | None = None,
     patience: float = math.inf,
 ) -> int:
@@ -224,18 +210,18 @@ def loop(
                     # Encodes all images; meanwhile the link is kept alive.
                     welcome = pool.submit(session.on, message)
                 elif message is not None:
-                    replies += react(session, message, console)
+                    replies += react(session, message, log)
                     if isinstance(message, m.Plan) and session.terms is not None:
                         pace.begin(message.plan, session.terms.upload_after, time.monotonic())
                 declined_at = min(declined_at, now) if session.declined else math.inf
                 if session.declined and now - declined_at > patience:
                     raise session.declined
-                told = tell_sums(console, session, told)
+                told = narration.sums(log, session, told)
                 if job is None and session.work is not None:
-                    job = session.work, pool.submit(trained, trainer, session.work)
+                    job = session.work, pool.submit(trained, trainer, session.work, log)
                 if job is not None and job[1].done():
                     (work, future), job = job, None
-                    sent = settle(session, trainer, console, record, pace, work, future)
+                    sent = settle(session, trainer, log, record, pace, work, future)
                     replies += sent
                     rounds += any(isinstance(reply, UPLOADS) for reply in sent)
                 for reply in pace.due(replies, time.monotonic()):
@@ -252,8 +238,9 @@ def loop(
     return rounds
 
 
-def trained(trainer: LocalTrainer, work: Work) -> Result:
+def trained(trainer: LocalTrainer, work: Work, log: Log) -> Result:
     """Train, and count what was spent: an accountant takes longer than frames may wait."""
+    narration.begun(log, work)
     result = trainer.run(work)
     if trainer.dp.kind == "sample":
         dp = trainer.dp
@@ -264,7 +251,7 @@ def trained(trainer: LocalTrainer, work: Work) -> Result:
 def settle(
     session: Session,
     trainer: LocalTrainer,
-    console: Console,
+    log: Log,
     record: Path | None,
     pace: Pace,
     work: Work,
@@ -279,16 +266,18 @@ def settle(
         result = outcome(future)
     except SecureFedPromptError as error:
         pace.trained(work.plan, time.monotonic(), failed=True)
-        return fail(console, session, work, error, trainer)
+        return fail(log, session, work, error, trainer)
     sent = session.trained(work, result)
     pace.trained(work.plan, time.monotonic())
     if sent and isinstance(result, tuple):
-        uploaded(console, record, session, work, trainer, result)
+        narration.sent(log, session, work, trainer, result[1])
+        if record is not None:
+            keep_private(record, session, work, trainer, result)
     return sent
 
 
 def fail(
-    console: Console,
+    log: Log,
     session: Session,
     work: Work,
     error: SecureFedPromptError,
@@ -297,28 +286,11 @@ def fail(
     """Training failed: told here, and to nobody else."""
     if trainer.cancelled.is_set():
         raise error
-    console.print(
-        f"[bold red]training failed[/]: {escape(str(error))}; a zero update is sent in its place, "
-        "and the server is not told"
+    words = (
+        f"training failed: {error}; a zero update is sent in its place, and the server is not told"
     )
+    log.error("training failed", words, error=type(error).__name__)
     return session.failed(work, error)
-
-
-def tell_terms(console: Console, terms: RunTerms) -> None:
-    """What was agreed to."""
-    counts = "" if terms.uniform else f", weights = {terms.weights}"
-    counts += "" if terms.metrics != "rounds" else ", metrics in every round"
-    console.print(
-        f"terms {terms.digest.hex()[:16]} accepted: {terms.method.method} under "
-        f"{terms.protection}, {terms.clients} clients, quorum {terms.quorum}, c = {terms.colluders}"
-        f"{counts}"
-    )
-    if terms.noise.used:
-        noise = terms.noise
-        console.print(
-            f"  every update's norm is clipped to {noise.clip:g}; a sum has noise of "
-            f"{noise.multiplier:g} times that in each value, if {noise.honest} clients add theirs"
-        )
 
 
 def next_frame(link: CurveLink, timeout: float, greeted: float) -> m.Message | None:
@@ -343,64 +315,22 @@ def outcome(future: Future[T]) -> T:
         raise UpdateError(f"local training failed: {line}") from error
 
 
-def react(session: Session, message: m.Message, console: Console) -> list[m.Message]:
+def react(session: Session, message: m.Message, log: Log) -> list[m.Message]:
     """The answer to a frame; an error of one round only ends our part in that round."""
     if isinstance(message, m.RoundEnd) and message.reason:
-        console.print(f"[yellow]round {message.round} aborted[/]: {escape(message.reason)}")
+        words = f"round {message.round} aborted: {message.reason}"
+        log.warning("aborted", words, round=message.round)
     before = session.terms
     try:
         replies = session.on(message)
     except SecureFedPromptError as error:
         replies = session.withdraw(error)
         what = "declined this round" if session.declined is error else "withdrawn from this round"
-        console.print(f"[yellow]{what}[/]: {escape(str(error))}; waiting for the next one")
+        words = f"{what}: {error}; waiting for the next one"
+        log.warning("withdrawn", words, error=type(error).__name__)
     if session.terms is not before and session.terms is not None:
-        tell_terms(console, session.terms)
+        narration.terms(log, session.terms)
     return replies
-
-
-def uploaded(
-    console: Console,
-    record: Path | None,
-    session: Session,
-    work: Work,
-    trainer: LocalTrainer,
-    result: tuple[Values, float],
-) -> None:
-    """Tell about an upload, and keep what went into it if that is wanted."""
-    tell(console, session, work, trainer, result[1])
-    if record is not None:
-        keep_private(record, session, work, trainer, result)
-
-
-def tell(
-    console: Console, session: Session, work: Work, trainer: LocalTrainer, weight: float
-) -> None:
-    plan = work.plan
-    what = f"round {plan.learning_round}/{plan.rounds}" if plan.training else "final evaluation"
-    shield = "UNPROTECTED" if plan.protection == "none" else f"under {plan.protection}"
-    clipped = (
-        f", [yellow]{trainer.clipped} values clipped to {plan.clip:g}[/]" if trainer.clipped else ""
-    )
-    if weight > plan.max_weight:
-        console.print(
-            f"[yellow]our {weight:g} images count as the plan's max_weight {plan.max_weight}[/]"
-        )
-    sent = f"update of norm {trainer.norms[-1]:.2g}" if plan.training else "counts"
-    weighs = "" if plan.uniform else f" for {weight:g} images"
-    console.print(f"{what}: {sent}{weighs} sent {shield}{clipped}")
-    if trainer.dp.kind == "sample" and plan.training:
-        console.print(
-            f"  privacy: epsilon {trainer.spent:.4g} ({trainer.dp.accountant}) at delta "
-            f"{trainer.dp.delta:g} spent so far, noise multiplier {trainer.sigma:.3g}"
-        )
-    if plan.noise.used:
-        delta = session.party.policy.client_delta
-        spent = client_noise.epsilon(session.party.ledger.rho(), delta)
-        console.print(
-            f"  privacy of this client as a whole: epsilon {spent:.3g} at delta {delta:g} spent so "
-            f"far, norm clipped to {plan.noise.clip:g}"
-        )
 
 
 def keep_private(
@@ -422,16 +352,6 @@ def keep_private(
         prompt = {"local prompt": work.base + flat}
     found = {**tensors, **weighted, **counters, **prompt}
     private.write_round(path, work.plan.round, found)
-
-
-def tell_sums(console: Console, session: Session, told: int) -> int:
-    """What newly opened sums say: under encryption only clients can. Returns how many are told."""
-    for number in sorted(session.history)[told:]:
-        metrics = session.history[number]
-        accuracy = f", accuracy before {metrics['accuracy']:.1%}" if "accuracy" in metrics else ""
-        contributors = f"{metrics['contributors']:.0f} clients"
-        console.print(f"round {number}: sum of {contributors} opened{accuracy}")
-    return len(session.history)
 
 
 def save(session: Session, trainer: LocalTrainer, folder: Path) -> Path:

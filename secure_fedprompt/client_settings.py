@@ -8,6 +8,7 @@ from secure_fedprompt.protocol.policy import Policy
 from secure_fedprompt.protocol.settings import (
     Count,
     FilePath,
+    LogPath,
     ModelPath,
     NonNegative,
     Positive,
@@ -53,6 +54,11 @@ class ClientSettings(ModelSettings, frozen=True, forbid_unknown_fields=True, kw_
             giving up.
         audit: log of frames, in state_dir/audit: "off", "headers" (sizes, digests), or "full".
         audit_mb: most megabytes of that log; its oldest parts go first.
+        log: file to append what the terminal shows to (objects, if it ends in .jsonl); or "json",
+            for objects in the place of text on the terminal. It holds this client's own accuracy.
+        log_level: least that is told: "debug", "info", "warning" or "error".
+        local_metrics: show, on this machine only, what the global prompt gets right of this
+            client's own test images, beside zero-shot, in every round.
         private_record: write what only this client knows of each update to state_dir, in the clear,
             for 'audit --secrets'; delete it afterwards.
     """
@@ -70,6 +76,9 @@ class ClientSettings(ModelSettings, frozen=True, forbid_unknown_fields=True, kw_
     patience: Seconds = 14400.0
     audit: str = "headers"
     audit_mb: Positive = 2048
+    log: LogPath = ""
+    log_level: str = "info"
+    local_metrics: bool = True
     private_record: bool = False
     dp: PrivacySettings = PrivacySettings()
     policy: Policy = Policy()

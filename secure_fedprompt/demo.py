@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -55,6 +56,7 @@ DATA: dict[str, Any] = {
 }
 HELPER = "notary"
 GRACE_SECONDS = 10.0
+STAMP = re.compile(r"^\S+T\S+ (info|warning|error) +")  # of a line of the log
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -342,9 +344,12 @@ def watch(console: Console, started: list[subprocess.Popen[str]], folder: Path) 
     """
     server, last = started[0], ""
     assert server.stdout is not None
-    for line in server.stdout:
-        last = line.rstrip() or last
-        console.print(f"  server | {line.rstrip()}", markup=False, soft_wrap=True)
+    with (folder / "server" / "output.log").open("w") as kept:
+        for line in server.stdout:
+            kept.write(line)
+            words = STAMP.sub("", line.rstrip())
+            last = words or last
+            console.print(f"  server | {words}", markup=False, soft_wrap=True)
     if server.wait():
         reasons = [f"server: {last}"]
         for log in sorted(folder.glob("*/output.log")):

@@ -13,13 +13,12 @@ import time
 from pathlib import Path
 
 import msgspec
-from rich.console import Console
-from rich.markup import escape
 
 from secure_fedprompt.clients.helper import Helper
 from secure_fedprompt.clients.journal import MemoryJournal
 from secure_fedprompt.clients.link import CurveLink
 from secure_fedprompt.clients.state import Party, Replies, refusal
+from secure_fedprompt.host.log import Log
 from secure_fedprompt.identity import whoami
 from secure_fedprompt.protocol import command
 from secure_fedprompt.protocol import messages as m
@@ -30,7 +29,7 @@ from secure_fedprompt.protocol.errors import (
 )
 from secure_fedprompt.protocol.policy import Policy
 from secure_fedprompt.protocol.recorder import recorder
-from secure_fedprompt.protocol.settings import FilePath, Positive, Seconds
+from secure_fedprompt.protocol.settings import FilePath, LogPath, Positive, Seconds
 from secure_fedprompt.protocol.terms import RunTerms
 
 EXAMPLES = """\
@@ -54,6 +53,9 @@ class HelperSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
         audit: log of frames, in state_dir/audit: "off", "headers" (sizes, digests), or "full".
             Its shares and the server's open scores together: keep the two logs apart.
         audit_mb: most megabytes of that log; its oldest parts go first.
+        log: file to append what the terminal shows to (objects, if it ends in .jsonl); or "json",
+            for objects in the place of text on the terminal.
+        log_level: least that is told: "debug", "info", "warning" or "error".
     """
 
     key: FilePath = "helper.pem"
@@ -64,6 +66,8 @@ class HelperSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     state_dir: FilePath = "state/{name}"
     audit: str = "headers"
     audit_mb: Positive = 2048
+    log: LogPath = ""
+    log_level: str = "info"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -84,28 +88,33 @@ def help_out(settings: HelperSettings, json_path: str | None) -> int:
     Raises:
         SecureFedPromptError: refused, disconnected, or the run failed.
     """
-    console = Console(highlight=False)
+    with Log("helper", settings.log, settings.log_level) as log:
+        return _help_out(settings, json_path, log)
+
+
+def _help_out(settings: HelperSettings, json_path: str | None, log: Log) -> int:
     identity, roster, me, server = whoami(settings.key, settings.roster, "helper")
+    log.name = me.name
     policy = Policy(min_cohort=settings.min_cohort)
     party = Party(me.name, identity, roster, policy, MemoryJournal(), os.urandom)
     folder = Path(settings.state_dir.replace("{name}", me.name))
-    log = recorder(folder, settings.audit, settings.audit_mb, identity, me, roster)
+    frames = recorder(folder, settings.audit, settings.audit_mb, identity, me, roster)
     link = CurveLink(
-        settings.server, server.curve, identity, settings.patience, log,
-        lambda text: console.print(f"[yellow]{text}[/]", soft_wrap=True),
+        settings.server, server.curve, identity, settings.patience, frames,
+        lambda text: log.warning("link", text),
     )  # fmt: skip
     try:
         link.connect()
-        console.print(f"[bold]{me.name}[/] connected to {settings.server}, helps with selections")
+        log.info("connected", f"{me.name} connected to {settings.server}, helps with selections")
         session = HelperSession(party)
-        loop(link, session, console)
+        loop(link, session, log)
         run, helped = session.run.hex(), session.helped
-        console.print(f"[green]run {run[:8]} is finished[/]; {helped} selections")
+        log.info("finished", f"run {run[:8]} is finished; {helped} selections", run=run)
         command.write_json(json_path, {"name": me.name, "run": run, "selections": helped})
     finally:
         link.close()
-        if log is not None:
-            log.close()
+        if frames is not None:
+            frames.close()
     return 0
 
 
@@ -179,7 +188,7 @@ class HelperSession:
         self.run, self._commitments, self._opened = message.run, message.commitments, True
 
 
-def loop(link: CurveLink, session: HelperSession, console: Console) -> None:
+def loop(link: CurveLink, session: HelperSession, log: Log) -> None:
     """Move frames between socket and session until the run ends.
 
     Raises:
@@ -197,9 +206,11 @@ def loop(link: CurveLink, session: HelperSession, console: Console) -> None:
         for reply in session.on(message) if message else ():
             link.send(reply)
             if isinstance(reply, m.HelperOutcome):
-                console.print(f"round {reply.round}: selection evaluated")
+                log.info(
+                    "selection", f"round {reply.round}: selection evaluated", round=reply.round
+                )
             if isinstance(reply, m.Withdraw):
-                console.print(f"[yellow]selection given up[/]: {escape(reply.reason)}")
+                log.warning("selection", f"selection given up: {reply.reason}", round=reply.round)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.markup import escape
-
+from secure_fedprompt.host.log import Log
 from secure_fedprompt.protocol import command, homomorphic
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.errors import ConfigError, PlanError
@@ -32,6 +30,8 @@ EXAMPLES = """\
   python -m secure_fedprompt.server --config server.toml --run-dir runs/monday"""
 
 GOODBYE_SECONDS = 10.0
+TROUBLE = ("left", "lost", "fault", "refused", "excluded", "roster")  # events that are warnings
+FACTS = ("learning_round", "round", "outcome", "metrics", "dropped", "seconds", "bytes")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -51,10 +51,15 @@ def serve(settings: ServerSettings, json_path: str | None) -> int:
     Raises:
         SecureFedPromptError: the run cannot begin, or failed.
     """
-    console = Console(highlight=False)
+    with Log("server", settings.log, settings.log_level) as log:
+        return _serve(settings, json_path, log)
+
+
+def _serve(settings: ServerSettings, json_path: str | None, log: Log) -> int:
     identity = command.read_identity(settings.key)
     roster = command.read_roster(settings.roster)
     me = command.member_of(identity, roster, ("server",))
+    log.name = me.name
     folder = Path(settings.run_dir.replace("{time}", time.strftime("%Y%m%d-%H%M%S")))
     if settings.protection in SCHEMES:  # can we, before anybody waits
         clients = len(roster.with_role("client"))
@@ -63,55 +68,54 @@ def serve(settings: ServerSettings, json_path: str | None) -> int:
         except PlanError as error:
             raise ConfigError(f"protection = {settings.protection!r}: {error}") from None
         homomorphic.scheme(settings.protection, chosen)
-    store = Store(folder, settings)
-    try:
+    with contextlib.ExitStack() as stack:
+        store = Store(folder, settings)
+        stack.callback(store.close)
         if store.finished:
             raise ConfigError(f"run folder {folder} holds a finished run: choose another run_dir")
-        store.on_event.append(lambda kind, value: show(console, kind, value, settings, folder))
+        store.on_event.append(lambda kind, value: tell(log, kind, value, settings, folder))
         state = store.load()
         run = Run(settings, roster, store, os.urandom, state, time.monotonic(), identity)
-        warn(console, settings, run.expected)
+        warn(log, settings, run.expected)
 
         def denied(key: str) -> None:
-            console.print(
-                f"[yellow]refused[/] a connection as {key}: no such key on this roster "
-                "('secure-fedprompt roster list' shows those that are)", soft_wrap=True,
+            log.warning(
+                "denied", f"refused a connection as {key}: no such key on this roster "
+                "('secure-fedprompt roster list' shows those that are)", key=key,
             )  # fmt: skip
 
         def count(peer: str, direction: str, kind: str, size: int) -> None:
             store.count(state.round, peer, direction, kind, size)
 
-        log = recorder(folder, settings.audit, settings.audit_mb, identity, me, roster)
-        with contextlib.ExitStack() as stack:
-            if log is not None:
-                stack.callback(log.close)
-            bound_connections(len(roster.members))
-            hub = Hub(settings.bind, identity, roster, denied, count, log)
-            stack.callback(hub.close)
-            where = "resuming" if state.run else "waiting for"
-            console.print(
-                f"[bold]{me.name}[/] on {hub.address}, {where} {run.expected} clients; "
-                f"run folder {folder}"
-            )
-            loop(hub, run)
+        frames = recorder(folder, settings.audit, settings.audit_mb, identity, me, roster)
+        if frames is not None:
+            stack.callback(frames.close)
+        bound_connections(len(roster.members))
+        hub = Hub(settings.bind, identity, roster, denied, count, frames)
+        stack.callback(hub.close)
+        where = "resuming" if state.run else "waiting for"
+        log.info(
+            "started", f"{me.name} on {hub.address}, {where} {run.expected} clients; run folder "
+            f"{folder}", address=hub.address, run_dir=str(folder),
+        )  # fmt: skip
+        loop(hub, run, log)
         if run.error:
             raise run.error
         if run.stopped:
-            console.print(f"start again with run_dir = {str(folder)!r} to go on", soft_wrap=True)
+            log.info("stopped", f"start again with run_dir = {str(folder)!r} to go on")
             return 0
         summary = store.summary()
         store.event("finished", f"prompt {summary['prompt']}")
         command.write_json(json_path, summary)
-    finally:
-        store.close()
     return 0
 
 
-def loop(hub: Hub, run: Run) -> None:
+def loop(hub: Hub, run: Run, log: Log) -> None:
     """Move frames between the socket and the state machine until the run is over."""
     while not run.over:
         out = [o for name, msg in hub.poll(0.05) for o in run.on(name, msg, time.monotonic())]
         out += run.tick(time.monotonic())
+        log.doing(run.doing)
         while out:
             name, message = out.pop(0)
             if not hub.send(name, message):
@@ -127,77 +131,78 @@ def loop(hub: Hub, run: Run) -> None:
                     hub.send(name, last)
 
 
-def warn(console: Console, settings: ServerSettings, clients: int) -> None:
+def warn(log: Log, settings: ServerSettings, clients: int) -> None:
     """Say what protection the run gives."""
     if settings.protection == "none":
-        console.print("[bold red]NO PROTECTION: the server sees every client's update.[/]")
+        log.error("protection", "NO PROTECTION: the server sees every client's update.")
         return
     if settings.selection == "secure":
         who = settings.helper or "an elected client"
-        console.print(
-            f"secure selection, scope {settings.selection_scope}: this server and the helper "
-            f"({who}) must not collude"
-        )
+        log.info(
+            "protection", f"secure selection, scope {settings.selection_scope}: this server and "
+            f"the helper ({who}) must not collude",
+        )  # fmt: skip
     counts = {"samples": "image count", "bucket": "image count to a power of two"}
     shown = [counts[settings.weights]] if settings.weights in counts else []
     shown += ["test counts"] if settings.metrics == "rounds" else []
     if shown:
-        console.print(
-            f"[yellow]weights = {settings.weights!r}, metrics = {settings.metrics!r}[/]: if one "
-            f"client drops out between two rounds, their sums differ by its {' and '.join(shown)}; "
-            "'uniform' and 'final' keep counts out of what can be compared"
-        )
+        log.warning(
+            "protection", f"weights = {settings.weights!r}, metrics = {settings.metrics!r}: if "
+            f"one client drops out between two rounds, their sums differ by its "
+            f"{' and '.join(shown)}; 'uniform' and 'final' keep counts out of what can be compared",
+        )  # fmt: skip
     if settings.dp_noise:
         noise = noise_of(settings, clients)
-        console.print(
-            f"client noise of {noise.multiplier:g} x dp_clip {noise.clip:g} in every sum, if "
-            f"{noise.honest} clients add theirs; 'secure-fedprompt explain' prints epsilon"
-        )
+        log.info(
+            "protection", f"client noise of {noise.multiplier:g} x dp_clip {noise.clip:g} in every "
+            f"sum, if {noise.honest} clients add theirs; 'secure-fedprompt explain' prints epsilon",
+        )  # fmt: skip
     t = settings.threshold or default_threshold(clients)
     if settings.protection in SCHEMES:
-        console.print(
+        text = (
             f"{settings.protection}: the server adds ciphertexts and learns no sum. All clients "
             "share one key: safe while this server follows the protocol and no client colludes "
             f"with it; among themselves, {max(0, t - 2)} clients learn no more than sums"
         )
-        return
-    if settings.graph == "regular":
-        console.print("masks on a k-regular graph: safe against an honest-but-curious server")
+    elif settings.graph == "regular":
+        text = "masks on a k-regular graph: safe against an honest-but-curious server"
     else:
         c = tolerated_colluders(clients, t)
-        console.print(
+        text = (
             f"masks on the complete graph: {clients} clients, t = {t}; safe against a dishonest "
             f"server with c = {c} colluding clients"
         )
+    log.info("protection", text)
 
 
-def show(console: Console, kind: str, value: Any, settings: ServerSettings, folder: Path) -> None:
+def tell(log: Log, kind: str, value: Any, settings: ServerSettings, folder: Path) -> None:
     """One line per event."""
     if kind != "round":
-        console.print(f"[dim]{kind:>8}[/] {escape(str(value))}")
+        say = {"failed": log.error, **dict.fromkeys(TROUBLE, log.warning)}.get(kind, log.info)
+        say(kind, f"{kind} {value}")
         return
     metrics, seconds = value["metrics"], sum(value["seconds"].values())
     last = value["learning_round"] > settings.rounds
     best = folder / BEST if (folder / BEST).exists() and settings.metrics == "rounds" else None
     what = "final evaluation" if last else f"round {value['learning_round']}/{settings.rounds}"
+    facts = {name: value[name] for name in FACTS}
     if value["outcome"] == "aborted":
-        console.print(f"[red]{what} aborted[/]: {escape(value['reason'])}")
+        log.warning("round", f"{what} aborted: {value['reason']}", **facts)
         return
-    accuracy = f"accuracy before {metrics['accuracy']:.1%}  " if "accuracy" in metrics else ""
+    accuracy = f"accuracy before {metrics['accuracy']:.1%}, " if "accuracy" in metrics else ""
     if "zero_shot" in metrics:
-        accuracy += f"(zero-shot {metrics['zero_shot']:.1%})  "
+        accuracy += f"zero-shot {metrics['zero_shot']:.1%}, "
     dropped = ", ".join(f"{n} ({s})" for n, s in value["dropped"].items()) or "nobody"
-    console.print(
-        f"[green]{what}[/]  {accuracy}{metrics['contributors']:.0f} clients in, "
-        f"{escape(dropped)} dropped, {seconds:.1f} s"
-    )
+    log.info(
+        "round", f"{what}: {accuracy}{metrics['contributors']:.0f} clients in, {dropped} dropped, "
+        f"{seconds:.1f} s", **facts,
+    )  # fmt: skip
     if metrics.get("accuracy", 1.0) < metrics.get("zero_shot", 0.0) and last:
-        console.print(
-            '[bold yellow]the prompt is worse than zero-shot[/] ("a photo of a NAME.", nothing '
+        log.warning(
+            "worse", 'the prompt is worse than zero-shot ("a photo of a NAME.", nothing '
             'trained): train longer, with a smaller lr, or from words (init = "a photo of a", '
             "n_ctx = 4)" + (f"; the best prompt is {best}" if best else ""),
-            soft_wrap=True,
-        )
+        )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -71,6 +71,9 @@ BEFORE_OUTCOME = UPLOADING - {Stage.COLLECTING} | {Stage.ASKING, Stage.KEYING}
 OPENINGS = {Stage.UNMASKING, Stage.OPENING, Stage.REPORTING}  # no other sum will be opened
 
 
+LONG_AGO = "before a restart"  # when who is missing was lost, where nothing else is known
+
+
 @dataclass(frozen=True)
 class Deadlines:
     """Seconds that a stage may take: ``training`` for the one in which clients train, ``stage`` for
@@ -138,6 +141,15 @@ class Round:
 
     def _make_selector(self) -> Selector | None:
         return Selector(self.plan, self.run_keys, self.entropy) if self.plan.selecting else None
+
+    @property
+    def doing(self) -> str:
+        """The stage as people call it: the one that waits for training is "training"."""
+        return "training" if self._trains and self.plan.training else str(self.stage)
+
+    @property
+    def _trains(self) -> bool:
+        return self.stage is (Stage.SELECTING if self._selector else Stage.COLLECTING)
 
     @property
     def over(self) -> bool:
@@ -287,9 +299,8 @@ class Round:
         return out
 
     def _begin(self, stage: Stage, names: tuple[str, ...], now: float) -> None:
-        trains = stage is (Stage.SELECTING if self._selector else Stage.COLLECTING)
-        limit = self.deadlines.training if trains else self.deadlines.stage
         self.stage, self.waiting, self.answers = stage, set(names) - self._gone, {}
+        limit = self.deadlines.training if self._trains else self.deadlines.stage
         self.began, self.deadline, self._short = now, now + limit, False
         if stage in OPENINGS:
             self._open_until = now + max(limit, self.deadlines.opening)
@@ -342,18 +353,18 @@ class Round:
 
     def _advance(self, now: float) -> Outbox:
         """Close the stage with who answered, and open the next."""
-        self.seconds[self.stage] = now - self.began
+        self.seconds[self.doing] = now - self.began
         names = tuple(sorted(self.answers))
         if self.stage is Stage.EVALUATING:
             return self._hand_out(now)
         if self.stage in UPLOADING:
             for name in set(self.plan.cohort) - set(names) - set(self.dropped):
-                self.dropped[name] = str(self.stage)
+                self.dropped[name] = self.doing
         if not self._suffices(now):
             if self.stage in OPENINGS and now < self._open_until:
                 return self._hope(now)
             return self._abort(
-                f"{len(names)} of {len(self.plan.cohort)} clients answered while {self.stage}, "
+                f"{len(names)} of {len(self.plan.cohort)} clients answered while {self.doing}, "
                 f"{self.plan.quorum} are needed"
             )
         if self.stage is Stage.SELECTING:
@@ -466,7 +477,7 @@ class Round:
     def reopen(self, pending: Pending, now: float) -> None:
         """Go on with an opening that a restart interrupted; ``back`` for each who returns."""
         self.pending, self._survivors = pending, pending.survivors
-        self.dropped = dict.fromkeys(pending.dropped, str(Stage.COLLECTING))
+        self.dropped = dict.fromkeys(pending.dropped, LONG_AGO)
         self._adverts = {advert.name: advert for advert in pending.adverts}
         near, alive = masking.neighbourhoods(self.plan), set(pending.sharers)
         self._shared = {n: tuple(p for p in near[n] if p in alive) for n in pending.sharers}

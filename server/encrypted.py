@@ -29,7 +29,7 @@ from secure_fedprompt.protocol.packing import Packing
 from secure_fedprompt.protocol.plan import NO_KEY, RoundPlan
 from secure_fedprompt.protocol.roster import Roster
 from secure_fedprompt.protocol.shamir import Entropy
-from secure_fedprompt.server.coordinator import Deadlines, Round, Stage
+from secure_fedprompt.server.coordinator import LONG_AGO, Deadlines, Round, Stage
 from secure_fedprompt.server.opening import Pending, grant_is_bad
 from secure_fedprompt.server.selection import Outbox
 
@@ -147,7 +147,7 @@ class EncryptedRound(Round):
 
     def reopen(self, pending: Pending, now: float) -> None:
         self.pending, self._survivors, self.key = pending, pending.survivors, pending.key
-        self.dropped = dict.fromkeys(pending.dropped, str(Stage.COLLECTING))
+        self.dropped = dict.fromkeys(pending.dropped, LONG_AGO)
         self._begin(Stage.OPENING, (), now)
         self._hope(now)
 

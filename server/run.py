@@ -294,6 +294,19 @@ class Run:
         """Clients and helpers that are there."""
         return {**self.clients, **self.helpers}
 
+    @property
+    def doing(self) -> str:
+        """What the run waits for, in words."""
+        current, here = self.current, len(self.clients)
+        if current is None:
+            return f"waiting for clients: {here} of {self.expected} ({', '.join(self.clients)})"
+        last = current.plan.learning_round > current.plan.rounds
+        what = "final evaluation" if last else (
+            f"round {current.plan.learning_round}/{current.plan.rounds}"
+        )  # fmt: skip
+        many = len(current.answers) + len(current.waiting)
+        return f"{what}: {current.doing}, {len(current.answers)} of {many} answered"
+
     def farewell(self, name: str) -> Outbox:
         """The last frame of a run that is over, for a client that missed it."""
         return self._finish_frames((name,))

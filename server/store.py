@@ -48,7 +48,7 @@ CREATE TABLE IF NOT EXISTS events (at REAL, kind TEXT, text TEXT);
 """
 BEST = "best.safetensors"  # in a run folder
 _FREE = {"key", "roster", "bind", "run_dir", "gather_seconds", "alive_seconds", "max_attempts",
-         "stop_after", "audit", "audit_mb"}  # what the terms of a run do not fix  # fmt: skip
+         "stop_after", "audit", "audit_mb", "log", "log_level"}  # not in a run's terms  # fmt: skip
 
 
 def open_run(folder: Path) -> sqlite3.Connection:

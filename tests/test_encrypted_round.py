@@ -70,7 +70,7 @@ def test_a_dropout_at_any_stage_costs_nothing(stage: Stage, inside: bool, who: s
     updates = make_updates(plan)
     outcome = run_round(plan, make_parties(5), updates, {who: stage})
     check(plan, updates, outcome, [n for n in plan.cohort if inside or n != who])
-    assert outcome.round.dropped == ({} if inside else {who: "collecting"})
+    assert outcome.round.dropped == ({} if inside else {who: "training"})
 
 
 def test_a_maker_that_vanishes_aborts_the_round_by_name() -> None:
@@ -132,7 +132,7 @@ def test_a_client_without_the_plans_key_says_so() -> None:
     outcome = run_round(plan, parties, make_updates(plan, 1))
     assert isinstance(outcome.errors["c002"], errors.KeyMismatchError)
     assert outcome.round.stage is Stage.DONE
-    assert outcome.round.dropped == {"c002": "collecting"}
+    assert outcome.round.dropped == {"c002": "training"}
 
 
 # -- the server refuses --------------------------------------------------------------------------

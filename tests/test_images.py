@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from PIL import Image
 from rich.console import Console
-from rich.progress import Progress
 
 from secure_fedprompt.__main__ import main
 from secure_fedprompt.client import load_trainer
@@ -23,6 +22,7 @@ from secure_fedprompt.clients.data import images, sets
 from secure_fedprompt.clients.data.images import read_image
 from secure_fedprompt.clients.methods.base import METHODS
 from secure_fedprompt.clients.training import LocalTrainer
+from secure_fedprompt.host.log import Bars, Log
 from secure_fedprompt.prompt_file import write_prompt
 from secure_fedprompt.protocol.errors import DataError
 from secure_fedprompt.protocol.settings import FedMGPSettings, MethodSettings
@@ -295,17 +295,16 @@ def test_all_bad_files_are_named_before_a_client_joins(
 ) -> None:
     monkeypatch.setattr(Backbone, "load", lambda *args: bundled)
     settings = ClientSettings(dataset=str(spoilt(tmp_path / "d")))
-    console = Console(file=io.StringIO(), width=500)
-    with Progress(disable=True) as progress, pytest.raises(DataError) as caught:
-        load_trainer(settings, console, progress)
+    told = io.StringIO()
+    log = Log("client", console=Console(file=told))
+    with pytest.raises(DataError) as caught:
+        load_trainer(settings, log, Bars(log))
     assert str(caught.value).startswith("3 of 12 images cannot be read, the first: image ")
     assert "--skip-unreadable" in str(caught.value)
-    told = console.file.getvalue()  # type: ignore[attr-defined]
     for name in ("a/1.png", "b/4.png", "b/5.png"):
-        assert f"unreadable image {name} cannot be read" in told
+        assert f"unreadable: image {name} cannot be read" in told.getvalue()
     skipping = msgspec.structs.replace(settings, skip_unreadable=True)
-    with Progress(disable=True) as progress:
-        trainer = load_trainer(skipping, console, progress)
+    trainer = load_trainer(skipping, log, Bars(log))
     assert sum(trainer.image_counts) == 9
 
 

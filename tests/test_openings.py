@@ -622,7 +622,7 @@ def test_a_complaint_about_nobody_costs_its_sender_alone(who: str) -> None:
 
     outcome = run_round(plan, make_parties(5), make_updates(plan), tap=tap)
     assert outcome.round.stage is Stage.DONE
-    assert outcome.round.dropped == {"c004": "collecting"}
+    assert outcome.round.dropped == {"c004": "training"}
     assert "who sent it no box" in outcome.round.faults["c004"]
 
 
@@ -682,7 +682,7 @@ def test_no_sum_is_opened_over_a_few_even_if_most_withdraw() -> None:
     gone = dict.fromkeys(names(10)[3:], Stage.COLLECTING)
     outcome = run_round(plan, make_parties(10), make_updates(plan), gone)
     assert outcome.round.stage is Stage.ABORTED
-    assert "3 of 10 clients answered while collecting, 7 are needed" in outcome.round.reason
+    assert "3 of 10 clients answered while training, 7 are needed" in outcome.round.reason
     assert not outcome.opened
 
 

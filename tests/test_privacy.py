@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
 import json
 import os
 from collections.abc import Iterator
@@ -14,11 +16,13 @@ import torch
 from models import tiny
 from opacus.grad_sample import GradSampleModule
 from opacus.optimizers import DPOptimizer
-from rounds import make_plan
+from rich.console import Console
+from rounds import later, make_parties, make_plan
 from scipy import stats
 from test_comparators import NAMES, batch_for, settings_of
 from torch import nn
 
+from secure_fedprompt import narration
 from secure_fedprompt.__main__ import main
 from secure_fedprompt.clients import privacy
 from secure_fedprompt.clients.accounting import Steps, epsilon, noise_for, steps_of
@@ -28,10 +32,13 @@ from secure_fedprompt.clients.ledger import Entry, Ledger, Upload
 from secure_fedprompt.clients.methods.base import METHODS, Batch, Method, build
 from secure_fedprompt.clients.privacy import Draws, PrivateTraining, SecureOptimizer
 from secure_fedprompt.clients.privacy_settings import PrivacySettings
-from secure_fedprompt.clients.session import Work
-from secure_fedprompt.clients.training import LocalTrainer
+from secure_fedprompt.clients.session import Session, Work
+from secure_fedprompt.clients.training import LocalTrainer, predict
+from secure_fedprompt.host.log import Log
 from secure_fedprompt.protocol import client_noise
 from secure_fedprompt.protocol.errors import BudgetError, ConfigError
+from secure_fedprompt.protocol.layout import METRICS
+from secure_fedprompt.protocol.plan import RoundPlan
 from secure_fedprompt.protocol.settings import FedMGPSettings, FedOTPSettings
 
 SAMPLE = PrivacySettings(kind="sample", noise_multiplier=1.0)
@@ -459,3 +466,42 @@ def test_privacy_plan_and_status(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert json.loads(out.read_text())["client_epsilon"] is None
     assert "one image more or less: epsilon inf" in shown
     assert "this client or zeros in its place: epsilon inf" in shown
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+@pytest.mark.parametrize("kind", ["none", "sample"])
+def test_a_clients_own_figures_stay_with_it(
+    bundled: Backbone, tmp_path: Path, kind: str, wanted: bool
+) -> None:
+    """Where no round counts, and under dp, they are taken and not sent."""
+    noise = {"noise_multiplier": 1.0 if kind == "sample" else 0.0}
+    trainer = private_client(bundled, tmp_path, "promptfl", kind=kind, **noise)
+    trainer.local_metrics = wanted
+    plan = make_plan(3, tensors=trainer.tensors(), max_weight=1, rounds=2)
+    uncounted = dataclasses.replace(
+        plan, layout=tuple(f for f in plan.layout if f.name not in METRICS)
+    )
+    sent, _ = trainer.run(Work(uncounted, trainer.initial()))  # type: ignore[misc]
+    assert set(sent) == {t.name for t in trainer.tensors()}
+    own = trainer.figures
+    assert trainer.method is not None
+    trainer.method.begin({"ctx": trainer.initial().reshape(sent["ctx"].shape)}, 1)
+    guesses, losses = predict(trainer.method, trainer._features["features"][1])
+    labels = trainer._sets[1].labels
+    counted = (len(labels), int((guesses == labels).sum()), float(losses.mean()))
+    assert (own.images, own.correct, own.loss) == (counted if wanted else (0, 0, None))
+    assert (own.first_loss is None) is (kind == "sample")  # Opacus' steps do not tell
+    sent, _ = trainer.run(Work(later(plan), trainer.initial()))  # type: ignore[misc]
+    assert (float(sent["seen"]) > 0) is (kind == "none")
+    assert (trainer.figures.images > 0) is (wanted or kind == "none")
+    told = io.StringIO()
+    log = Log("client", console=Console(file=told))
+    narration.sent(log, session_of(plan), Work(plan, trainer.initial()), trainer, 1.0)
+    assert ("of our 8 test images the global prompt got" in told.getvalue()) is bool(
+        trainer.figures.images
+    )
+    assert ("training loss" in told.getvalue()) is (kind == "none")
+
+
+def session_of(plan: RoundPlan) -> Session:
+    return Session(next(iter(make_parties(3).values())), None)  # type: ignore[arg-type]

@@ -334,7 +334,7 @@ def test_mistakes_are_one_line_and_an_exit_code(federation: Any, tmp_path: Path)
     cases: list[tuple[list[str], int, str]] = [
         (["--key", "nowhere.pem"], 2, "no such file; make one with"),
         (["--key", str(open_key)], 2, "chmod 600"),
-        (["--key", str(tmp_path / "mallory.pem")], 2, "our key is not on the roster"),
+        (["--key", str(tmp_path / "mallory.pem")], 2, "is not on the roster: add its entry"),
         (["--key", str(tmp_path / "mallory.pem"), "--roster", str(with_stranger)], 4, "refuses our key"),
         (["--roster", str(wrong_server)], 5, "probably not this server's"),
         (["--server", "tcp://127.0.0.1:9", "--patience", "1"], 3, "unreachable"),

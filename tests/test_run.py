@@ -68,7 +68,7 @@ def test_uniform_weights_hide_counts(tmp_path: Path) -> None:
         ),
         ({"classes_digest": b"x" * 32}, errors.MismatchError, "7878787878787878.*6363636363636363"),
         ({"method": "other"}, errors.MismatchError, "'other'.*'promptfl'"),
-        ({"roster_digest": bytes(32)}, errors.RunFailedError, "same roster"),
+        ({"roster_digest": bytes(32)}, errors.RosterMismatchError, "same roster"),
     ],
 )
 def test_a_mismatch_is_refused_with_both_values(
@@ -159,7 +159,7 @@ def test_an_aborted_round_is_tried_again_with_fresh_keys_and_number(tmp_path: Pa
     assert [(r["round"], r["learning_round"], r["outcome"]) for r in rounds] == [
         (1, 1, "aborted"), (2, 1, "done"), (3, 2, "done"), (4, 3, "done"),
     ]  # fmt: skip
-    assert "2 of 3 clients answered while collecting" in rounds[0]["reason"]
+    assert "2 of 3 clients answered while training" in rounds[0]["reason"]
     keys = [a.mask_key for a in adverts] + [a.seal_key for a in adverts]
     assert len(set(keys)) == len(keys)
 

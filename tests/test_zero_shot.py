@@ -19,8 +19,9 @@ from secure_fedprompt.clients.methods.base import build
 from secure_fedprompt.clients.privacy_settings import PrivacySettings
 from secure_fedprompt.clients.session import Work
 from secure_fedprompt.clients.training import Features, LocalTrainer, predict
+from secure_fedprompt.host.log import Log
 from secure_fedprompt.prompt_file import read_prompt
-from secure_fedprompt.server.__main__ import show as tell
+from secure_fedprompt.server.__main__ import tell
 from secure_fedprompt.server.store import BEST
 
 
@@ -88,9 +89,9 @@ def test_a_prompt_worse_than_zero_shot_is_called_so(
     world = federation(tmp_path, right, metrics=metrics)
     console = Console(width=400, record=True)
     for row in world.store.summary()["rounds"]:
-        tell(console, "round", row, world.settings, tmp_path)
+        tell(Log("server", console=console), "round", row, world.settings, tmp_path)
     text = console.export_text()
-    assert "(zero-shot 50.0%)" in text
+    assert "zero-shot 50.0%, " in text
     assert ("the prompt is worse than zero-shot" in text) is warned
     assert (f"the best prompt is {tmp_path / BEST}" in text) is best
     show.show_run(console, world.store.summary())

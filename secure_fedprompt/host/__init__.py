@@ -1,0 +1,1 @@
+"""What every program does on its machine: tell its operator what happens."""

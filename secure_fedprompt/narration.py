@@ -1,0 +1,108 @@
+"""What a client tells its own operator about a run, and nobody else."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from secure_fedprompt.protocol import client_noise
+from secure_fedprompt.protocol.plan import RoundPlan
+
+if TYPE_CHECKING:
+    from secure_fedprompt.clients.session import Session, Work
+    from secure_fedprompt.clients.training import Figures, LocalTrainer
+    from secure_fedprompt.host.log import Log
+    from secure_fedprompt.protocol.terms import RunTerms
+
+
+def terms(log: Log, agreed: RunTerms) -> None:
+    """What was agreed to."""
+    counts = "" if agreed.uniform else f", weights = {agreed.weights}"
+    counts += "" if agreed.metrics != "rounds" else ", metrics in every round"
+    log.info(
+        "terms",
+        f"terms {agreed.digest.hex()[:16]} accepted: {agreed.method.method} under "
+        f"{agreed.protection}, {agreed.clients} clients, quorum {agreed.quorum}, "
+        f"c = {agreed.colluders}{counts}",
+        digest=agreed.digest.hex(),
+    )
+    if agreed.noise.used:
+        noise = agreed.noise
+        log.info(
+            "terms",
+            f"every update's norm is clipped to {noise.clip:g}; a sum has noise of "
+            f"{noise.multiplier:g} times that in each value, if {noise.honest} clients add theirs",
+        )
+
+
+def begun(log: Log, work: Work) -> None:
+    """A round that this client works for."""
+    if work.choice is None:
+        plan = work.plan
+        doing = "training" if plan.training else "counting right answers"
+        log.debug("round", f"{round_of(plan)}: {doing}", learning_round=plan.learning_round)
+
+
+def sent(log: Log, session: Session, work: Work, trainer: LocalTrainer, weight: float) -> None:
+    """An upload, what it says, and what this client's own images say."""
+    plan = work.plan
+    shield = "UNPROTECTED" if plan.protection == "none" else f"under {plan.protection}"
+    if weight > plan.max_weight:
+        log.warning(
+            "sent", f"our {weight:g} images count as the plan's max_weight {plan.max_weight}"
+        )
+    if trainer.clipped:
+        log.warning("sent", f"{trainer.clipped} values clipped to {plan.clip:g}")
+    what = f"update of norm {trainer.norms[-1]:.2g}" if plan.training else "counts"
+    weighs = "" if plan.uniform else f" for {weight:g} images"
+    words = f"{round_of(plan)}: {what}{weighs} sent {shield}"
+    at = plan.learning_round
+    log.info("sent", words, learning_round=at, protection=plan.protection, weight=weight)
+    if said := _figures(trainer.figures):
+        log.info("local", f"  {said}", learning_round=at, **asdict(trainer.figures))
+    if trainer.dp.kind == "sample" and plan.training:
+        dp = trainer.dp
+        log.info(
+            "epsilon",
+            f"  privacy: epsilon {trainer.spent:.4g} ({dp.accountant}) at delta {dp.delta:g} "
+            f"spent so far, noise multiplier {trainer.sigma:.3g}",
+            learning_round=at, epsilon=trainer.spent, delta=dp.delta, accountant=dp.accountant,
+        )  # fmt: skip
+    if plan.noise.used:
+        delta = session.party.policy.client_delta
+        spent = client_noise.epsilon(session.party.ledger.rho(), delta)
+        log.info(
+            "epsilon",
+            f"  privacy of this client as a whole: epsilon {spent:.3g} at delta {delta:g} spent so "
+            f"far, norm clipped to {plan.noise.clip:g}",
+            learning_round=at, client_epsilon=spent, client_delta=delta,
+        )  # fmt: skip
+
+
+def _figures(own: Figures) -> str:
+    parts = []
+    if own.images:
+        parts.append(
+            f"of our {own.images} test images the global prompt got {own.correct / own.images:.1%} "
+            f"right (zero-shot {own.zero_shot / own.images:.1%}), loss {own.loss:.3f}"
+        )
+    if own.first_loss is not None and own.last_loss is not None:
+        parts.append(f"training loss {own.first_loss:.3f} -> {own.last_loss:.3f}")
+    return "; ".join(parts)
+
+
+def sums(log: Log, session: Session, told: int) -> int:
+    """What newly opened sums say: under encryption only clients can. Returns how many are told."""
+    for number in sorted(session.history)[told:]:
+        metrics = session.history[number]
+        accuracy = f", accuracy before {metrics['accuracy']:.1%}" if "accuracy" in metrics else ""
+        words = f"round {number}: sum of {metrics['contributors']:.0f} clients opened{accuracy}"
+        log.info("opened", words, learning_round=number, metrics=metrics)
+    return len(session.history)
+
+
+def round_of(plan: RoundPlan) -> str:
+    """A plan's place in its run, in words."""
+    if not plan.training:
+        return "final evaluation"
+    return f"round {plan.learning_round}/{plan.rounds}"
