@@ -16,7 +16,7 @@ import signal
 import sys
 import threading
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
 from types import FrameType
@@ -30,6 +30,7 @@ from secure_fedprompt.protocol.errors import (
     RosterError,
     SecureFedPromptError,
 )
+from secure_fedprompt.protocol.forms import formed
 from secure_fedprompt.protocol.keys import Identity, Member, fingerprint
 from secure_fedprompt.protocol.roster import Roster
 from secure_fedprompt.protocol.settings import CHOICES
@@ -252,13 +253,16 @@ def parser(prog: str, description: str, examples: str) -> argparse.ArgumentParse
     return made
 
 
-def write_json(path: str | None, result: object) -> None:
+def write_json(path: str | None, form: str, result: Mapping[str, Any]) -> None:
     """Write a result where ``--json`` says; an infinite number is null, since JSON has none.
+
+    Args:
+        form: of ``forms.FORMS``.
 
     Raises:
         ConfigError: it cannot be written there.
     """
-    text = json.dumps(_finite(result), indent=1, default=str) + "\n"
+    text = as_json(form, result)
     if path == STDOUT:
         _output.get().write(text)
     elif path:
@@ -266,6 +270,11 @@ def write_json(path: str | None, result: object) -> None:
             Path(path).write_text(text)
         except OSError as error:
             raise ConfigError(f"--json {path}: cannot be written ({error.strerror})") from None
+
+
+def as_json(form: str, result: Mapping[str, Any]) -> str:
+    """A result as text, in its form."""
+    return json.dumps(_finite(formed(form, result)), indent=1, default=str) + "\n"
 
 
 def _finite(value: object) -> object:

@@ -81,7 +81,10 @@ def keygen(argv: list[str]) -> int:
         print(f"roster entry  {entry}  (public; add it with 'secure-fedprompt roster add {entry}')")
         print(f"fingerprint   {fingerprint(member.identity)}")
         print(f"connects as   {fingerprint(member.curve)}")
-        command.write_json(args.json, {"key": str(key), "entry": str(entry), "name": args.name})
+        command.write_json(args.json, "keygen", {
+            "name": args.name, "role": args.role, "key": str(key), "entry": str(entry),
+            "fingerprint": fingerprint(member.identity), "connects_as": fingerprint(member.curve),
+        })  # fmt: skip
         return 0
 
     return command.guard(body, args)
@@ -149,7 +152,7 @@ def _roster(args: argparse.Namespace) -> int:
         }
         for m in current.members
     ]
-    command.write_json(args.json, {"digest": digest, "members": rows})
+    command.write_json(args.json, "roster", {"roster_digest": digest, "members": rows})
     return 0
 
 
@@ -252,12 +255,12 @@ def _check(settings: ClientSettings, json_path: str | None, log: Log) -> int:
         attempt("keys", f"{me.name}, roster digest {known.digest.hex()[:16]}")
     except SecureFedPromptError as error:
         failed("keys", error)
-        command.write_json(json_path, results)
+        command.write_json(json_path, "check", {"checks": results})
         return error.exit_code
     if _in_use(Path(settings.state_dir.replace("{name}", me.name)) / "journal.jsonl"):
         results["server"] = "not asked: this client runs"
         log.warning("server", f"not run server  {me.name} runs now: its connection would suffer")
-        command.write_json(json_path, results)
+        command.write_json(json_path, "check", {"checks": results})
         return failure.exit_code if failure else 0
     link = CurveLink(settings.server, server.curve, identity, min(settings.patience, 10.0))
     try:
@@ -269,5 +272,5 @@ def _check(settings: ClientSettings, json_path: str | None, log: Log) -> int:
         failed("server", error)
     finally:
         link.close()
-    command.write_json(json_path, results)
+    command.write_json(json_path, "check", {"checks": results})
     return failure.exit_code if failure else 0

@@ -162,8 +162,10 @@ def _take_part(settings: ClientSettings, json_path: str | None, log: Log) -> int
         path, run = save(session, trainer, state_dir), session.run.hex()
         words = f"run {run[:8]} is finished; prompt in {path}"
         log.info("finished", words, run=run, rounds=rounds, prompt=str(path))
-        result = {"name": me.name, "run": run, "rounds": rounds, "prompt": str(path)}
-        command.write_json(json_path, {**result, "history": session.history})
+        command.write_json(json_path, "client", {
+            "name": me.name, "run": run, "rounds_done": rounds, "prompt": str(path),
+            "opened": session.history,
+        })  # fmt: skip
         if session.failed_because is not None:
             raise session.failed_because
     return 0
@@ -289,7 +291,7 @@ def fail(
     words = (
         f"training failed: {error}; a zero update is sent in its place, and the server is not told"
     )
-    log.error("training failed", words, error=type(error).__name__)
+    log.error("failed", words, error=type(error).__name__)
     return session.failed(work, error)
 
 

@@ -133,7 +133,7 @@ def _evaluate(args: argparse.Namespace, settings: ModelSettings, prompt: PromptF
             soft_wrap=True,
         )
     console.print(f"accuracy {result['accuracy']:.2%}, macro-F1 {result['macro_f1']:.2%}")
-    command.write_json(args.json, result)
+    command.write_json(args.json, "evaluate", result)
     return 0
 
 
@@ -176,7 +176,7 @@ def _predict(args: argparse.Namespace, settings: ModelSettings, prompt: PromptFi
         guesses = {names[int(i)]: float(p) for p, i in zip(*best, strict=True)}
         print(f"{path}  " + ", ".join(f"{name} {p:.1%}" for name, p in guesses.items()))
         result.append({"image": str(path), "classes": guesses})
-    command.write_json(args.json, result)
+    command.write_json(args.json, "predict", {"predictions": result})
     if failure is not None:
         raise failure
     return 0

@@ -76,7 +76,7 @@ def _show(args: argparse.Namespace) -> int:
     console = Console(highlight=False)
     for name, text in rows.items():
         console.print(f"[bold]{name:11}[/] {text}", soft_wrap=True)
-    command.write_json(args.json, figures)
+    command.write_json(args.json, "explain", figures)
     return 0
 
 
@@ -147,7 +147,7 @@ def _noise(
 ) -> None:
     noise.check(noise.honest)
     rho = settings.rounds * client_noise.concentrated(noise, layout)
-    figures["epsilon"] = client_noise.epsilon(rho, _DELTA)
+    figures |= {"epsilon": client_noise.epsilon(rho, _DELTA), "delta": _DELTA}
     quorum = quorum_of(settings, settings.clients or 10)
     rows["privacy"] = (
         f"epsilon {figures['epsilon']:.4g} at delta {_DELTA:g} after {settings.rounds} rounds, for "

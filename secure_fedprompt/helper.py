@@ -110,7 +110,8 @@ def _help_out(settings: HelperSettings, json_path: str | None, log: Log) -> int:
         loop(link, session, log)
         run, helped = session.run.hex(), session.helped
         log.info("finished", f"run {run[:8]} is finished; {helped} selections", run=run)
-        command.write_json(json_path, {"name": me.name, "run": run, "selections": helped})
+        result = {"name": me.name, "run": run, "selections": helped}
+        command.write_json(json_path, "helper", result)
     finally:
         link.close()
         if frames is not None:

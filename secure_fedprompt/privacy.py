@@ -88,7 +88,10 @@ def _plan(args: argparse.Namespace) -> int:
             "allow to publish an image"
         )
     result = {"noise_multiplier": sigma, "rate": rate, "steps": count, "delta": args.delta}
-    command.write_json(args.json, {**result, "epsilon": found})
+    told = {"epsilon": found[args.accountant], "accountant": args.accountant}
+    command.write_json(
+        args.json, "privacy-plan", {**result, **told, "epsilon_by_accountant": found}
+    )
     return 0
 
 
@@ -119,7 +122,7 @@ def _status(args: argparse.Namespace) -> int:
     )
     result = {"epsilon": total, "client_epsilon": whole, "delta": args.delta,
               "accountant": args.accountant, "runs": len(runs)}  # fmt: skip
-    command.write_json(args.json, result)
+    command.write_json(args.json, "privacy-status", result)
     return 0
 
 

@@ -103,7 +103,7 @@ def _run(args: argparse.Namespace) -> int:
             "dp_clip near the median suits client noise ('secure-fedprompt explain --dp-noise')",
             soft_wrap=True,
         )
-    command.write_json(args.json, summary)
+    command.write_json(args.json, "simulation", summary)
     return 0
 
 

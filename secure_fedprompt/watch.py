@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
             return follow(args.run_dir, args.once, args.every)
         finally:
             if (args.run_dir / "run.sqlite").exists():
-                command.write_json(args.json, look(args.run_dir).summary)
+                command.write_json(args.json, "watch", look(args.run_dir).summary)
 
     return command.guard(body, args)
 

@@ -106,7 +106,7 @@ def _serve(settings: ServerSettings, json_path: str | None, log: Log) -> int:
             return 0
         summary = store.summary()
         store.event("finished", f"prompt {summary['prompt']}")
-        command.write_json(json_path, summary)
+        command.write_json(json_path, "run", summary)
     return 0
 
 

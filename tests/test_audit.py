@@ -232,7 +232,7 @@ def test_diff_sets_two_runs_side_by_side(
     assert main([*words, "--format", "json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert rows["protections"] == ["masks", "bfv"]
-    by_kind = {row["message"]: row for row in rows["traffic"]}
+    by_kind = {row["type"]: row for row in rows["traffic"]}
     assert by_kind["MaskedUpload"]["frames"] == [12, 0]
     assert by_kind["CipherUpload"]["frames"] == [0, 12]
     assert main(words) == 0

@@ -255,7 +255,7 @@ def test_predict_works_for_every_method_and_loses_no_image(
     (tmp_path / "bad.png").write_bytes(b"no image")
     words = [str(tmp_path / name) for name in ("0.png", "bad.png", "1.png")]
     assert main(["predict", str(prompt), *words, "--json", str(out)]) == 2
-    first, bad, last = json.loads(out.read_text())
+    first, bad, last = json.loads(out.read_text())["predictions"]
     for found in (first, last):
         assert len(found["classes"]) == 3
         assert set(found["classes"]) <= set(train.class_names)

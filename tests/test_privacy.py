@@ -436,7 +436,9 @@ def test_privacy_plan_and_status(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert main([*words, "--target-epsilon", "8", "--json", str(out)]) == 0
     plan = json.loads(out.read_text())
     assert plan["steps"] == 500
-    assert 7.8 < plan["epsilon"]["prv"] <= 8 < plan["epsilon"]["rdp"]
+    both = plan["epsilon_by_accountant"]
+    assert 7.8 < both["prv"] <= 8 < both["rdp"]
+    assert plan["epsilon"] == both[plan["accountant"]]
     capsys.readouterr()
     assert main([*words, "--noise-multiplier", "1", "--images", "5000"]) == 0
     assert "it would allow to publish" not in (shown := capsys.readouterr().out)

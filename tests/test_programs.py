@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import glob
 import json
 import os
+import re
 import signal
 import sqlite3
 import subprocess
@@ -66,6 +68,32 @@ def test_demo_learns_and_reports(finished: Path) -> None:
     assert "python -m secure_fedprompt.client --config d/alice/client.toml" in shown
 
 
+def test_the_line_that_the_demo_ends_with_works(
+    finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On its own pictures, whose names are what they show."""
+    shown = (finished / "stdout").read_text()
+    assert "this takes about 16 s on two cores, all in d" in shown
+    words = shown.strip().splitlines()[-1].partition("secure-fedprompt ")[2].split()
+    monkeypatch.chdir(finished)
+    files = sorted(glob.glob(words[2]))
+    assert len(files) == demo.SAMPLES
+    assert main([words[0], words[1], *files, "--json", "predicted.json"]) == 0
+    assert "prompt" in words[1]
+    found = json.loads(Path("predicted.json").read_text())
+    best = {row["image"]: next(iter(row["classes"])) for row in found["predictions"]}
+    right = [best[file].replace(" ", "-") in file for file in files]
+    assert sum(right) >= 2  # 32 classes
+
+
+def test_a_sites_own_figures_are_in_its_own_log_only(finished: Path) -> None:
+    told = {p.parent.name: p.read_text() for p in (finished / "d").glob("*/output.log")}
+    for name in ("alice", "bob", "carol", "dave"):
+        assert len(re.findall(r"info      of our \d+ test images the global", told[name])) == 3
+        assert len(re.findall(r"training loss \d\.\d+ -> \d\.\d+", told[name])) == 2
+    assert "test images" not in told["server"]
+
+
 def test_demo_leaves_ordinary_files_and_no_secrets_on_screen(finished: Path) -> None:
     shown = (finished / "stdout").read_text()
     logs = "".join(p.read_text() for p in (finished / "d").glob("*/output.log"))
@@ -89,9 +117,9 @@ def test_the_demo_passes_its_audit_held_against_every_client(finished: Path) -> 
     assert not [f for f in result["findings"] if f["level"] != "note"]
     with contextlib.closing(sqlite3.connect(finished / "d/server/run/run.sqlite")) as db:
         counted = dict(db.execute("SELECT type, SUM(frames) FROM traffic GROUP BY type"))
-    logged = {row["kind"]: 0 for row in result["traffic"]}
+    logged = {row["type"]: 0 for row in result["traffic"]}
     for row in result["traffic"]:
-        logged[row["kind"]] += row["frames"]
+        logged[row["type"]] += row["frames"]
     assert logged == counted
     values = [json.loads(line) for line in record.read_text().splitlines()][1]["values"]
     counters = {"seen", "correct", "loss", "zero_shot"}

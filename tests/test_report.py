@@ -122,7 +122,7 @@ def test_what_is_learned_follows_the_protection(tmp_path: Path) -> None:
     assert "give a client&#x27;s result file" in page(report) or "give a client's" in page(report)
     client = tmp_path / "alice.json"
     history = {str(i): {"accuracy": 0.1 * i, "contributors": 4.0} for i in (1, 2, 3)}
-    client.write_text(json.dumps({"history": history}))
+    client.write_text(json.dumps({"opened": history}))
     assert gather(folder, [], [], client).accuracy == pytest.approx([0.1, 0.2, 0.3])
     client.write_text("[]")
     with pytest.raises(errors.ConfigError, match="--client-json"):

@@ -72,7 +72,7 @@ def _audit(args: argparse.Namespace) -> int:
         log, *peers = [Log.read(path) for path in (args.run_dir, *args.peer)]
         result = summary.audit(log, peers, args.run, private, roster)
         _print(args.format, result)
-    command.write_json(args.json, summary.as_json(result))
+    command.write_json(args.json, "audit-result", summary.as_json(result))
     first = next(iter(result.findings), noted("chain", "", "nothing to say"))
     if not result.kept:
         raise AuditError(f"[{first.check}] {first.where}: {first.text}")
@@ -96,8 +96,10 @@ def _print(form: str, result: summary.Audit) -> None:
     if form == "table":
         summary.show(Console(highlight=False), result)
         return
-    body = summary.as_json(result) if form == "json" else summary.as_sarif(result)
-    json.dump(body, sys.stdout, indent=1, default=str)
+    if form == "json":
+        print(command.as_json("audit-result", summary.as_json(result)), end="")
+        return
+    json.dump(summary.as_sarif(result), sys.stdout, indent=1, default=str)
     print()
 
 
@@ -123,8 +125,7 @@ def _diff(args: argparse.Namespace) -> int:
         results = [summary.audit(log, [], "", None) for log in logs]
     rows = compare(results)
     if args.format == "json":
-        json.dump(rows, sys.stdout, indent=1)
-        print()
+        print(command.as_json("audit-diff", rows), end="")
     else:
         table = Table(title=" | ".join(f"{r.protection}, run {r.run[:8]}" for r in results))
         for name in ("message", "way", "A frames", "bytes", "B frames", "bytes", "B - A"):
@@ -132,12 +133,12 @@ def _diff(args: argparse.Namespace) -> int:
         for row in rows["traffic"]:
             (a, b), apart = row["bytes"], row["bytes"][1] - row["bytes"][0]
             counts = [f"{n:,}" for n in (row["frames"][0], a, row["frames"][1], b)]
-            table.add_row(row["message"], row["way"], *counts, f"{apart:+,}")
+            table.add_row(row["type"], row["direction"], *counts, f"{apart:+,}")
         console = Console(highlight=False)
         console.print(table)
         for check, (one, two) in rows["checks"].items():
             console.print(f"{check:15} {one:8} {two:8}" + (" <-" if one != two else ""))
-    command.write_json(args.json, rows)
+    command.write_json(args.json, "audit-diff", rows)
     if not all(result.kept for result in results):
         raise AuditError("; ".join(summary.verdict(r) for r in results if not r.kept))
     return 0
@@ -149,7 +150,7 @@ def compare(results: Sequence[summary.Audit]) -> dict[str, Any]:
     found = [{(row.kind, row.way): row for row in r.traffic} for r in results]
     traffic = [
         {
-            "message": kind, "way": way,
+            "type": kind, "direction": way,
             "frames": [f[kind, way].frames if (kind, way) in f else 0 for f in found],
             "bytes": [f[kind, way].bytes if (kind, way) in f else 0 for f in found],
         }

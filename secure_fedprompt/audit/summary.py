@@ -264,9 +264,11 @@ def verdict(result: Audit) -> str:
 
 
 def as_json(result: Audit) -> dict[str, Any]:
-    """Everything, for programs. Format 1."""
-    return {"format": "secure-fedprompt/audit-result/1", "verdict": verdict(result),
-            "kept": result.kept, "finished": result.finished, **asdict(result)}  # fmt: skip
+    """Everything, for programs, in the form "audit-result"."""
+    rows = [asdict(row) for row in result.traffic]
+    traffic = [{"type": row.pop("kind"), "direction": row.pop("way"), **row} for row in rows]
+    judged = {"verdict": verdict(result), "kept": result.kept, "finished": result.finished}
+    return {**judged, **asdict(result), "traffic": traffic}
 
 
 def as_sarif(result: Audit) -> dict[str, Any]:

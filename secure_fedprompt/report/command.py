@@ -7,8 +7,10 @@ from pathlib import Path
 
 from rich.console import Console
 
+from secure_fedprompt.audit import summary
 from secure_fedprompt.protocol import command
 from secure_fedprompt.protocol.errors import ConfigError
+from secure_fedprompt.protocol.forms import formed
 from secure_fedprompt.report.gather import gather
 from secure_fedprompt.report.page import page
 
@@ -51,7 +53,10 @@ def main(argv: list[str] | None = None) -> int:
         except OSError as error:
             raise ConfigError(f"--out {args.out} cannot be written: {error.strerror}") from None
         Console(highlight=False).print(f"{args.out}, {args.out.stat().st_size / 1000:.0f} kB")
-        command.write_json(args.json, dataclasses.asdict(report))
+        told = {**dataclasses.asdict(report), "audit": None}
+        if report.audit is not None:
+            told["audit"] = formed("audit-result", summary.as_json(report.audit))
+        command.write_json(args.json, "report", told)
         return 0
 
     return command.guard(body, args)

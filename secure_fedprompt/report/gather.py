@@ -105,7 +105,7 @@ def gather(
 def _history(path: Path) -> dict[str, dict[str, float]]:
     try:
         form = dict[str, dict[str, Annotated[float, Meta(ge=0, le=1e12)]]]
-        history = msgspec.convert(msgspec.json.decode(path.read_bytes())["history"], form)
+        history = msgspec.convert(msgspec.json.decode(path.read_bytes())["opened"], form)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"--client-json {path}: not what a client's --json writes ({error})"
