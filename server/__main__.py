@@ -20,7 +20,7 @@ from secure_fedprompt.protocol.settings import ServerSettings
 from secure_fedprompt.server.hub import Hub, bound_connections
 from secure_fedprompt.server.planning import noise_of
 from secure_fedprompt.server.run import Run
-from secure_fedprompt.server.store import BEST, Store
+from secure_fedprompt.server.store import BEST, TROUBLE, Store
 
 EXAMPLES = """\
   python -m secure_fedprompt.server --config server.toml
@@ -30,7 +30,6 @@ EXAMPLES = """\
   python -m secure_fedprompt.server --config server.toml --run-dir runs/monday"""
 
 GOODBYE_SECONDS = 10.0
-TROUBLE = ("left", "lost", "fault", "refused", "excluded", "roster")  # events that are warnings
 FACTS = ("learning_round", "round", "outcome", "metrics", "dropped", "seconds", "bytes")
 
 
@@ -178,7 +177,7 @@ def warn(log: Log, settings: ServerSettings, clients: int) -> None:
 def tell(log: Log, kind: str, value: Any, settings: ServerSettings, folder: Path) -> None:
     """One line per event."""
     if kind != "round":
-        say = {"failed": log.error, **dict.fromkeys(TROUBLE, log.warning)}.get(kind, log.info)
+        say = {**dict.fromkeys(TROUBLE, log.warning), "failed": log.error}.get(kind, log.info)
         say(kind, f"{kind} {value}")
         return
     metrics, seconds = value["metrics"], sum(value["seconds"].values())

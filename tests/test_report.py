@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import re
 import shutil
@@ -314,3 +315,57 @@ def test_chromium_shows_it_from_a_file_without_a_complaint(run: Path, tmp_path: 
     assert corner["dark"] < 60
     chromium(f"--print-to-pdf={tmp_path / 'r.pdf'}")
     assert (tmp_path / "r.pdf").read_bytes()[:5] == b"%PDF-"
+
+
+@given(st.integers(1, 90), st.integers(0, 3))
+def test_labels_of_rounds_do_not_collide_on_a_phone(rounds: int, aborted: int) -> None:
+    labels = [f"{i}\N{MULTIPLICATION SIGN}" for i in range(1, aborted + 1)]
+    labels += [*map(str, range(1, rounds + 1)), "final"]
+    text = charts.stacked("t", labels, {"a": [1.0] * len(labels)}, "")
+    found = re.findall(r'<text x="([\d.]+)" y="\d+" text-anchor="middle">([^<]+)', text)
+    assert found[0][1] == "final"
+    spans = sorted((float(x) - 5.5 * len(label), float(x) + 5.5 * len(label)) for x, label in found)
+    assert all(a[1] < b[0] for a, b in itertools.pairwise(spans))
+    assert spans[-1][1] <= charts.WIDTH
+    assert len(found) >= min(len(labels), 8)
+
+
+def test_words_are_wrapped_and_numbers_stand_below_each_other() -> None:
+    text = charts.table(("round", "who", "bytes"), [("1", "alice", "12"), ("2", "", "3.5")], "t")
+    assert '<th scope="col" class="words">who</th><th scope="col">bytes</th>' in text
+    assert '<td class="words">alice</td><td>12</td>' in text
+
+
+def test_the_accuracy_is_drawn_beside_zero_shot(run: Path) -> None:
+    text = page(gather(run, [], [], None))
+    assert "and zero-shot" not in text  # not counted in this one
+    drawn = charts.line("t", ["1", "2"], [50.0, 80.0], "%", ("zero-shot", 68.8))
+    (y,) = re.findall(r'class="level" x1="84" x2="628" y1="([\d.]+)"', drawn)
+    heights = [float(cy) for cy in re.findall(r'cy="([\d.]+)"', drawn)]
+    assert heights[1] < float(y) < heights[0]
+    assert "zero-shot 68.8%</text>" in drawn
+
+
+def test_why_a_client_was_missing_is_said(tmp_path: Path) -> None:
+    """By its own words, or the server's; the rest of the trouble has its time."""
+    folder = run_folder(tmp_path, n=5)
+    with closing(sqlite3.connect(folder / "run.sqlite")) as db:
+        (at,) = db.execute("SELECT at FROM rounds WHERE round = 2").fetchone()
+        gone = json.dumps({"c004": "training", "c005": "sharing", "c001": "training"})
+        db.execute("UPDATE rounds SET dropped = ? WHERE round = 2", (gone,))
+        db.execute("UPDATE rounds SET at = at - 100 WHERE round = 1")
+        db.execute("UPDATE rounds SET at = at + 100 WHERE round > 2")
+        for when, kind, text in (
+            (at - 200, "lost", "c005, silent for 99 s"), (at - 1, "lost", "c004, silent for 16 s"),
+            (at - 1, "left", "c005: stopped, and did not say why: its own log does"),
+            (at + 50, "left", "c001: KeyInUseError: two processes"),
+        ):  # fmt: skip
+            db.execute("INSERT INTO events VALUES (?,?,?)", (when, kind, text))
+        db.commit()
+    rows = gather(folder, [], [], None).dropouts
+    assert ("2", "c004", "dropped while training (lost: silent for 16 s)") in rows
+    why = "left: stopped, and did not say why: its own log does"
+    assert ("2", "c005", f"dropped while sharing ({why})") in rows
+    assert ("2", "c001", "dropped while training (no word of it)") in rows
+    others = [text for _, who, text in rows if not who]
+    assert others == ["lost: c005, silent for 99 s", "left: c001: KeyInUseError: two processes"]

@@ -11,15 +11,23 @@ from html import escape
 
 WIDTH, HEIGHT = 640, 260
 LEFT, RIGHT, TOP, BOTTOM = 84, 12, 12, 36
+CHARACTER = 11.5  # width of one, at most: the page's letters on a phone
 SERIES = 6  # colours that the page defines: --s0 to --s5
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]], caption: str) -> str:
-    """A plain table; the first column is the row's heading."""
-    cells = "".join(f'<th scope="col">{escape(text)}</th>' for text in head)
+    """A plain table; the first column is the row's heading. Columns of words are wrapped."""
+    words = [any(_is_words(str(row[i])) for row in rows) for i in range(len(head))]
+    kinds = [' class="words"' if wordy and i else "" for i, wordy in enumerate(words)]
+    cells = "".join(
+        f'<th scope="col"{kind}>{escape(text)}</th>' for kind, text in zip(kinds, head, strict=True)
+    )
     body = "".join(
         f'<tr><th scope="row">{escape(str(first))}</th>'
-        + "".join(f"<td>{escape(str(cell))}</td>" for cell in rest)
+        + "".join(
+            f"<td{kind}>{escape(str(cell))}</td>"
+            for kind, cell in zip(kinds[1:], rest, strict=True)
+        )
         + "</tr>"
         for first, *rest in rows
     )
@@ -28,6 +36,10 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]], caption: str) -
         f"<caption>{escape(caption)}</caption><thead><tr>{cells}</tr></thead>"
         f"<tbody>{body}</tbody></table></div>"
     )
+
+
+def _is_words(text: str) -> bool:
+    return bool(text) and not text[0].isdigit()
 
 
 def ticks(top: float, count: int = 4) -> list[float]:
@@ -48,13 +60,20 @@ class _Canvas:
         self.top = values[-1] or 1.0
         self.parts = [self._axis(value) for value in values]
         self.slot = (WIDTH - LEFT - RIGHT) / max(1, len(labels))
-        every = max(1, math.ceil(len(labels) / 12))
-        for i, label in enumerate(labels):
-            if i % every == 0:
-                x = self.x(i)
-                y = HEIGHT - BOTTOM + 18
-                text = escape(label)
-                self.parts.append(f'<text x="{x:.1f}" y="{y}" text-anchor="middle">{text}</text>')
+        self._name_rounds()
+
+    def _name_rounds(self) -> None:
+        """As many labels as fit on a phone, from the last one on."""
+        free = float(WIDTH)
+        for i in reversed(range(len(self.labels))):
+            half = 0.5 * CHARACTER * len(self.labels[i])
+            x = min(self.x(i), WIDTH - half)
+            if x + half <= free:
+                free = x - half - CHARACTER
+                self.parts.append(
+                    f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 20}" text-anchor="middle">'
+                    f"{escape(self.labels[i])}</text>"
+                )
 
     def x(self, i: int) -> float:
         return LEFT + self.slot * (i + 0.5)
@@ -76,10 +95,27 @@ class _Canvas:
         )
 
 
-def line(title: str, labels: Sequence[str], values: Sequence[float | None], unit: str) -> str:
-    """One line with dots; a gap where a value is missing."""
-    known = [value for value in values if value is not None]
+def line(
+    title: str,
+    labels: Sequence[str],
+    values: Sequence[float | None],
+    unit: str,
+    level: tuple[str, float] | None = None,
+) -> str:
+    """One line with dots; a gap where a value is missing.
+
+    Args:
+        level: what it is to be compared with, as name and value: a dashed line.
+    """
+    known = [value for value in (*values, level and level[1]) if value is not None]
     canvas = _Canvas(labels, ticks(max(known, default=0.0)), unit)
+    if level is not None:
+        y = canvas.y(level[1])
+        canvas.parts.append(
+            f'<line class="level" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+            f'<text x="{WIDTH - RIGHT}" y="{y + 18:.1f}" text-anchor="end">'
+            f"{escape(level[0])} {level[1]:.1f}{unit}</text>"
+        )
     run: list[str] = []
     for i, value in enumerate([*values, None]):
         if value is None:

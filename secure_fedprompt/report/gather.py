@@ -21,7 +21,7 @@ from secure_fedprompt.protocol import client_noise
 from secure_fedprompt.protocol.errors import ConfigError
 from secure_fedprompt.protocol.homomorphic import SCHEMES
 from secure_fedprompt.protocol.plan import RoundPlan, tolerated_colluders
-from secure_fedprompt.server.store import open_run, rounds_of
+from secure_fedprompt.server.store import TROUBLE, open_run, rounds_of
 
 Rows = list[dict[str, Any]]
 
@@ -31,7 +31,7 @@ class Report:
     """A run, ready to be shown; lists go by ``labels``, one per attempted round.
 
     Attributes:
-        accuracy: at the start of each round, where it is known.
+        accuracy: at the start of each round, where it is known; zero_shot: what to compare with.
         traffic: "up" or "down" -> message type -> bytes.
         seconds: stage -> seconds.
         dropouts: round, who, what.
@@ -46,11 +46,17 @@ class Report:
     facts: dict[str, str]
     learned: list[str]
     accuracy: list[float | None]
+    zero_shot: float | None
     traffic: dict[str, dict[str, list[float]]]
     seconds: dict[str, list[float]]
     dropouts: list[tuple[str, str, str]]
     spent: list[str]
     audit: summary.Audit | None
+
+    @property
+    def marks(self) -> list[str]:
+        """The labels, short enough for a chart."""
+        return [label.replace(" (aborted)", "\N{MULTIPLICATION SIGN}") for label in self.labels]
 
 
 def gather(
@@ -70,8 +76,7 @@ def gather(
         moved = db.execute("SELECT round, direction, type, SUM(bytes) FROM traffic "
                            "GROUP BY 1, 2, 3").fetchall()  # fmt: skip
         state = db.execute("SELECT body FROM state").fetchone()
-        faults = db.execute("SELECT kind, text FROM events WHERE kind IN "
-                            "('fault', 'lost', 'refused', 'failed')").fetchall()  # fmt: skip
+        events = db.execute("SELECT at, kind, text FROM events ORDER BY rowid").fetchall()
     if not rows or state is None:
         raise ConfigError(f"{folder} holds no round yet: wait for the first one to end")
     settings = json.loads((folder / "server.json").read_text())
@@ -94,9 +99,10 @@ def gather(
         facts=_facts(settings, rows),
         learned=_learned(settings, summed, plans, rows),
         accuracy=[row["metrics"].get("accuracy") for row in rows],
+        zero_shot=next((z for r in rows if (z := r["metrics"].get("zero_shot")) is not None), None),
         traffic=_traffic(moved, numbers),
         seconds=_seconds(rows),
-        dropouts=_dropouts(rows, settings["rounds"], faults),
+        dropouts=_dropouts(rows, settings["rounds"], events),
         spent=_spent(plans, clients),
         audit=found,
     )
@@ -204,15 +210,33 @@ def _seconds(rows: Rows) -> dict[str, list[float]]:
     return dict(found)
 
 
-def _dropouts(rows: Rows, rounds: int, events: list[tuple[str, str]]) -> list[tuple[str, str, str]]:
-    found = []
+def _dropouts(
+    rows: Rows, rounds: int, events: list[tuple[float, str, str]]
+) -> list[tuple[str, str, str]]:
+    """Who was missed, and why as far as the server knows; what else went wrong, when."""
+    found, used, began = [], set[str](), 0.0
     for row in rows:
         label = _label(row, rounds)
         if row["reason"]:
             found.append((label, "", row["reason"]))
-        found += [(label, name, f"dropped while {stage}") for name, stage in row["dropped"].items()]
-        found += [(label, name, fault) for name, fault in row["faults"].items()]
-    return found + [("", kind, text) for kind, text in events]
+        for name, fault in row["faults"].items():
+            used.add(f"round {row['round']}: {name}: {fault}")
+            if name not in row["dropped"]:
+                found.append((label, name, fault))
+        for name, stage in row["dropped"].items():
+            causes = [row["faults"][name]] if name in row["faults"] else []
+            for at, kind, text in events:
+                who, comma, why = text.partition(", ") if kind == "lost" else text.partition(": ")
+                if kind in ("lost", "left") and who == name and began < at <= row["at"] and comma:
+                    causes.append(f"{kind}: {why}")
+                    used.add(text)
+            cause = "; ".join(dict.fromkeys(causes)) or "no word of it"
+            found.append((label, name, f"dropped while {stage} ({cause})"))
+        began = row["at"]
+    for at, kind, text in events:
+        if kind in TROUBLE and text not in used:
+            found.append((_when(at), "", f"{kind}: {text}"))
+    return found
 
 
 def _spent(plans: list[RoundPlan], clients: Sequence[Path]) -> list[str]:

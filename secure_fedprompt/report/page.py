@@ -42,7 +42,9 @@ polyline { fill: none; stroke-width: 2; } .l0 { stroke: var(--s0); }
   print-color-adjust: exact; -webkit-print-color-adjust: exact; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .9rem; }
 th, td { padding: .2rem .7rem .2rem 0; border-bottom: 1px solid var(--rule); text-align: right;
-  white-space: nowrap; } th[scope=row], th:first-child { text-align: left; }
+  white-space: nowrap; vertical-align: top; } th[scope=row], th:first-child { text-align: left; }
+.words { text-align: left; white-space: normal; overflow-wrap: anywhere; min-width: 5rem; }
+.level { stroke: var(--dim); stroke-width: 1.5; stroke-dasharray: 6 5; }
 @media screen and (max-width: 34rem) { svg { font-size: 19px; } }
 summary { cursor: pointer; } :focus-visible { outline: 3px solid var(--s0); outline-offset: 2px; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; margin: 0; }
@@ -108,11 +110,14 @@ def _accuracy(report: Report) -> str:
             "sums; give a client's result file with --client-json.</p>"
         )
     labels = [f"before {label}" for label in report.labels]
-    chart = line("Accuracy of the global prompt by round", report.labels, values, "%")
+    zero = None if report.zero_shot is None else ("zero-shot", 100 * report.zero_shot)
+    title = "Accuracy of the global prompt by round" + (", and zero-shot" if zero else "")
+    chart = line(title, report.marks, values, "%", zero)
     rows = [(a, "" if v is None else f"{v:.1f}%") for a, v in zip(labels, values, strict=True)]
     note = (
         '<p class="dim">Of the global prompt at the start of each round, over the test images of '
-        "all clients, who share sums only: there is no spread between them to show.</p>"
+        "all clients, who share sums only: there is no spread between them to show. Zero-shot is "
+        "what &ldquo;a photo of a NAME.&rdquo; gets right, with nothing trained.</p>"
     )
     return chart + note + _numbers("Numbers", table(("round", "accuracy"), rows, "Accuracy"))
 
@@ -120,10 +125,12 @@ def _accuracy(report: Report) -> str:
 def _bytes(report: Report) -> str:
     charts = []
     for way, series in report.traffic.items():
-        kb = {kind: [value / 1000 for value in values] for kind, values in series.items()}
-        title = f"kB {way} by message type and round, all clients together"
+        most = max((sum(column) for column in zip(*series.values(), strict=True)), default=0.0)
+        unit, scale = ("MB", 1e6) if most >= 1e6 else ("kB", 1e3)
+        scaled = {kind: [value / scale for value in values] for kind, values in series.items()}
+        title = f"{unit} {way} by message type and round, all clients together"
         charts.append(f"<h3>{'To' if way == 'up' else 'From'} the server</h3>")
-        charts.append(stacked(title, report.labels, kb, " kB"))
+        charts.append(stacked(title, report.marks, scaled, f" {unit}"))
         rows = [(kind, *(f"{v:,.0f}" for v in values), f"{sum(values):,.0f}")
                 for kind, values in series.items()]  # fmt: skip
         head = ("message", *report.labels, "all")
@@ -132,7 +139,7 @@ def _bytes(report: Report) -> str:
 
 
 def _time(report: Report) -> str:
-    chart = stacked("Seconds by stage and round", report.labels, report.seconds, " s")
+    chart = stacked("Seconds by stage and round", report.marks, report.seconds, " s")
     rows = [(stage, *(f"{v:.2f}" for v in values)) for stage, values in report.seconds.items()]
     head = ("stage", *report.labels)
     return chart + _numbers("Numbers", table(head, rows, "Seconds by stage"))
