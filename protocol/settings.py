@@ -203,7 +203,9 @@ class ServerSettings(MethodSettings, frozen=True, forbid_unknown_fields=True, kw
         max_seen: largest number of test images a client counts.
         metrics: protected counts of accuracy and loss: "final" (once, of the final prompt),
             "rounds" (in every round: a dropout between two can reveal a client's counts) or "off".
-        gather_seconds: to wait for clients, at the start and whenever too few are left.
+        gather_seconds: to wait for all clients, at the start and whenever too few are left; after
+            that a quorum will do.
+        patience: seconds to wait for a quorum after that, before the run fails.
         stage_seconds: for each answer of a round but the upload.
         training_seconds: for training and the upload, and to encode images at the start.
         upload_after: seconds from a round's plan before which no client uploads, so that nobody's
@@ -250,6 +252,7 @@ class ServerSettings(MethodSettings, frozen=True, forbid_unknown_fields=True, kw
     max_seen: Positive = 65536
     metrics: str = "final"
     gather_seconds: Seconds = 300.0
+    patience: Seconds = 14400.0
     stage_seconds: Seconds = 30.0
     training_seconds: Seconds = 900.0
     upload_after: NonNegative = 0.0

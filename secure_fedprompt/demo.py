@@ -281,7 +281,8 @@ def write_files(
     server = {
         "key": "server.pem", "roster": "../roster.toml", "bind": address,
         "run_dir": "run", "method": method, "rounds": rounds,
-        "protection": protection, "clients": clients, "gather_seconds": 120.0, "metrics": "rounds",
+        "protection": protection, "clients": clients, "metrics": "rounds",
+        "gather_seconds": 120.0, "patience": 60.0,
         **settings, **(for_server or {}),
     }  # fmt: skip
     write_toml(folder / "server" / "server.toml", server)

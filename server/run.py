@@ -143,6 +143,7 @@ class Run:
         self.unfit: set[str] = set()  # whose cohort keys failed
         self.unhelpful: set[str] = set()  # who failed as helpers
         self.stranded_until = 0.0  # wait for somebody who can open the prompt
+        self.short_since: float | None = None  # too few clients are there for a round
         self.restarts = 0  # of the nonces
         self.unopened = Counter[str]()  # who did not open a nonce, and how often
         self.run_keys: dict[bytes, str] = {}  # who announced each of them first
@@ -180,7 +181,7 @@ class Run:
 
     def _make_round(self, plan: RoundPlan, ready: Mapping[str, m.Ready]) -> Round:
         assert self.state.terms is not None
-        terms, opening = self.state.terms, self.settings.gather_seconds
+        terms, opening = self.state.terms, self._longest
         deadlines = Deadlines(terms.stage_seconds, terms.training_seconds, opening)
         return make_round(plan, self.state.base, self.roster, deadlines, ready, self.entropy)
 
@@ -445,6 +446,7 @@ class Run:
             return []
         if present < self.needed:
             return self._too_few(present, now)
+        self.short_since = None
         state.server_nonce = self.entropy(32)
         state.commitments = tuple(
             m.Nonce(name, client.commitment) for name, client in sorted(self.clients.items())
@@ -480,6 +482,7 @@ class Run:
             return out + self._commit_again(missing, now)
         if present < self.needed:
             return out + (self._too_few(present, now) if now >= self.gather_until else [])
+        self.short_since = None
         try:
             state.terms = terms_of(self.settings, self.roster, state)
         except TermsError as error:
@@ -550,11 +553,28 @@ class Run:
         return out + self._prepare(now)
 
     def _too_few(self, present: int, now: float) -> Outbox:
+        """Wait for more clients as long as patience lasts."""
+        here = (
+            f"{present} of at least {max(self.needed, self.larger)} clients "
+            f"({', '.join(sorted(self.clients)) or 'nobody'})"
+        )
+        if self.short_since is None:
+            self.short_since = now
+            self.ledger.event("waiting", f"{here}: for more, {self.settings.patience:g} s at most")
+        if now < self.short_since + self.settings.patience:
+            return []
+        if present >= self.needed:  # but their policies want more
+            text = f"{self.declined}: start more clients, or let their policies allow {present}"
+            return self._fail(RunFailedError(text))
         return self._fail(TooFewClientsError(
-            f"{present} of at least {self.needed} clients "
-            f"({', '.join(sorted(self.clients)) or 'nobody'}) after "
-            f"{now - self.began:.0f} s: start more clients, or raise gather_seconds"
+            f"{here} after {now - self.began:.0f} s: start more clients, or raise gather_seconds "
+            "or patience"
         ))  # fmt: skip
+
+    @property
+    def _longest(self) -> float:
+        """Seconds to wait for those without whom nothing goes on."""
+        return max(self.settings.gather_seconds, self.settings.patience)
 
     def _go_on(self, now: float) -> Outbox:
         """After the terms: wait for those who should take part, then plan."""
@@ -592,18 +612,15 @@ class Run:
         present = sum(c.accepted for c in self.clients.values())
         if present < max(self.needed, self._wanted(), self.larger) and now < self.gather_until:
             return out
-        if present < self.needed:
+        if present < max(self.needed, self.larger):
             return out + self._too_few(present, now)
-        if present < self.larger:
-            return out + self._fail(RunFailedError(
-                f"{self.declined}: start more clients, or let their policies allow {present}"
-            ))  # fmt: skip
+        self.short_since = None
         try:
             return out + self._plan(now)
         except ProtocolError as error:
             return out + self._fail(RunFailedError(f"no round can be planned: {error}"))
         except RunFailedError as error:  # somebody who holds the cohort key may come back
-            self.stranded_until = self.stranded_until or now + self.settings.gather_seconds
+            self.stranded_until = self.stranded_until or now + self._longest
             return out if now < self.stranded_until else out + self._fail(error)
 
     def _complete(self) -> bool:

@@ -46,10 +46,21 @@ CREATE TABLE IF NOT EXISTS traffic (
     PRIMARY KEY (round, peer, direction, type));
 CREATE TABLE IF NOT EXISTS events (at REAL, kind TEXT, text TEXT);
 """
-TROUBLE = ("left", "lost", "fault", "refused", "excluded", "roster", "failed")  # kinds of events
+TROUBLE = (
+    "waiting",
+    "left",
+    "lost",
+    "fault",
+    "refused",
+    "excluded",
+    "roster",
+    "failed",
+)  # kinds of events
 BEST = "best.safetensors"  # in a run folder
-_FREE = {"key", "roster", "bind", "run_dir", "gather_seconds", "alive_seconds", "max_attempts",
-         "stop_after", "audit", "audit_mb", "log", "log_level"}  # not in a run's terms  # fmt: skip
+_FREE = {  # not in a run's terms
+    "key", "roster", "bind", "run_dir", "clients", "min_clients", "gather_seconds", "patience",
+    "alive_seconds", "max_attempts", "stop_after", "audit", "audit_mb", "log", "log_level",
+}  # fmt: skip
 
 
 def open_run(folder: Path) -> sqlite3.Connection:

@@ -65,7 +65,7 @@ class World:
         helpers: Sequence[str] = (),
         **changes: Any,
     ) -> None:
-        given: dict[str, Any] = {"gather_seconds": 60.0, "training_seconds": 60.0, "rounds": 2,
+        given: dict[str, Any] = {"gather_seconds": 60.0, "patience": 1e-3, "training_seconds": 60.0, "rounds": 2,
                                  "weights": "samples", "metrics": "rounds"}  # fmt: skip
         self.settings = ServerSettings(**{**given, **changes})
         self.roster, self.folder, self.n, self.policy = roster(n, *helpers), folder, n, policy

@@ -156,7 +156,7 @@ def test_a_log_of_somebody_else_is_refused(good: dict[str, Path], tmp_path: Path
     found = failures(summary.audit(log, [stranger], "", None))
     assert any(c == "cross-check" and "the log does not hold run" in text for c, text in found)
     renamed = read(good, VICTIM)[0]
-    renamed.rosters[renamed.runs[0]] = {**renamed.roster, VICTIM: ("client", "00" * 32)}
+    renamed.members[renamed.runs[0]] = {**renamed.roster, VICTIM: ("client", "00" * 32)}
     found = failures(summary.audit(log, [renamed], "", None))
     assert any("give this name different keys" in text for _, text in found)
 
@@ -164,7 +164,7 @@ def test_a_log_of_somebody_else_is_refused(good: dict[str, Path], tmp_path: Path
 def test_a_head_signed_by_another_is_worth_nothing(good: dict[str, Path]) -> None:
     log, other = read(good, "server", VICTIM)
     for one in (log, other):
-        one.rosters[one.runs[0]] = {**one.roster, VICTIM: one.roster["c001"]}
+        one.members[one.runs[0]] = {**one.roster, VICTIM: one.roster["c001"]}
     found = failures(summary.audit(log, [other], "", None))
     assert any("bears no valid signature of c002" in text for _, text in found)
 

@@ -277,6 +277,38 @@ def federation(tmp_path: Path) -> Iterator[Any]:
 
 
 @pytest.mark.slow
+def test_a_site_joins_between_two_rounds_and_another_leaves(
+    federation: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And every log of it, on its own and against the others, passes its audit."""
+    f = federation(clients=5, rounds=3)
+    path = f.folder / "roster.toml"
+    whole = Roster.from_toml(path.read_text(), "")
+
+    def phase(names: str, *flags: str) -> set[int]:
+        members = [x for x in whole.members if x.role == "server" or x.name[0] in names]
+        path.write_text(Roster.of(tuple(members)).to_toml())
+        f.start(0, "--clients", str(len(names)), *flags)
+        running = [f.start(i) for i in range(1, 6) if f.name(i)[0] in names]
+        assert f.started["server"].wait(LONG) == 0, f.log("server")
+        return {client.wait(LONG) for client in running}
+
+    assert phase("abcd", "--stop-after", "1") == {8}
+    assert phase("abcde", "--stop-after", "2") == {8}
+    assert phase("abce") == {0}
+    assert "the server stopped after learning round 2, as it was asked to" in f.log("dave")
+    assert [len(r["cohort"]) for r in f.rounds()] == [4, 5, 4, 4]
+    states = [str(f.folder / name / "state") for name in ("alice", "bob", "carol", "dave", "erin")]
+    peers = [f"--peer={state}" for state in states]
+    assert main(["audit", str(f.folder / "server" / "run"), *peers]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "4 clients and c = 1 became 5 and c = 2" in said
+    assert "5 clients and c = 2 became 4 and c = 1" in said
+    assert "in agreement with alice, bob, carol, dave, erin" in said
+    assert [main(["audit", state]) for state in states] == [0] * 5
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("protection", ["masks", "bfv"])
 def test_a_killed_server_and_a_killed_client_resume_the_run(
     federation: Any, protection: str
@@ -410,11 +442,12 @@ def test_mistakes_are_one_line_and_an_exit_code(federation: Any, tmp_path: Path)
 
 
 def test_too_few_clients_end_the_run_on_both_sides(federation: Any) -> None:
-    f = federation(gather_seconds=18.0)
+    f = federation(gather_seconds=18.0, patience=2.0)
     for i in (0, 1):
         f.start(i)
     assert f.started["server"].wait(LONG) == 8
-    assert "1 of at least 3 clients (alice)" in f.log("server")
+    assert "1 of at least 3 clients (alice): for more, 2 s at most" in f.log("server")
+    assert "1 of at least 3 clients (alice) after " in f.log("server")
     assert f.started["alice"].wait(LONG) == 8
     assert "start more clients" in f.log("alice")
 

@@ -23,7 +23,9 @@ from secure_fedprompt.audit.log import Log
 from secure_fedprompt.clients.link import CurveLink
 from secure_fedprompt.protocol import errors
 from secure_fedprompt.protocol import messages as m
+from secure_fedprompt.protocol.keys import Member
 from secure_fedprompt.protocol.recorder import Recorder, recorder
+from secure_fedprompt.protocol.roster import Roster
 from secure_fedprompt.server.hub import Hub
 
 RUN = b"r" * 16
@@ -446,5 +448,11 @@ def test_a_roster_may_grow_between_runs_and_an_owner_not_change(tmp_path: Path) 
     read = Log.read(tmp_path)
     assert not read.faults  # members came and went: the terms tell whether they might
     assert [run for run, _ in read.steps] == [other.run.hex()]
+    new = Member.of(identity("new"), "c003", "client")
+    for members in (roster(2).members, (*roster(1).members, new)):
+        log = Recorder(tmp_path, "full", 1 << 24, identity("c001"), member, Roster.of(members))
+        put(log, other)
+        log.close()
+    assert Log.read(tmp_path).faults[-1].what == "within a run, c003 became another"
     made(tmp_path, name="c002").close()
     assert Log.read(tmp_path).faults[-1].what == "the log changes its owner"

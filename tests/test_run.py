@@ -96,6 +96,40 @@ def test_too_few_clients_before_the_deadline(tmp_path: Path) -> None:
     assert isinstance(world.errors["c001"], errors.RunFailedError)
 
 
+def test_a_server_waits_for_a_quorum_as_long_as_its_patience_lasts(tmp_path: Path) -> None:
+    for third_comes in (True, False):
+        folder = tmp_path / str(third_comes)
+        folder.mkdir()
+        world = World(folder, gather_seconds=20.0, patience=150.0)
+        world.join("c001")
+        world.join("c002")
+        world.pump(until=lambda w, message: w.clock > 100)
+        assert not world.run.over
+        said = [text for kind, text in world.events if kind == "waiting"]
+        assert said == ["2 of at least 3 clients (c001, c002): for more, 150 s at most"]
+        if third_comes:
+            world.join("c003")
+        world.pump()
+        assert (world.run.error is None) is third_comes
+        assert world.run.short_since is None or not third_comes
+    assert 170 <= world.clock <= 185
+
+
+def test_it_waits_as_long_in_the_middle_of_a_run(tmp_path: Path) -> None:
+    world = World(tmp_path, 3, gather_seconds=20.0, patience=200.0, alive_seconds=12.0, rounds=3)
+    for name in names(3):
+        world.join(name)
+    world.pump(until=lambda w, message: w.run.state.learning_round == 2)
+    world.lost.add("c003")
+    world.pump(until=lambda w, message: w.clock > 150)
+    assert not world.run.over
+    assert [kind for kind, _ in world.events].count("waiting") == 1
+    world.join("c003")
+    world.pump()
+    assert world.run.error is None
+    assert world.run.state.learning_round == 5
+
+
 def test_fewer_than_expected_go_on_after_the_deadline(tmp_path: Path) -> None:
     world = World(tmp_path, gather_seconds=20.0)
     for name in names(3):

@@ -45,8 +45,8 @@ def check_log(log: Log, run: str) -> Iterator[Finding]:
 def check_pair(server: Log, other: Log, run: str) -> Iterator[Finding]:
     """Whether the logs of a server and of another end tell the same story of a run."""
     for one, two in ((server, other), (other, server)):
-        known = one.rosters.get(run, {}).get(two.name)
-        if known is None or known != two.rosters.get(run, {}).get(two.name):
+        known = one.members.get(run, {}).get(two.name)
+        if known is None or known != two.members.get(run, {}).get(two.name):
             yield failed(
                 "cross-check", f"{two.name} in the log of {one.name}",
                 "the two rosters give this name different keys, or one of them none",
@@ -74,7 +74,7 @@ def _check_head(
 ) -> Iterator[Finding]:
     """A signed head, as ``held_by`` has it, against the log that it is the head of."""
     where = f"{held_by.name}: record {entry.n}"
-    _, identity = held_by.rosters[entry.run].get(name, ("", ""))
+    _, identity = held_by.members[entry.run].get(name, ("", ""))
     try:
         key = bytes.fromhex(identity)
         verify(key, Purpose.LOG_HEAD, head.body(name), head.signature, name)

@@ -69,6 +69,7 @@ class Log:
     Attributes:
         name, role: of its owner, as the log says; modes: that it was written in.
         roster: name -> (role, identity key in hex), the last one; rosters: by run, the last one.
+        members: by run, who was on its roster at some time; by "", of the whole log.
         steps: run, and number of the record, where a run went on with another roster.
         terms: by run, each with the number of its record.
         entries: the frames, in order.
@@ -87,6 +88,7 @@ class Log:
     modes: set[str] = field(default_factory=set)
     roster: dict[str, tuple[str, str]] = field(default_factory=dict)
     rosters: dict[str, dict[str, tuple[str, str]]] = field(default_factory=dict)
+    members: dict[str, dict[str, tuple[str, str]]] = field(default_factory=lambda: {"": {}})
     steps: list[tuple[str, int]] = field(default_factory=list)
     terms: dict[str, list[tuple[int, RunTerms]]] = field(default_factory=dict)
     entries: list[Entry] = field(default_factory=list)
@@ -256,18 +258,19 @@ class _Reader:
                 self.dropped = max(self.dropped, record.segment)
 
     def _roster(self, record: records.Frame, where: str) -> None:
-        """A run may go on with more members; who stays, stays who it was."""
+        """A run may go on with more members, or fewer; a name stays who it was."""
         log = self.log
         before = log.rosters.get(record.run)
         if before == log.roster:
             return
         log.rosters[record.run] = log.roster
-        if before is None:
-            return
-        log.steps.append((record.run, record.n))
-        for name in sorted(set(before) & set(log.roster)):
-            if before[name] != log.roster[name]:
+        known = log.members.setdefault(record.run, {})
+        for name in sorted(set(known) & set(log.roster)):
+            if known[name] != log.roster[name]:
                 self._fault(where, record.n, f"within a run, {name} became another")
+        known.update(log.roster)
+        if before is not None:
+            log.steps.append((record.run, record.n))
 
     def _terms(self, record: records.Terms, where: str) -> None:
         try:
@@ -286,6 +289,7 @@ class _Reader:
         elif record.name not in roster or roster[record.name][0] != record.role:
             self._fault(where, record.n, f"{record.name} is not a {record.role} on its own roster")
         log.name, log.role, log.roster = record.name, record.role, roster
+        log.members[""].update(roster)
         log.modes.add(record.mode)
 
     def _plan(self, record: records.Plan, where: str) -> None:

@@ -184,7 +184,7 @@ def _counts(
 ) -> Iterator[Finding]:
     """Counts in text, and numbers that are not what the field is for."""
     for path, value in leaves(message):
-        if isinstance(value, str) and value not in log.roster:
+        if isinstance(value, str) and value not in log.members[""]:
             numbers = set(re.findall(r"\d+", value))
             for what, count in private.counts.items():
                 if str(count) in numbers:

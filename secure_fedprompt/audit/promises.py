@@ -40,7 +40,7 @@ def check_promises(log: Log, run: str) -> Iterator[Finding]:
     """All checks of one log for one run; payloads as far as they were kept."""
     entries = [entry for entry in log.entries if entry.run in ("", run)]
     decoded = list(log.messages(run))
-    yield from _labels(log, entries, log.rosters[run])
+    yield from _labels(log, entries)
     yield from _plans(log, run, entries, decoded)
     yield from check_terms(log, run, decoded)
     yield from _initial(log, run, entries, decoded)
@@ -66,11 +66,8 @@ def _kept(log: Log, run: str) -> Iterator[Finding]:
             yield warned(check, log.name, text)
 
 
-def _labels(
-    log: Log, entries: list[Entry], roster: dict[str, tuple[str, str]]
-) -> Iterator[Finding]:
+def _labels(log: Log, entries: list[Entry]) -> Iterator[Finding]:
     """Types of the catalogue, from members, each with the run and round that it carries."""
-    members = {**log.roster, **roster}
     for entry in entries:
         where = f"{log.name}: record {entry.n}"
         if entry.kind == MALFORMED:
@@ -87,7 +84,7 @@ def _labels(
             ):
                 text = f"{entry.kind} of run {entry.run[:8] or 'none'}, round {entry.round}"
                 yield failed("catalogue", where, f"{text}: that type says it otherwise")
-        role = members.get(entry.peer, ("", ""))[0]
+        role = log.members[entry.run].get(entry.peer, ("", ""))[0]
         if (role == "server") == (log.role == "server") or not role:
             text = f"{entry.peer} is nobody that {log.name} talks to, by its roster"
             yield failed("catalogue", where, text)
