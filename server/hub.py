@@ -45,6 +45,11 @@ def bound_connections(members: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
+def _host(part: zmq.Frame) -> str:
+    """The address that a frame came from."""
+    return str(part.get("Peer-Address"))
+
+
 class _Admission:
     """ZAP callback: a connection is admitted if its key is on the roster."""
 
@@ -85,6 +90,7 @@ class Hub:
         self._names = {z85.encode(member.curve).decode(): member.name for member in roster.members}
         self._routes = Routes()
         self._coming: dict[str, Assembler] = {}
+        self._hosts: dict[str, str] = {}
         self._count, self._recorder = count, recorder
         self.context = zmq.Context()
         self._zap = ThreadAuthenticator(self.context)
@@ -126,9 +132,12 @@ class Hub:
             name, route = self._names[str(parts[1].get("User-Id"))], parts[0].bytes
             heard = self._routes.hear(name, route, time.monotonic())
             if heard is Heard.NEW:
-                self._coming[name] = Assembler()
-            elif heard is Heard.TWICE and self._refuse_rival(name, route):
-                yield name, m.Leave(KeyInUseError.__name__, TWO)
+                self._coming[name], self._hosts[name] = Assembler(), _host(parts[1])
+            elif heard is Heard.TWICE:
+                hosts = f"{_host(parts[1])} and {self._hosts[name]}"
+                if self._refuse_rival(name, route):
+                    yield name, m.Leave(KeyInUseError.__name__, f"{TWO} (at {hosts})")
+                self._hosts[name] = _host(parts[1])
             if heard in (Heard.STALE, Heard.TWICE):
                 continue
             frame: bytes | memoryview = parts[1].buffer

@@ -387,7 +387,7 @@ def test_two_machines_with_one_key_are_noticed_and_named(
     for _ in range(routes.SIGHTINGS):
         first.send(m.Alive())
     ((name, left),) = collect(hub, 1)
-    assert (name, left) == ("c001", m.Leave("KeyInUseError", TWO))
+    assert (name, left) == ("c001", m.Leave("KeyInUseError", f"{TWO} (at 127.0.0.1 and 127.0.0.1)"))
     told = copy.receive(PATIENCE)
     assert isinstance(told, m.Refused)
     assert isinstance(refusal(told), errors.KeyInUseError)

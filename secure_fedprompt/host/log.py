@@ -140,7 +140,7 @@ class Bars:
             disable=not log.live,
         )  # fmt: skip
         self._tasks: dict[str, TaskID] = {}
-        self._told = time.monotonic()
+        self._what, self._told = "", 0.0
 
     def __enter__(self) -> Self:
         self._bars.start()
@@ -151,6 +151,8 @@ class Bars:
 
     def on(self, what: str, done: int, total: int) -> None:
         if not self._log.live:
+            if what != self._what:
+                self._what, self._told = what, time.monotonic()
             if done < total and time.monotonic() - self._told > EVERY:
                 self._told = time.monotonic()
                 self._log.info("progress", f"{what}: {done} of {total}", done=done, total=total)
