@@ -174,7 +174,9 @@ def simulate_run(
         )
         for name, trainer in trainers.items()
     }
-    server = msgspec.structs.replace(settings, clients=len(trainers), alive_seconds=1e12)
+    server = msgspec.structs.replace(
+        settings, clients=len(trainers), alive_seconds=1e12, patience=settings.gather_seconds
+    )
     run = Run(server, roster, store, os.urandom, RunState(), 0.0, identities["server"])
     member, mode, limit = roster.by_name["server"], settings.audit, settings.audit_mb
     log = recorder(store.folder, mode, limit, identities["server"], member, roster)
@@ -185,7 +187,7 @@ def simulate_run(
     )
     while not run.over or queue:
         if not queue:  # everybody has spoken: time passes
-            clock = run.current.deadline if run.current else run.gather_until
+            clock = max(clock + 1.0, run.current.deadline if run.current else run.gather_until)
             queue.extend(("", *out) for out in run.tick(clock))
             continue
         sender, recipient, message = queue.popleft()

@@ -163,7 +163,6 @@ class Hub:
         still there."""
         told = self.send(name, m.Refused(KeyInUseError.__name__, f"{name}: {TWO}"))
         self._routes.settle(name, route)
-        self._coming[name] = Assembler()
         return told
 
     def send(self, name: str, message: m.Message) -> bool:

@@ -414,6 +414,10 @@ def test_what_a_lost_connection_left_behind_is_dropped() -> None:
     assert lines.of("c001") == b"1"
     assert [lines.hear("c001", b"2", 10.0 + i) for i in range(9)] == [Heard.STALE] * 9
     assert lines.hear("c001", b"3", 30.0) is Heard.NEW  # started again
+    seen = [lines.hear("c001", b"1", 31.0 + i) for i in range(routes.SIGHTINGS - 1)]
+    assert lines.hear("c001", b"4", 40.0) is Heard.NEW  # counts anew
+    seen += [lines.hear("c001", b"1", 41.0 + i) for i in range(routes.SIGHTINGS - 1)]
+    assert set(seen) == {Heard.STALE}
 
 
 def test_a_visitor_with_the_same_key_that_has_gone_costs_nothing(
