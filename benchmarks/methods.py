@@ -37,7 +37,13 @@ from secure_fedprompt.clients.data import partitions
 from secure_fedprompt.clients.data.sets import ImageSet
 from secure_fedprompt.clients.data.settings import DataSettings
 from secure_fedprompt.clients.methods.base import Method, build
-from secure_fedprompt.clients.training import Features, LocalTrainer, load_sets, predict
+from secure_fedprompt.clients.training import (
+    Features,
+    LocalTrainer,
+    client_seed,
+    load_sets,
+    predict,
+)
 from secure_fedprompt.protocol.settings import (
     FedMGPSettings,
     FedOTPSettings,
@@ -140,7 +146,8 @@ class Bench:
         tests = self.features(f"test {split}", test, needs, 0)
         trainers = {
             f"client{k:03d}": LocalTrainer(
-                self.backbone, train.subset(s.train), test.subset(s.test), seed,
+                self.backbone, train.subset(s.train), test.subset(s.test),
+                client_seed(seed, f"client{k:03d}"),
                 features=(own.subset(s.train), tests.subset(s.test)), seat=(k, CLIENTS),
             )
             for k, s in enumerate(shares)
@@ -162,10 +169,12 @@ class Bench:
             if split == "base/novel":
                 row["base"] = metrics.accuracy(*guess(trainer.method, tests))
                 row["novel"] = self.novel(trainer, method, needs)
-                row["hm"] = metrics.harmonic_mean(row["base"], row["novel"])
-                row["cm"] = metrics.combined_mean(row["local"], row["base"], row["novel"])
             scores.append(row)
-        return {k: float(np.mean([row[k] for row in scores])) for k in scores[0]}
+        found = {k: float(np.mean([row[k] for row in scores])) for k in scores[0]}
+        if split == "base/novel":  # of means over clients, as the papers have it
+            found["hm"] = metrics.harmonic_mean(found["base"], found["novel"])
+            found["cm"] = metrics.combined_mean(found["local"], found["base"], found["novel"])
+        return found
 
     def novel(self, trainer: LocalTrainer, settings: MethodSettings, needs: str) -> float:
         """The same prompts on names and images that no client has seen."""

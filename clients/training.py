@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -42,6 +43,7 @@ _PREDICT = {"features": 256, "patches": 64, "tokens": 64}  # images at a time
 Result = tuple["Values", float] | Keys
 _NO_DP = PrivacySettings()
 _AFTER = 1 << 32  # later than every learning round
+_LAST = (1 << 32) - 1  # a round's number that no plan has
 Progress = Callable[[str, int, int], None]
 Values = dict[str, NDArray[np.floating[Any]] | np.float64]
 
@@ -70,6 +72,11 @@ class Figures:
 
 def _named_round(plan: RoundPlan) -> str:
     return f"round {plan.learning_round}/{plan.rounds}: training"
+
+
+def client_seed(seed: int, name: str) -> int:
+    """A client's own seed: independent clients share none."""
+    return zlib.crc32(f"{seed} {name}".encode())
 
 
 def load_sets(
@@ -323,10 +330,16 @@ class LocalTrainer:
         return self._initial
 
     def finish(self, flat: Prompt, run: bytes) -> None:
-        """Take over the final prompt of a run."""
+        """Take over the final prompt of a run; what a client has made of it since is kept."""
         assert self.method is not None
         self._restore(run)
+        own = self.method.private() if self.method.fine_tunes else {}
         self.method.begin(self._named(flat), _AFTER)
+        if own:
+            self.method.restore(own)
+        elif self.method.fine_tunes:  # no round evaluated the last prompt
+            train, _ = self._load_features(self.method.needs)
+            self._fine_tune(train, run, _LAST)
 
     def _named(self, flat: Prompt) -> Arrays:
         assert self.method is not None
@@ -386,7 +399,7 @@ class LocalTrainer:
         method.begin(self._named(work.base), plan.learning_round)
         self.clipped, self.figures = 0, Figures()
         if method.fine_tunes and not plan.training:
-            self._train(train, plan)
+            self._fine_tune(train, plan.run, plan.round)
         counting = any(field.name == lay.SEEN for field in plan.layout)
         values: Values = {}
         if self.local_metrics or (counting and self.dp.kind == "none"):
@@ -399,7 +412,7 @@ class LocalTrainer:
             if self.dp.kind == "sample":
                 self._train_privately(train, plan)
             else:
-                self._train(train, plan)
+                self._train(train, plan.run, plan.round, _named_round(plan))
         self._counted = values
         if plan.selecting:
             return method.selection_keys(self._draws(plan))
@@ -447,13 +460,20 @@ class LocalTrainer:
                     values[lay.FILLED + spec.name] = filled.astype(np.float64)
         return values, 1.0 if plan.uniform else self.weight
 
-    def _check_kind(self, plan: RoundPlan) -> None:
+    def _fine_tune(self, images: Features, run: bytes, number: int) -> None:
+        """Once more, on the last aggregate."""
+        assert self.method is not None
+        self._train(images, run, number, "fine-tuning")
+        self.method.tuned()
+        self._save(run)
+
+    def _check_kind(self, run: bytes) -> None:
         """Refuse to change between dp and none within a run.
 
         Raises:
             ConfigError: what was done first decides what the other promises.
         """
-        began, kept = self.ledger.sigma_of(plan.run.hex()), self._kept(plan.run)
+        began, kept = self.ledger.sigma_of(run.hex()), self._kept(run)
         private = self.dp.kind == "sample"
         if began is None and private and kept is not None and kept.exists():
             began = 0.0  # the ledger was lost
@@ -461,27 +481,31 @@ class LocalTrainer:
             return
         before = "without dp, so that its prompts are not private" if private else "with DP-SGD"
         raise ConfigError(
-            f"dp.kind = {self.dp.kind!r}: this client has trained in run {plan.run.hex()[:8]} "
+            f"dp.kind = {self.dp.kind!r}: this client has trained in run {run.hex()[:8]} "
             f"{before}; change it back, or wait for the next run"
         )
 
-    def _train(self, images: Features, plan: RoundPlan) -> None:
+    def _train(self, images: Features, run: bytes, number: int, what: str) -> None:
         """Local SGD; optimiser and momentum are new in each round. It is on record before the
-        first step."""
+        first step.
+
+        Args:
+            number: of the round, as in plans; what: is done, for the progress bar.
+        """
         assert self.method is not None
         assert self.settings is not None
         s, method = self.settings, self.method
         if not method.parameters():
             return
-        self._check_kind(plan)
-        rng = np.random.default_rng(None if self.seed is None else [self.seed, plan.round])
+        self._check_kind(run)
+        rng = np.random.default_rng(None if self.seed is None else [self.seed, number])
         optimiser = torch.optim.SGD(
             method.parameters(), lr=s.lr, momentum=s.momentum, weight_decay=s.weight_decay
         )
         # A batch of everything would make training a function of the prompt alone.
         size = min(s.batch_size, max(1, len(images) // 4))
         steps = s.epochs * -(-len(images) // size)
-        entry = Entry(plan.run.hex(), plan.round, 0.0, size / len(images), steps)
+        entry = Entry(run.hex(), number, 0.0, size / len(images), steps)
         self.ledger.reserve(entry, self.dp)
         done, losses = 0, list[torch.Tensor]()
         with torch.random.fork_rng(devices=[]):  # torchvision draws from torch's generator
@@ -498,7 +522,7 @@ class LocalTrainer:
                     optimiser.step()
                     done += 1
                     losses.append(loss.detach().float())
-                    self.progress(_named_round(plan), done, steps)
+                    self.progress(what, done, steps)
         each = steps // s.epochs
         first, last = (float(torch.stack(part).mean()) for part in (losses[:each], losses[-each:]))
         self.figures = replace(self.figures, first_loss=first, last_loss=last)
@@ -515,7 +539,7 @@ class LocalTrainer:
         assert self.method is not None
         assert self.settings is not None
         s, dp, method, run = self.settings, self.dp, self.method, plan.run.hex()
-        self._check_kind(plan)
+        self._check_kind(plan.run)
         self.ledger.check_bounded(dp)
         rate, steps = steps_of(len(images), s.batch_size, s.epochs)
         self.sigma = max(self.ledger.sigma_of(run) or 0.0, dp.noise_multiplier)

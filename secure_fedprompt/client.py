@@ -86,8 +86,7 @@ def load_trainer(settings: ClientSettings, log: Log, bars: Bars) -> LocalTrainer
     )  # fmt: skip
     if train.note:
         log.info("data", f"data set {settings.dataset}: {train.note}")
-    seed = None if settings.seed < 0 else settings.seed
-    made = LocalTrainer(backbone, train, test, seed, settings.augment, bars.on, dp=settings.dp)
+    made = LocalTrainer(backbone, train, test, None, settings.augment, bars.on, dp=settings.dp)
     made.local_metrics = settings.local_metrics
     return made
 
@@ -131,6 +130,8 @@ def _take_part(settings: ClientSettings, json_path: str | None, log: Log) -> int
     identity, roster, me, server = whoami(settings.key, settings.roster, "client")
     log.name = me.name
     state_dir = Path(settings.state_dir.replace("{name}", me.name))
+    from secure_fedprompt.clients.training import client_seed
+
     with contextlib.ExitStack() as stack:
         journal = FileJournal(state_dir / "journal.jsonl")
         stack.callback(journal.close)
@@ -150,6 +151,8 @@ def _take_part(settings: ClientSettings, json_path: str | None, log: Log) -> int
             trainer = load_trainer(settings, log, bars)  # what is wrong here shows at once
             link.connect()
             log.info("connected", f"{me.name} connected to {settings.server}")
+            if settings.seed >= 0:
+                trainer.seed = client_seed(settings.seed, me.name)
             trainer.seat = names.index(me.name), len(names)
             trainer.keep, trainer.hold_seconds = state_dir, settings.hold_seconds
             trainer.ledger = ledger

@@ -43,7 +43,8 @@ class ClientSettings(ModelSettings, frozen=True, forbid_unknown_fields=True, kw_
         server: address of the server.
         state_dir: what must survive a restart; {name} in it is the client's.
         method: take part only if the run uses this method; empty takes the run's.
-        seed: of batch order, for reproducible benchmarks; -1 draws it from the system.
+        seed: of batch order, for reproducible benchmarks, together with the client's name; -1
+            draws it from the system.
         augment: train on random crops and flips instead of cached features.
         skip_unreadable: leave out images that cannot be read, instead of ending with their names.
         accept: first hex digits of the terms of a run that train from a prompt that this client has

@@ -22,7 +22,7 @@ from secure_fedprompt.client_settings import ClientSettings
 from secure_fedprompt.clients.journal import MemoryJournal
 from secure_fedprompt.clients.session import Session, Work
 from secure_fedprompt.clients.state import Party
-from secure_fedprompt.clients.training import Features, LocalTrainer, load_shares
+from secure_fedprompt.clients.training import Features, LocalTrainer, client_seed, load_shares
 from secure_fedprompt.protocol import command
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.errors import ConfigError, UpdateError
@@ -125,18 +125,19 @@ def make_trainers(
     quiet = lambda what, done, total: None  # noqa: E731
     needs = build(method or MethodSettings(), backbone, train.class_names).needs
     features = [Features(backbone, images, needs, quiet, "") for images in (train, test)]
+    names = [f"client{k:03d}" for k in range(len(shares))]
     return {
-        f"client{k:03d}": LocalTrainer(
+        name: LocalTrainer(
             backbone,
             train.subset(share.train),
             test.subset(share.test),
-            max(0, settings.seed),
+            client_seed(max(0, settings.seed), name),
             settings.augment,
             features=(features[0].subset(share.train), features[1].subset(share.test)),
             seat=(k, len(shares)),
             dp=settings.dp,
         )
-        for k, share in enumerate(shares)
+        for k, (name, share) in enumerate(zip(names, shares, strict=True))
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,12 +12,14 @@ import torch
 from models import tiny
 from rounds import make_parties, make_plan
 
+from secure_fedprompt.client_settings import ClientSettings
 from secure_fedprompt.clients.backbone import Backbone
 from secure_fedprompt.clients.data import sets
 from secure_fedprompt.clients.methods.base import METHODS, Batch, Method, array, build
 from secure_fedprompt.clients.methods.fedamp import FedAMP
 from secure_fedprompt.clients.session import Work
-from secure_fedprompt.clients.training import LocalTrainer, encode
+from secure_fedprompt.clients.training import LocalTrainer, client_seed, encode
+from secure_fedprompt.prompt_file import read_prompt, write_prompt
 from secure_fedprompt.protocol.errors import ConfigError, PlanError
 from secure_fedprompt.protocol.settings import (
     ComparatorSettings,
@@ -26,6 +29,7 @@ from secure_fedprompt.protocol.settings import (
 )
 from secure_fedprompt.server.planning import check_settings
 from secure_fedprompt.simulate import run_round
+from secure_fedprompt.simulation import make_trainers
 
 NAMES = ("cat", "dog", "red ring")
 STILL = {"zeroshot", "coop"}  # what they upload never changes
@@ -261,6 +265,44 @@ def test_fine_tuning_happens_before_the_last_evaluation(bundled: Backbone) -> No
     assert seen["promptfl-ft"] < seen["promptfl"]
 
 
+@pytest.mark.parametrize("counted", [True, False])
+def test_the_fine_tuned_prompt_is_what_a_client_keeps(
+    bundled: Backbone, tmp_path: Path, counted: bool
+) -> None:
+    """In memory, in its file, and after a restart; also where no round evaluates the last one."""
+    train, test = sets.generated_sets(6, ["sketch"], 6, 6, 0)
+    trainer = LocalTrainer(bundled, train, test, 0)
+    trainer.keep = tmp_path
+    trainer.prepare(settings_of("promptfl-ft", epochs=6))
+    final, run = trainer.initial(), b"r" * 16
+    if counted:
+        plan = make_plan(3, tensors=(), learning_round=2, run=run)
+        trainer.run(Work(plan, final))
+    trainer.finish(final, run)
+    assert trainer.method is not None
+    (ctx,) = trainer.method.parameters()
+    assert np.abs(ctx.detach().numpy().reshape(-1) - final).max() > 1e-3
+    write_prompt(tmp_path / "p.safetensors", trainer)
+    method = read_prompt(tmp_path / "p.safetensors").method(
+        bundled, train.class_names, other_classes=False
+    )
+    assert torch.equal(method.parameters()[0], ctx)
+    again = LocalTrainer(bundled, train, test, 0)
+    again.keep = tmp_path
+    again.prepare(settings_of("promptfl-ft", epochs=6))
+    again.finish(final, run)
+    assert again.method is not None
+    assert torch.equal(again.method.parameters()[0], ctx)
+    assert len(again.ledger.entries) == 0  # it did not train again
+    again.method.begin({"ctx": final.reshape(1, -1, 128)}, 3)  # another round
+    assert again.method.private() == {}
+
+
+def test_clients_of_one_seed_draw_different_batches() -> None:
+    seeds = [client_seed(7, f"client{k:03d}") for k in range(50)]
+    assert len({*seeds, *(client_seed(8, f"client{k:03d}") for k in range(50))}) == 100
+
+
 @pytest.mark.parametrize("name", ["promptfl", "fedotp", "fedmgp"])
 def test_methods_train_under_autocast_with_float32_prompts(name: str, bundled: Backbone) -> None:
     """bf16 gradients point where those of float32 do, and nothing trained is in half precision."""
@@ -283,3 +325,14 @@ def test_methods_train_under_autocast_with_float32_prompts(name: str, bundled: B
     assert torch.isfinite(found[1]).all()
     assert torch.cosine_similarity(*found, dim=0) > 0.98
     assert not torch.equal(*found)
+
+
+def test_every_client_of_a_simulation_has_its_own_seed(
+    bundled: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Backbone, "load", lambda *args: bundled)
+    settings = ClientSettings(
+        per_class=4, test_per_class=1, styles="sketch", parts=5, partition="iid", seed=3
+    )
+    seeds = {trainer.seed for trainer in make_trainers(settings).values()}
+    assert seeds == {client_seed(3, f"client{k:03d}") for k in range(5)}

@@ -12,7 +12,6 @@ import contextlib
 import json
 import sys
 import tempfile
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -35,7 +34,13 @@ from secure_fedprompt.clients.data.sets import ImageSet
 from secure_fedprompt.clients.data.settings import DataSettings
 from secure_fedprompt.clients.methods.base import Method, build
 from secure_fedprompt.clients.privacy_settings import PrivacySettings
-from secure_fedprompt.clients.training import Features, LocalTrainer, load_sets, predict
+from secure_fedprompt.clients.training import (
+    Features,
+    LocalTrainer,
+    client_seed,
+    load_sets,
+    predict,
+)
 from secure_fedprompt.protocol import fixedpoint
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.layout import total_size
@@ -115,7 +120,7 @@ class Pool:
             trainers = {
                 f"client{k:03d}": LocalTrainer(
                     self.backbone, self.sets[0].subset(share), self.sets[1].subset(rows),
-                    zlib.crc32(f"{seed} client{k:03d}".encode()),
+                    client_seed(seed, f"client{k:03d}"),
                     features=(self.features[0].subset(share), self.features[1].subset(rows)),
                     seat=(k, len(shares)), dp=dp[k] if dp else NO_DP,
                 )

@@ -110,6 +110,9 @@ class Method(ABC):
         """Start a round from the aggregate. The same round may begin again after an abort."""
         self.load(tensors)
 
+    def tuned(self) -> None:  # noqa: B027
+        """Be told that training on the last aggregate is done, where ``fine_tunes``."""
+
     def contribution(self, rng: np.random.Generator, choice: Choice | None = None) -> Arrays:
         """What is uploaded after training: the uploaded tensors, or what was chosen of them.
 
