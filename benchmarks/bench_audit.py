@@ -22,11 +22,11 @@ import machine
 import metered
 import numpy as np
 
+from secure_fedprompt.host.recorder import Recorder
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.keys import Identity, Member
-from secure_fedprompt.protocol.recorder import Recorder
 from secure_fedprompt.protocol.roster import Roster
-from secure_fedprompt.server.coordinator import Deadlines, Round
+from secure_fedprompt.server.rounds.base import Deadlines, Round
 
 ROUND = 10.0  # seconds
 

@@ -37,8 +37,9 @@ from secure_fedprompt.protocol.layout import TensorSpec
 from secure_fedprompt.protocol.plan import NO_KEY, NO_SEED, RoundPlan, default_threshold
 from secure_fedprompt.protocol.roster import Roster
 from secure_fedprompt.protocol.selection.task import NONE
-from secure_fedprompt.server.coordinator import Deadlines
-from secure_fedprompt.server.encrypted import EncryptedRound, make_round
+from secure_fedprompt.server.rounds.base import Deadlines
+from secure_fedprompt.server.rounds.encrypted import EncryptedRound
+from secure_fedprompt.server.rounds.start import make_round
 
 PEER = "nvflare[HE]==2.9.0"
 TABLE = [(n, d, t) for n in (10, 50) for d in (8_192, 1_000_000) for t in (1, 16)]

@@ -31,7 +31,7 @@ from secure_fedprompt.protocol.masking import choose_degree
 from secure_fedprompt.protocol.plan import NO_KEY, NO_SEED, RoundPlan, default_threshold
 from secure_fedprompt.protocol.roster import Roster
 from secure_fedprompt.protocol.selection.task import NONE
-from secure_fedprompt.server.coordinator import Deadlines, Round
+from secure_fedprompt.server.rounds.base import Deadlines, Round
 
 T = TypeVar("T")
 TABLE = [

@@ -31,13 +31,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from secure_fedprompt.clients import vision
 from secure_fedprompt.clients.backbone import Backbone
 from secure_fedprompt.clients.data.generated import ALL_CLASSES
+from secure_fedprompt.clients.dp_sgd import Draws, PrivateTraining
+from secure_fedprompt.clients.features import encode
 from secure_fedprompt.clients.methods.base import Batch, Method, build
 from secure_fedprompt.clients.methods.fedmgp import FedMGP, likeness
 from secure_fedprompt.clients.methods.fedotp import FedOTP
 from secure_fedprompt.clients.methods.promptfl import PromptFL
 from secure_fedprompt.clients.methods.transport import transported_similarity
-from secure_fedprompt.clients.privacy import Draws, PrivateTraining
-from secure_fedprompt.clients.training import encode
 from secure_fedprompt.protocol.settings import MethodSettings
 
 METHODS = ("promptfl", "fedotp", "fedmgp")

@@ -12,16 +12,17 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
-from secure_fedprompt.clients import participant
-from secure_fedprompt.clients.encrypted import Opening
 from secure_fedprompt.clients.journal import MemoryJournal
-from secure_fedprompt.clients.state import Party, Ready, State
+from secure_fedprompt.clients.party import Party
+from secure_fedprompt.clients.rounds.base import Ready, State
+from secure_fedprompt.clients.rounds.encrypted import Opening
+from secure_fedprompt.clients.rounds.start import start
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.keys import Identity, Member
 from secure_fedprompt.protocol.layout import Values
 from secure_fedprompt.protocol.policy import Policy
 from secure_fedprompt.protocol.roster import Roster
-from secure_fedprompt.server.coordinator import Round, Stage
+from secure_fedprompt.server.rounds.base import Round, Stage
 
 T = TypeVar("T")
 POLICY = Policy(protections=("masks", "bfv", "ckks"), graphs=("complete", "regular"), colluders=0)
@@ -90,7 +91,7 @@ def run(
     def to_client(name: str, frame: bytes) -> None:
         message = m.CATALOGUE.decode(frame)
         if isinstance(message, m.Plan):
-            states[name], replies = participant.start(parties[name], message.plan)
+            states[name], replies = start(parties[name], message.plan)
         else:
             states[name], replies = states[name].on(message)
         state = states[name]

@@ -34,16 +34,13 @@ import torch
 from secure_fedprompt.clients import metrics
 from secure_fedprompt.clients.backbone import Backbone
 from secure_fedprompt.clients.data import partitions
+from secure_fedprompt.clients.data.loading import load_sets
 from secure_fedprompt.clients.data.sets import ImageSet
 from secure_fedprompt.clients.data.settings import DataSettings
+from secure_fedprompt.clients.features import Features, predict
 from secure_fedprompt.clients.methods.base import Method, build
-from secure_fedprompt.clients.training import (
-    Features,
-    LocalTrainer,
-    client_seed,
-    load_sets,
-    predict,
-)
+from secure_fedprompt.clients.training import LocalTrainer, client_seed
+from secure_fedprompt.commands.simulate import simulate_run
 from secure_fedprompt.protocol.settings import (
     FedMGPSettings,
     FedOTPSettings,
@@ -51,7 +48,6 @@ from secure_fedprompt.protocol.settings import (
     ServerSettings,
 )
 from secure_fedprompt.server.store import Store
-from secure_fedprompt.simulation import simulate_run
 
 CLIENTS = 10
 QUIET = lambda *_: None  # noqa: E731

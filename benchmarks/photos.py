@@ -22,10 +22,12 @@ from typing import Any
 
 import machine
 
-from secure_fedprompt import demo, show
+from secure_fedprompt import show
 from secure_fedprompt.clients.backbone import Backbone
+from secure_fedprompt.clients.data.loading import load_shares
 from secure_fedprompt.clients.data.settings import DataSettings
-from secure_fedprompt.clients.training import Features, load_shares
+from secure_fedprompt.clients.features import Features
+from secure_fedprompt.commands import demo
 
 CLIENTS, ROUNDS, SHOTS, KILL_AFTER = 5, 10, 16, 4
 CASES = [("masks", True), ("bfv", True), ("ckks", True), ("masks", False), ("none", False)]

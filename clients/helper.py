@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from secure_fedprompt.clients.selecting import box_key
-from secure_fedprompt.clients.state import Party, Replies
+from secure_fedprompt.clients.party import Party, Replies
+from secure_fedprompt.clients.rounds.selecting import box_key
 from secure_fedprompt.protocol import masking
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.errors import (

@@ -17,6 +17,7 @@ import zmq
 from zmq.utils import z85
 from zmq.utils.monitor import recv_monitor_message
 
+from secure_fedprompt.host.recorder import Recorder
 from secure_fedprompt.protocol import chunks
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.address import Address
@@ -27,7 +28,6 @@ from secure_fedprompt.protocol.errors import (
     WrongServerKeyError,
 )
 from secure_fedprompt.protocol.keys import Identity, fingerprint
-from secure_fedprompt.protocol.recorder import Recorder
 
 _HANDSHAKE_TRIES = 3
 _MISSED = 5.0  # seconds without a connection until somebody is told

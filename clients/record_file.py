@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Generic, TypeVar
 
+from secure_fedprompt.host.files import lock
 from secure_fedprompt.protocol.errors import ConfigError
-from secure_fedprompt.protocol.locking import lock
 
 T = TypeVar("T")
 Decode = Callable[[bytes], T]  # raises ValueError, KeyError, TypeError or AttributeError

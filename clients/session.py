@@ -13,13 +13,14 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from secure_fedprompt.clients import participant
-from secure_fedprompt.clients.encrypted import Opening, Reported, Sent
 from secure_fedprompt.clients.helper import Helper
 from secure_fedprompt.clients.ledger import Upload
-from secure_fedprompt.clients.participant import Agreed, Revealed
-from secure_fedprompt.clients.selecting import share_keys
-from secure_fedprompt.clients.state import Party, Ready, Replies, State, refusal
+from secure_fedprompt.clients.party import Party, Replies, refusal
+from secure_fedprompt.clients.rounds.base import Ready, Revealed, State
+from secure_fedprompt.clients.rounds.encrypted import Opening, Reported, Sent
+from secure_fedprompt.clients.rounds.masks import Agreed
+from secure_fedprompt.clients.rounds.selecting import share_keys
+from secure_fedprompt.clients.rounds.start import start
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.averaging import Prompt, averaged, metrics_of, prompt_bytes
 from secure_fedprompt.protocol.codec import decode_fields, encode_fields
@@ -433,7 +434,7 @@ class Session:
         self._raw = bytes(message.base)
         if not (plan.encrypted and plan.learning_round > 1):
             self._prompt(plan, self._raw)  # refused before anything is done
-        self.round, replies = participant.start(self.party, plan)
+        self.round, replies = start(self.party, plan)
         self.declined = None
         self._greetings, self._planned, self._resumed = 0, True, False
         return self._ready(replies)

@@ -5,25 +5,22 @@ from __future__ import annotations
 import os
 import threading
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from secure_fedprompt.clients import vision
 from secure_fedprompt.clients.accounting import noise_for, steps_of
 from secure_fedprompt.clients.backbone import Backbone
-from secure_fedprompt.clients.data import partitions, sets
+from secure_fedprompt.clients.data.loading import classes_digest
 from secure_fedprompt.clients.data.sets import ImageSet
-from secure_fedprompt.clients.data.settings import DataSettings
+from secure_fedprompt.clients.features import Features, Progress, encode, predict
 from secure_fedprompt.clients.ledger import Entry, Ledger
 from secure_fedprompt.clients.methods.base import Arrays, Batch, Method, build
 from secure_fedprompt.clients.privacy_settings import PrivacySettings
@@ -31,20 +28,16 @@ from secure_fedprompt.clients.session import Work
 from secure_fedprompt.protocol import layout as lay
 from secure_fedprompt.protocol.averaging import Prompt
 from secure_fedprompt.protocol.errors import ConfigError, DataError, UpdateError
-from secure_fedprompt.protocol.expand import Purpose, digest
 from secure_fedprompt.protocol.fixedpoint import LOSS_CLIP
 from secure_fedprompt.protocol.layout import TensorSpec
 from secure_fedprompt.protocol.plan import RoundPlan
 from secure_fedprompt.protocol.selection.shares import Keys
 from secure_fedprompt.protocol.settings import MethodSettings
 
-_CHUNK = 256  # images at a time through the image tower
-_PREDICT = {"features": 256, "patches": 64, "tokens": 64}  # images at a time
 Result = tuple["Values", float] | Keys
 _NO_DP = PrivacySettings()
 _AFTER = 1 << 32  # later than every learning round
 _LAST = (1 << 32) - 1  # a round's number that no plan has
-Progress = Callable[[str, int, int], None]
 Values = dict[str, NDArray[np.floating[Any]] | np.float64]
 
 
@@ -77,159 +70,6 @@ def _named_round(plan: RoundPlan) -> str:
 def client_seed(seed: int, name: str) -> int:
     """A client's own seed: independent clients share none."""
     return zlib.crc32(f"{seed} {name}".encode())
-
-
-def load_sets(
-    settings: DataSettings, names: tuple[str, ...] | None = None
-) -> tuple[ImageSet, ImageSet]:
-    """The whole data set, before partitioning: training and test images.
-
-    Args:
-        names: of the classes, in the place of a class list.
-
-    Raises:
-        DataError: nothing there, fewer than two classes, unknown names.
-    """
-    if settings.class_list:
-        names = sets.read_class_list(Path(settings.class_list))
-    path = Path(settings.dataset)
-    if settings.dataset == "generated":
-        styles = [style.strip() for style in settings.styles.split(",") if style.strip()]
-        train, test = sets.generated_sets(
-            settings.generated_classes, styles, settings.per_class, settings.test_per_class,
-            settings.data_seed,
-        )  # fmt: skip
-    elif path.exists() or "/" in settings.dataset or path.suffix:
-        train, test = sets.folder_sets(path, names, settings.test_share, settings.data_seed)
-    else:
-        train, test = sets.torchvision_sets(
-            settings.dataset, Path(settings.data_root), settings.download, settings.test_share,
-            settings.data_seed,
-        )  # fmt: skip
-    if settings.classes != "all":
-        train, test = train.half(settings.classes), test.half(settings.classes)
-    if len(train.class_names) < 2:
-        raise DataError(
-            f"data set {settings.dataset} has one class, {train.class_names[0]!r}: "
-            "a classifier needs two; give class_list if this client lacks the others"
-        )
-    return train, test
-
-
-def load_shares(settings: DataSettings) -> tuple[ImageSet, ImageSet, list[partitions.Part]]:
-    """Training (after few-shot sampling) and test images, and every client's share of them.
-
-    Raises:
-        DataError: also if the partition cannot be made.
-    """
-    train, test = load_sets(settings)
-    train = train.subset(partitions.few_shot(train.labels, settings.shots, settings.data_seed))
-    labels, n, seed = (train.labels, test.labels), settings.parts, settings.data_seed
-    match settings.partition:
-        case "pathological":
-            shares = partitions.pathological(*labels, n, seed)
-        case "overlap":
-            shares = partitions.overlap(*labels, n, seed, settings.rho)
-        case "dirichlet":
-            shares = partitions.dirichlet(*labels, n, seed, settings.beta)
-        case "domain-dirichlet":
-            both = (train.labels, train.domains), (test.labels, test.domains)
-            shares = partitions.domain_dirichlet(*both, n, seed, settings.beta)
-        case "domain":
-            shares = partitions.by_domain(train.domains, test.domains, n)
-        case _:
-            shares = partitions.iid(*labels, n, seed)
-    return train, test, shares
-
-
-def load_part(settings: DataSettings) -> tuple[ImageSet, ImageSet]:
-    """This client's share.
-
-    Raises:
-        DataError: also if the share has no training image.
-    """
-    if settings.part >= settings.parts:
-        raise DataError(f"part = {settings.part}: must be below parts = {settings.parts}")
-    if settings.parts == 1:
-        settings = msgspec.structs.replace(settings, partition="iid")
-    train, test, shares = load_shares(settings)
-    own = shares[settings.part]
-    if not len(own.train):
-        raise DataError(f"share {settings.part} of {settings.dataset} has no training images")
-    return train.subset(own.train), test.subset(own.test)
-
-
-def classes_digest(names: Sequence[str]) -> bytes:
-    return digest(Purpose.CLASSES, *(name.encode() for name in names))
-
-
-class Features:
-    """What a method needs of images, on the device: see ``Method.needs``.
-
-    Raises:
-        DataError: an image cannot be decoded.
-    """
-
-    def __init__(
-        self, backbone: Backbone, images: ImageSet, needs: str, progress: Progress, what: str
-    ) -> None:
-        parts = []
-        for start in range(0, len(images), _CHUNK):
-            index = range(start, min(start + _CHUNK, len(images)))
-            pixels = torch.stack([backbone.test_transform(images.image(i)) for i in index])
-            parts.append(encode(backbone, pixels, needs))
-            progress(what, index.stop, len(images))
-        self.needs = needs
-        empty = torch.zeros(0, dtype=backbone.dtype, device=backbone.device)
-        self.images = torch.cat(parts) if parts else empty
-        self.labels = torch.from_numpy(images.labels).to(backbone.device)
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    @classmethod
-    def of(cls, images: torch.Tensor, labels: torch.Tensor, needs: str) -> Features:
-        """What was computed before."""
-        made = cls.__new__(cls)
-        made.images, made.labels, made.needs = images, labels, needs
-        return made
-
-    def subset(self, index: NDArray[np.int64]) -> Features:
-        """Some of the images, without computing anything again."""
-        rows = torch.from_numpy(index)
-        images = self.images[rows.to(self.images.device)]
-        return self.of(images, self.labels[rows.to(self.labels.device)], self.needs)
-
-    def batches(self, size: int, order: NDArray[np.int64] | None = None) -> Iterator[Batch]:
-        index = torch.from_numpy(np.arange(len(self)) if order is None else order)
-        for start in range(0, len(index), size):
-            rows = index[start : start + size].to(self.labels.device)
-            yield Batch(self.images[rows.to(self.images.device)], self.labels[rows])
-
-
-def encode(backbone: Backbone, pixels: torch.Tensor, needs: str) -> torch.Tensor:
-    """What the frozen image tower gives a method."""
-    match needs:
-        case "patches":
-            return vision.patch_features(backbone, pixels)
-        case "tokens":
-            return vision.image_tokens(backbone, pixels)
-    return backbone.image_features(pixels)
-
-
-@torch.no_grad()
-def predict(method: Method, images: Features) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Predicted labels and cross-entropy of every image, (N,) each."""
-    guesses, losses = [], []
-    for batch in images.batches(_PREDICT[images.needs]):
-        logits = method.logits(batch).float()
-        guesses.append(logits.argmax(1).cpu().numpy())
-        losses.append(
-            F.cross_entropy(logits, batch.labels, reduction="none").double().cpu().numpy()
-        )
-    if not guesses:
-        return np.zeros(0, np.int64), np.zeros(0)
-    return np.concatenate(guesses), np.concatenate(losses)
 
 
 class LocalTrainer:
@@ -534,7 +374,7 @@ class LocalTrainer:
             BudgetError: the budget does not allow this round.
             ConfigError: this run was begun without dp.
         """
-        from secure_fedprompt.clients.privacy import Draws, PrivateTraining
+        from secure_fedprompt.clients.dp_sgd import Draws, PrivateTraining
 
         assert self.method is not None
         assert self.settings is not None

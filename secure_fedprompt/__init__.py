@@ -22,7 +22,7 @@ _PUBLIC = {
     "RoundPlan": "secure_fedprompt.protocol.plan",
     "SecureFedPromptError": "secure_fedprompt.protocol.errors",
     "ServerSettings": "secure_fedprompt.protocol.settings",
-    "run_round": "secure_fedprompt.simulate",
+    "run_round": "secure_fedprompt.memory",
 }
 __all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604
 

@@ -6,25 +6,34 @@ import importlib
 import sys
 
 COMMANDS = {
-    "demo": ("secure_fedprompt.demo", "server and clients as processes on this machine"),
-    "keygen": ("secure_fedprompt.cli", "make a key file and its roster entry"),
-    "roster": ("secure_fedprompt.cli", "add to, list and check the roster of public keys"),
-    "check": ("secure_fedprompt.cli", "test a client's keys, data, model and server"),
+    "demo": ("secure_fedprompt.commands.demo", "server and clients as processes on this machine"),
+    "keygen": ("secure_fedprompt.commands.keys", "make a key file and its roster entry"),
+    "roster": (
+        "secure_fedprompt.commands.keys",
+        "add to, list and check the roster of public keys",
+    ),
+    "check": ("secure_fedprompt.commands.check", "test a client's keys, data, model and server"),
     "server": (
         "secure_fedprompt.server.__main__",
         "aggregate (same as -m secure_fedprompt.server)",
     ),
     "client": ("secure_fedprompt.client", "take part (same as -m secure_fedprompt.client)"),
     "helper": ("secure_fedprompt.helper", "help a server select (same as -m ....helper)"),
-    "explain": ("secure_fedprompt.explain", "parameters, bytes and error of a protection"),
-    "privacy": ("secure_fedprompt.privacy", "epsilon of DP-SGD before a run, and spent so far"),
+    "explain": ("secure_fedprompt.commands.explain", "parameters, bytes and error of a protection"),
+    "privacy": (
+        "secure_fedprompt.commands.privacy",
+        "epsilon of DP-SGD before a run, and spent so far",
+    ),
     "audit": ("secure_fedprompt.audit.command", "check what crossed the wire of a run"),
     "audit-diff": ("secure_fedprompt.audit.command", "two audit logs side by side"),
     "report": ("secure_fedprompt.report.command", "a run as one HTML page"),
-    "watch": ("secure_fedprompt.watch", "live view of a running server"),
-    "simulate": ("secure_fedprompt.simulation", "many clients in one process"),
-    "evaluate": ("secure_fedprompt.evaluate", "accuracy of a trained prompt on a data set"),
-    "predict": ("secure_fedprompt.evaluate", "class of images under a trained prompt"),
+    "watch": ("secure_fedprompt.commands.watch", "live view of a running server"),
+    "simulate": ("secure_fedprompt.commands.simulate", "many clients in one process"),
+    "evaluate": (
+        "secure_fedprompt.commands.evaluate",
+        "accuracy of a trained prompt on a data set",
+    ),
+    "predict": ("secure_fedprompt.commands.evaluate", "class of images under a trained prompt"),
 }
 
 

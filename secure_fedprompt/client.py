@@ -20,19 +20,19 @@ from secure_fedprompt.clients.accounting import epsilon
 from secure_fedprompt.clients.journal import FileJournal
 from secure_fedprompt.clients.ledger import NAME, Ledger
 from secure_fedprompt.clients.link import CurveLink
+from secure_fedprompt.clients.party import Party
 from secure_fedprompt.clients.session import Session, Work
-from secure_fedprompt.clients.state import Party
+from secure_fedprompt.host import command
+from secure_fedprompt.host.files import whoami
 from secure_fedprompt.host.log import Bars, Log
-from secure_fedprompt.identity import whoami
+from secure_fedprompt.host.recorder import recorder
 from secure_fedprompt.pace import UPLOADS, Pace
-from secure_fedprompt.protocol import command
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.errors import DataError, SecureFedPromptError, UpdateError
-from secure_fedprompt.protocol.recorder import recorder
 
 if TYPE_CHECKING:
-    from secure_fedprompt.client_settings import ClientSettings
     from secure_fedprompt.clients.data.sets import ImageSet
+    from secure_fedprompt.clients.settings import ClientSettings
     from secure_fedprompt.clients.training import LocalTrainer, Result, Values
 
 EXAMPLES = """\
@@ -48,7 +48,7 @@ T = TypeVar("T")
 
 
 def main(argv: list[str] | None = None) -> int:
-    from secure_fedprompt.client_settings import ClientSettings
+    from secure_fedprompt.clients.settings import ClientSettings
 
     parser = command.parser(
         "python -m secure_fedprompt.client",
@@ -70,7 +70,8 @@ def load_trainer(settings: ClientSettings, log: Log, bars: Bars) -> LocalTrainer
     import torch
 
     from secure_fedprompt.clients.backbone import Backbone
-    from secure_fedprompt.clients.training import LocalTrainer, load_part
+    from secure_fedprompt.clients.data.loading import load_part
+    from secure_fedprompt.clients.training import LocalTrainer
 
     if settings.threads:
         torch.set_num_threads(settings.threads)

@@ -17,10 +17,11 @@ import msgspec
 from secure_fedprompt.clients.helper import Helper
 from secure_fedprompt.clients.journal import MemoryJournal
 from secure_fedprompt.clients.link import CurveLink
-from secure_fedprompt.clients.state import Party, Replies, refusal
+from secure_fedprompt.clients.party import Party, Replies, refusal
+from secure_fedprompt.host import command
+from secure_fedprompt.host.files import whoami
 from secure_fedprompt.host.log import Log
-from secure_fedprompt.identity import whoami
-from secure_fedprompt.protocol import command
+from secure_fedprompt.host.recorder import recorder
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.errors import (
     ReplayError,
@@ -28,7 +29,6 @@ from secure_fedprompt.protocol.errors import (
     SecureFedPromptError,
 )
 from secure_fedprompt.protocol.policy import Policy
-from secure_fedprompt.protocol.recorder import recorder
 from secure_fedprompt.protocol.settings import FilePath, LogPath, Positive, Seconds
 from secure_fedprompt.protocol.terms import RunTerms
 

@@ -13,8 +13,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from secure_fedprompt.clients.backbone import Backbone
+from secure_fedprompt.clients.data.loading import classes_digest
 from secure_fedprompt.clients.methods.base import Method, build
-from secure_fedprompt.clients.training import LocalTrainer, classes_digest
+from secure_fedprompt.clients.training import LocalTrainer
 from secure_fedprompt.protocol.errors import PromptFileError
 from secure_fedprompt.protocol.settings import MethodSettings
 

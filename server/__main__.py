@@ -9,13 +9,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+from secure_fedprompt.host import command, files
 from secure_fedprompt.host.log import Log
-from secure_fedprompt.protocol import command, homomorphic
+from secure_fedprompt.host.recorder import recorder
+from secure_fedprompt.protocol import homomorphic
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.errors import ConfigError, PlanError
 from secure_fedprompt.protocol.homomorphic import SCHEMES
 from secure_fedprompt.protocol.plan import default_threshold, tolerated_colluders
-from secure_fedprompt.protocol.recorder import recorder
 from secure_fedprompt.protocol.settings import ServerSettings
 from secure_fedprompt.server.hub import Hub, bound_connections
 from secure_fedprompt.server.planning import noise_of
@@ -55,9 +56,9 @@ def serve(settings: ServerSettings, json_path: str | None) -> int:
 
 
 def _serve(settings: ServerSettings, json_path: str | None, log: Log) -> int:
-    identity = command.read_identity(settings.key)
-    roster = command.read_roster(settings.roster)
-    me = command.member_of(identity, roster, ("server",))
+    identity = files.read_identity(settings.key)
+    roster = files.read_roster(settings.roster)
+    me = files.member_of(identity, roster, ("server",))
     log.name = me.name
     folder = Path(settings.run_dir.replace("{time}", time.strftime("%Y%m%d-%H%M%S")))
     if settings.protection in SCHEMES:  # can we, before anybody waits

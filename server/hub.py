@@ -13,6 +13,7 @@ import zmq
 from zmq.auth.thread import ThreadAuthenticator
 from zmq.utils import z85
 
+from secure_fedprompt.host.recorder import Recorder
 from secure_fedprompt.protocol import chunks
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.address import Address
@@ -25,7 +26,6 @@ from secure_fedprompt.protocol.errors import (
     TrailingBytesError,
 )
 from secure_fedprompt.protocol.keys import Identity, fingerprint
-from secure_fedprompt.protocol.recorder import Recorder
 from secure_fedprompt.protocol.roster import Roster
 from secure_fedprompt.server.routes import Heard, Routes
 

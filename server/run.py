@@ -43,8 +43,6 @@ from secure_fedprompt.protocol.plan import MAX_ATTEMPTS, NO_KEY, RoundPlan
 from secure_fedprompt.protocol.roster import Roster
 from secure_fedprompt.protocol.settings import ServerSettings
 from secure_fedprompt.server.admission import admit, check
-from secure_fedprompt.server.coordinator import Deadlines, Round, Stage
-from secure_fedprompt.server.encrypted import EncryptedRound, make_round
 from secure_fedprompt.server.opening import Pending
 from secure_fedprompt.server.planning import (
     Keying,
@@ -59,7 +57,10 @@ from secure_fedprompt.server.planning import (
     round_plan,
     terms_of,
 )
-from secure_fedprompt.server.selection import Outbox
+from secure_fedprompt.server.rounds.base import Deadlines, Round, Stage
+from secure_fedprompt.server.rounds.encrypted import EncryptedRound
+from secure_fedprompt.server.rounds.selecting import Outbox
+from secure_fedprompt.server.rounds.start import make_round
 
 POLICY = f"withdrew: {PolicyError.__name__}: "  # how the fault of who declined begins
 SAME_HELLO = 5.0  # seconds within which two greetings of one process count as one

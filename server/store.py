@@ -33,8 +33,8 @@ from secure_fedprompt.protocol.layout import TensorSpec
 from secure_fedprompt.protocol.messages import Nonce
 from secure_fedprompt.protocol.settings import ServerSettings
 from secure_fedprompt.protocol.terms import RunTerms
-from secure_fedprompt.server.coordinator import Round
 from secure_fedprompt.server.planning import RunState
+from secure_fedprompt.server.rounds.base import Round
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS state (id INTEGER PRIMARY KEY CHECK (id = 1), body TEXT NOT NULL);

@@ -17,11 +17,11 @@ from secure_fedprompt.audit import summary
 from secure_fedprompt.audit.findings import Level
 from secure_fedprompt.audit.log import Log
 from secure_fedprompt.clients.session import Work
+from secure_fedprompt.host.recorder import Recorder, link
 from secure_fedprompt.protocol import fixedpoint
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.averaging import Prompt
 from secure_fedprompt.protocol.layout import TensorSpec, Values
-from secure_fedprompt.protocol.recorder import Recorder, link
 
 Tap = Callable[[str, str, m.Message], m.Message]
 WIDTH = 160  # values of an update: enough to test for uniformity

@@ -13,8 +13,8 @@ from rounds import OPEN, entropy_from, identity, names, roster
 
 from secure_fedprompt.clients.journal import MemoryJournal
 from secure_fedprompt.clients.ledger import Ledger
+from secure_fedprompt.clients.party import Party
 from secure_fedprompt.clients.session import Session, Work
-from secure_fedprompt.clients.state import Party
 from secure_fedprompt.helper import HelperSession
 from secure_fedprompt.protocol import errors
 from secure_fedprompt.protocol import messages as m

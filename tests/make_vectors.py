@@ -20,13 +20,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 from federation import World
 from rounds import identity, make_parties, make_plan, make_updates, names
 
+from secure_fedprompt.memory import run_round
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.codec import VERSION
 from secure_fedprompt.protocol.expand import Purpose
 from secure_fedprompt.protocol.messages import CATALOGUE
 from secure_fedprompt.protocol.plan import RoundPlan
-from secure_fedprompt.server.coordinator import Stage
-from secure_fedprompt.simulate import run_round
+from secure_fedprompt.server.rounds.base import Stage
 
 FOLDER = Path(__file__).parent / "vectors"
 CLIENT, DROPPED = "c001", "c003"

@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from secure_fedprompt.clients.journal import MemoryJournal
-from secure_fedprompt.clients.state import Party
+from secure_fedprompt.clients.party import Party
 from secure_fedprompt.protocol import client_noise, fixedpoint, homomorphic
 from secure_fedprompt.protocol.expand import keystream
 from secure_fedprompt.protocol.keys import Identity, Member

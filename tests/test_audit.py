@@ -24,9 +24,9 @@ from rounds import identity, roster
 from secure_fedprompt.__main__ import main
 from secure_fedprompt.audit import summary
 from secure_fedprompt.audit.findings import CHECKS, Level
+from secure_fedprompt.host.recorder import Recorder
 from secure_fedprompt.protocol import homomorphic
 from secure_fedprompt.protocol import messages as m
-from secure_fedprompt.protocol.recorder import Recorder
 
 
 @pytest.mark.parametrize("protection", ["masks", "bfv", "ckks"])

@@ -24,10 +24,10 @@ from secure_fedprompt.__main__ import main
 from secure_fedprompt.audit import promises, summary
 from secure_fedprompt.audit.findings import Level, collapsed, failed
 from secure_fedprompt.audit.log import Log
+from secure_fedprompt.host.recorder import Recorder, link
 from secure_fedprompt.protocol import errors, homomorphic
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.codec import encode_fields
-from secure_fedprompt.protocol.recorder import Recorder, link
 from secure_fedprompt.protocol.selection.task import Selection
 
 # -- logs that were touched ------------------------------------------------------------------------

@@ -19,9 +19,10 @@ from torch import Tensor
 from secure_fedprompt.clients import backbone as backbone_module
 from secure_fedprompt.clients.backbone import Backbone
 from secure_fedprompt.clients.data import sets
+from secure_fedprompt.clients.features import Features, predict
 from secure_fedprompt.clients.methods.base import Batch, build
 from secure_fedprompt.clients.methods.promptfl import PromptFL
-from secure_fedprompt.clients.training import Features, LocalTrainer, predict
+from secure_fedprompt.clients.training import LocalTrainer
 from secure_fedprompt.protocol.errors import ConfigError, ModelError
 from secure_fedprompt.protocol.settings import MethodSettings
 

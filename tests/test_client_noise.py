@@ -19,6 +19,7 @@ from scipy import stats
 from selecting import SECURE, Grouped
 
 from secure_fedprompt.__main__ import main
+from secure_fedprompt.memory import run_round
 from secure_fedprompt.protocol import client_noise, fixedpoint
 from secure_fedprompt.protocol import layout as lay
 from secure_fedprompt.protocol.client_noise import Noise
@@ -27,7 +28,6 @@ from secure_fedprompt.protocol.layout import Field, TensorSpec
 from secure_fedprompt.protocol.policy import Policy
 from secure_fedprompt.protocol.settings import ServerSettings
 from secure_fedprompt.server.planning import check_settings, noise_of
-from secure_fedprompt.simulate import run_round
 
 NOISE = Noise(1.0, 0.5, 3)
 

@@ -12,13 +12,16 @@ import torch
 from models import tiny
 from rounds import make_parties, make_plan
 
-from secure_fedprompt.client_settings import ClientSettings
 from secure_fedprompt.clients.backbone import Backbone
 from secure_fedprompt.clients.data import sets
+from secure_fedprompt.clients.features import encode
 from secure_fedprompt.clients.methods.base import METHODS, Batch, Method, array, build
 from secure_fedprompt.clients.methods.fedamp import FedAMP
 from secure_fedprompt.clients.session import Work
-from secure_fedprompt.clients.training import LocalTrainer, client_seed, encode
+from secure_fedprompt.clients.settings import ClientSettings
+from secure_fedprompt.clients.training import LocalTrainer, client_seed
+from secure_fedprompt.commands.simulate import make_trainers
+from secure_fedprompt.memory import run_round
 from secure_fedprompt.prompt_file import read_prompt, write_prompt
 from secure_fedprompt.protocol.errors import ConfigError, PlanError
 from secure_fedprompt.protocol.settings import (
@@ -28,8 +31,6 @@ from secure_fedprompt.protocol.settings import (
     ServerSettings,
 )
 from secure_fedprompt.server.planning import check_settings
-from secure_fedprompt.simulate import run_round
-from secure_fedprompt.simulation import make_trainers
 
 NAMES = ("cat", "dog", "red ring")
 STILL = {"zeroshot", "coop"}  # what they upload never changes

@@ -20,18 +20,19 @@ from rounds import (
     make_updates,
 )
 
-from secure_fedprompt.clients import participant
 from secure_fedprompt.clients.cohort_key import CohortKey
-from secure_fedprompt.clients.state import Party
+from secure_fedprompt.clients.party import Party
+from secure_fedprompt.clients.rounds.start import start
+from secure_fedprompt.memory import NEXT_PROMPT, Outcome, run_round
 from secure_fedprompt.protocol import errors, homomorphic
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.expand import Purpose
 from secure_fedprompt.protocol.layout import TensorSpec
 from secure_fedprompt.protocol.messages import CATALOGUE
 from secure_fedprompt.protocol.plan import NO_KEY, RoundPlan
-from secure_fedprompt.server.coordinator import Deadlines, Stage
-from secure_fedprompt.server.encrypted import EncryptedRound, make_round
-from secure_fedprompt.simulate import NEXT_PROMPT, Outcome, run_round
+from secure_fedprompt.server.rounds.base import Deadlines, Stage
+from secure_fedprompt.server.rounds.encrypted import EncryptedRound
+from secure_fedprompt.server.rounds.start import make_round
 
 SCHEMES = homomorphic.SCHEMES
 BIG = (TensorSpec("ctx", (40, 60)),)
@@ -280,7 +281,7 @@ def test_a_client_that_withdraws_while_others_get_the_key_is_not_waited_for() ->
     server = make_round(plan, b"", parties["c001"].roster, Deadlines(1, 900), run_keys)
     server.start(0.0)
     assert server.stage is Stage.ASKING
-    _, (ask,) = participant.start(parties["c003"], plan)
+    _, (ask,) = start(parties["c003"], plan)
     ((maker, request),) = server.on("c003", ask, 0.0)
     assert maker == "c001"
     server.on("c002", m.Withdraw(plan.run, plan.round, "SealError", ""), 0.0)
@@ -288,7 +289,7 @@ def test_a_client_that_withdraws_while_others_get_the_key_is_not_waited_for() ->
     assert "c002" in server.faults
     assert not server.involves("c002")
     assert server.lost("c004", 0.0) == []
-    state, _ = participant.start(parties["c001"], plan)
+    state, _ = start(parties["c001"], plan)
     _, replies = state.on(request)
     server.on("c001", replies[0], 0.0)
     assert server.stage is Stage.COLLECTING
@@ -302,7 +303,7 @@ def test_early_uploads_are_kept_only_from_holders() -> None:
     server = make_round(plan, b"", parties["c001"].roster, Deadlines(1, 900), run_keys)
     assert isinstance(server, EncryptedRound)
     server.start(0.0)
-    _, (ask,) = participant.start(make_parties(4, seed="again")["c003"], plan)
+    _, (ask,) = start(make_parties(4, seed="again")["c003"], plan)
     server.on("c003", ask, 0.0)
     assert server.stage is Stage.KEYING
     upload = m.CipherUpload(plan.run, plan.round, plan.key, (b"x",), bytes(64))

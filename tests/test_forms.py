@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from secure_fedprompt.protocol import forms
+from secure_fedprompt.host import forms
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "json.md").read_text()

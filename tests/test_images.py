@@ -16,11 +16,11 @@ from rich.console import Console
 
 from secure_fedprompt.__main__ import main
 from secure_fedprompt.client import load_trainer
-from secure_fedprompt.client_settings import ClientSettings
 from secure_fedprompt.clients.backbone import Backbone
 from secure_fedprompt.clients.data import images, sets
 from secure_fedprompt.clients.data.images import read_image
 from secure_fedprompt.clients.methods.base import METHODS
+from secure_fedprompt.clients.settings import ClientSettings
 from secure_fedprompt.clients.training import LocalTrainer
 from secure_fedprompt.host.log import Bars, Log
 from secure_fedprompt.prompt_file import write_prompt

@@ -19,12 +19,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rounds import identity, roster
 
-from secure_fedprompt import cli, client, helper
+from secure_fedprompt import client, helper
 from secure_fedprompt.__main__ import COMMANDS, main
-from secure_fedprompt.client_settings import ClientSettings
 from secure_fedprompt.clients.journal import FileJournal
 from secure_fedprompt.clients.methods.base import METHODS
-from secure_fedprompt.protocol import command, errors
+from secure_fedprompt.clients.settings import ClientSettings
+from secure_fedprompt.commands import keys as cli
+from secure_fedprompt.host import command, files
+from secure_fedprompt.protocol import errors
 from secure_fedprompt.protocol.keys import Identity, Member, agree, seal, unseal
 from secure_fedprompt.protocol.layout import TensorSpec
 from secure_fedprompt.protocol.roster import Roster, member_to_toml
@@ -45,7 +47,7 @@ def test_keygen_writes_a_private_key_and_a_public_entry(
     assert main(["keygen", "--name", "alice", "--out", str(tmp_path)]) == 0
     key, entry = tmp_path / "alice.pem", tmp_path / "alice.entry.toml"
     assert stat.S_IMODE(key.stat().st_mode) == 0o600
-    made = command.read_identity(str(key))
+    made = files.read_identity(str(key))
     (member,) = Roster.from_toml(entry.read_text(), "entry").members
     assert (member.identity, member.curve) == (made.public(), made.curve_public())
     shown = capsys.readouterr().out
@@ -54,7 +56,7 @@ def test_keygen_writes_a_private_key_and_a_public_entry(
     assert "PRIVATE" not in shown
     assert main(["keygen", "--name", "alice", "--out", str(tmp_path)]) == 2
     assert "exists" in capsys.readouterr().err
-    assert command.read_identity(str(key)).public() == made.public()  # nothing was lost
+    assert files.read_identity(str(key)).public() == made.public()  # nothing was lost
 
 
 def test_identity_prints_nothing() -> None:
@@ -77,7 +79,7 @@ def test_bad_key_files(tmp_path: Path, prepare: object, words: str) -> None:
     path = tmp_path / "bob.pem"
     prepare(path)  # type: ignore[operator]
     with pytest.raises(errors.KeyFileError, match=words):
-        command.read_identity(str(path))
+        files.read_identity(str(path))
 
 
 def test_roster_add_list_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -87,7 +89,7 @@ def test_roster_add_list_check(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert main(["roster", "add", "server.entry.toml", "alice.entry.toml"]) == 0
     assert main(["roster", "add", "bob.entry.toml"]) == 0
     assert main(["roster", "check"]) == 0
-    assert [m.name for m in command.read_roster("roster.toml").members] == [
+    assert [m.name for m in files.read_roster("roster.toml").members] == [
         "alice",
         "bob",
         "server",
@@ -106,7 +108,7 @@ def test_roster_add_list_check(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "'carol' is not on roster.toml, which has alice, bob" in capsys.readouterr().err
     assert main(["roster", "remove"]) == 2
     assert main(["roster", "remove", "bob"]) == 0
-    assert [m.name for m in command.read_roster("roster.toml").members] == ["alice", "server"]
+    assert [m.name for m in files.read_roster("roster.toml").members] == ["alice", "server"]
 
 
 def test_json_can_go_to_standard_output(

@@ -72,7 +72,7 @@ def test_the_package_imports_nothing_eagerly() -> None:
 
 def test_the_state_machines_know_neither_torch_nor_sockets() -> None:
     code = (
-        "import sys, secure_fedprompt.simulate, secure_fedprompt.clients.session\n"
+        "import sys, secure_fedprompt.memory, secure_fedprompt.clients.session\n"
         "print([m for m in ('torch', 'zmq') if m in sys.modules])"
     )
     assert run_python(code).strip() == "[]"

@@ -18,7 +18,6 @@ from federation import Toy, World
 from rounds import OPEN, make_plan, names
 from test_comparators import settings_of
 
-from secure_fedprompt import cli
 from secure_fedprompt import client as client_program
 from secure_fedprompt.clients.accounting import epsilon
 from secure_fedprompt.clients.backbone import Backbone
@@ -27,6 +26,7 @@ from secure_fedprompt.clients.ledger import Entry, Ledger, Upload
 from secure_fedprompt.clients.privacy_settings import PrivacySettings
 from secure_fedprompt.clients.session import Work
 from secure_fedprompt.clients.training import LocalTrainer
+from secure_fedprompt.commands import keys as cli
 from secure_fedprompt.protocol import client_noise, errors, fixedpoint
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.errors import BudgetError, ConfigError

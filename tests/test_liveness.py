@@ -11,8 +11,9 @@ import pytest
 from federation import World
 from rounds import identity, names
 
-from secure_fedprompt.clients import encrypted
 from secure_fedprompt.clients.cohort_key import CohortKey
+from secure_fedprompt.clients.rounds import encrypted
+from secure_fedprompt.clients.rounds.start import BEGIN
 from secure_fedprompt.clients.session import Session
 from secure_fedprompt.protocol import errors
 from secure_fedprompt.protocol import messages as m
@@ -187,7 +188,7 @@ def test_a_maker_cannot_take_the_prompt_from_the_others(
                 raise
             return self._agreed[1]  # as it computed it
 
-    monkeypatch.setattr(encrypted, "begin", begin)
+    monkeypatch.setitem(BEGIN, "bfv", begin)
     monkeypatch.setattr(Session, "_open", open_)
     world = everybody(World(tmp_path, 5, protection="bfv", rounds=4, alive_seconds=12.0))
     world.pump(lambda w, message: isinstance(message, m.RoundEnd) and message.round == 2)

@@ -23,17 +23,19 @@ from rounds import (
 from safetensors.numpy import load_file
 from test_run import expected_prompt
 
-from secure_fedprompt.clients import encrypted, participant
 from secure_fedprompt.clients.journal import FileJournal, MemoryJournal
+from secure_fedprompt.clients.rounds import encrypted
+from secure_fedprompt.clients.rounds import masks as masks_round
+from secure_fedprompt.clients.rounds.start import start
+from secure_fedprompt.memory import run_round
 from secure_fedprompt.protocol import errors, masking
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.agreement_proof import AgreementProof, check
 from secure_fedprompt.protocol.codec import decode_fields
 from secure_fedprompt.protocol.expand import Purpose
 from secure_fedprompt.protocol.keys import unseal
-from secure_fedprompt.server.coordinator import Stage
 from secure_fedprompt.server.opening import Pending
-from secure_fedprompt.simulate import run_round
+from secure_fedprompt.server.rounds.base import Stage
 
 
 def world_of(folder: Path, n: int = 4, **changes: Any) -> World:
@@ -570,14 +572,14 @@ def test_a_dealer_that_signs_nothing_is_excluded() -> None:
 
 
 def test_who_complains_falsely_is_excluded_instead(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = participant.unseal
+    plain = masks_round.unseal
 
     def unseal(key: bytes, box: bytes, context: bytes, sender: str) -> bytes:
         if sender == "c003" and context.endswith(b"c002"):
             raise errors.SealError("so it says")
         return plain(key, box, context, sender)
 
-    monkeypatch.setattr(participant, "unseal", unseal)
+    monkeypatch.setattr(masks_round, "unseal", unseal)
     plan = make_plan(5)
     outcome = run_round(plan, make_parties(5), make_updates(plan))
     assert outcome.round.stage is Stage.ABORTED
@@ -773,10 +775,10 @@ def test_a_roster_does_not_change_in_the_middle_of_a_learning_round(tmp_path: Pa
     with pytest.raises(errors.ConfigError, match="learning round 2 has begun.*--stop-after 2"):
         restart(world)
     plan, parties = make_plan(4), make_parties(4)
-    participant.start(parties["c001"], plan)
+    start(parties["c001"], plan)
     grown = dataclasses.replace(plan, round=2, attempt=2, terms=b"t" * 32)
     with pytest.raises(errors.ReplayError, match="begun under other terms"):
-        participant.start(parties["c001"], grown)
+        start(parties["c001"], grown)
 
 
 def test_the_memory_journal_keeps_the_same_rules() -> None:

@@ -24,16 +24,17 @@ from torch import nn
 
 from secure_fedprompt import narration
 from secure_fedprompt.__main__ import main
-from secure_fedprompt.clients import privacy
+from secure_fedprompt.clients import dp_sgd as privacy
 from secure_fedprompt.clients.accounting import Steps, epsilon, noise_for, steps_of
 from secure_fedprompt.clients.backbone import Backbone
 from secure_fedprompt.clients.data import sets
+from secure_fedprompt.clients.dp_sgd import Draws, PrivateTraining, SecureOptimizer
+from secure_fedprompt.clients.features import predict
 from secure_fedprompt.clients.ledger import Entry, Ledger, Upload
 from secure_fedprompt.clients.methods.base import METHODS, Batch, Method, build
-from secure_fedprompt.clients.privacy import Draws, PrivateTraining, SecureOptimizer
 from secure_fedprompt.clients.privacy_settings import PrivacySettings
 from secure_fedprompt.clients.session import Session, Work
-from secure_fedprompt.clients.training import LocalTrainer, predict
+from secure_fedprompt.clients.training import LocalTrainer
 from secure_fedprompt.host.log import Log
 from secure_fedprompt.protocol import client_noise
 from secure_fedprompt.protocol.errors import BudgetError, ConfigError

@@ -22,8 +22,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from secure_fedprompt import cli, demo
+import secure_fedprompt
 from secure_fedprompt.__main__ import main
+from secure_fedprompt.commands import demo
+from secure_fedprompt.commands import keys as cli
 from secure_fedprompt.protocol.keys import Identity
 from secure_fedprompt.protocol.roster import Roster
 
@@ -183,7 +185,7 @@ def test_a_prompt_for_another_model_is_refused(
     from safetensors.numpy import save_file
 
     folder = tmp_path / "clip"
-    shutil.copytree(Path(demo.__file__).parent / "bundled_clip", folder)
+    shutil.copytree(Path(secure_fedprompt.__file__).parent / "bundled_clip", folder)
     weights = load_file(folder / "open_clip_model.safetensors")
     weights["logit_scale"] = np.asarray(weights["logit_scale"] + np.float16(0.5))
     save_file(weights, folder / "open_clip_model.safetensors")

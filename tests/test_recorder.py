@@ -21,10 +21,10 @@ from secure_fedprompt.audit.compare import check_pair
 from secure_fedprompt.audit.findings import Level
 from secure_fedprompt.audit.log import Log
 from secure_fedprompt.clients.link import CurveLink
+from secure_fedprompt.host.recorder import Recorder, recorder
 from secure_fedprompt.protocol import errors
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.keys import Member
-from secure_fedprompt.protocol.recorder import Recorder, recorder
 from secure_fedprompt.protocol.roster import Roster
 from secure_fedprompt.server.hub import Hub
 

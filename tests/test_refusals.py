@@ -10,16 +10,17 @@ import numpy as np
 import pytest
 from rounds import OPEN, entropy_from, identity, make_parties, make_plan, make_updates, roster
 
-from secure_fedprompt.clients import participant
 from secure_fedprompt.clients.journal import MemoryJournal
-from secure_fedprompt.clients.state import Party, Ready, refusal
+from secure_fedprompt.clients.party import Party, refusal
+from secure_fedprompt.clients.rounds.base import Ready
+from secure_fedprompt.clients.rounds.start import start
+from secure_fedprompt.memory import run_round
 from secure_fedprompt.protocol import errors
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.keys import Identity, Member
 from secure_fedprompt.protocol.policy import Policy, check_isolation
 from secure_fedprompt.protocol.roster import Roster
-from secure_fedprompt.server.coordinator import Stage
-from secure_fedprompt.simulate import run_round
+from secure_fedprompt.server.rounds.base import Stage
 
 N = 5
 VICTIM = "c001"
@@ -172,7 +173,7 @@ def test_split_survivor_lists_open_nothing() -> None:
 def advance(party: Party, plan: Any = None) -> Ready:
     """A client alone in the world, ready to upload."""
     plan = plan or make_plan(1)
-    state, replies = participant.start(party, plan)
+    state, replies = start(party, plan)
     (advert,) = replies
     assert isinstance(advert, m.Advert)
     state, _ = state.on(m.Adverts(plan.run, plan.round, (advert,)))
@@ -196,7 +197,7 @@ def test_second_unmask_second_upload_and_replayed_round() -> None:
     with pytest.raises(errors.SecondUnmaskError):
         revealed.on(request)
     with pytest.raises(errors.ReplayError, match="not after round 1"):
-        participant.start(party, plan)
+        start(party, plan)
 
 
 def test_a_nan_update_is_refused_before_anything_is_claimed() -> None:
@@ -253,8 +254,8 @@ def test_bad_plans(case: str) -> None:
     party = make_parties(N, Policy())["c001"]
     plan = make_plan(N)
     with pytest.raises(error, match=words):
-        participant.start(party, dataclasses.replace(plan, **changes))
-    participant.start(party, plan)  # a refusal leaves no trace: the good plan is accepted
+        start(party, dataclasses.replace(plan, **changes))
+    start(party, plan)  # a refusal leaves no trace: the good plan is accepted
 
 
 def test_overflowing_layout_is_refused() -> None:

@@ -20,8 +20,8 @@ from audited import federate
 from hypothesis import given
 from hypothesis import strategies as st
 
-from secure_fedprompt import watch
 from secure_fedprompt.__main__ import main
+from secure_fedprompt.commands import watch
 from secure_fedprompt.protocol import errors
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.report import charts

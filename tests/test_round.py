@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rounds import make_parties, make_plan, make_updates, plain_sum
 
+from secure_fedprompt.memory import Outcome, run_round
 from secure_fedprompt.protocol import masking
 from secure_fedprompt.protocol.errors import PlanError
 from secure_fedprompt.protocol.layout import TensorSpec
 from secure_fedprompt.protocol.plan import RoundPlan
-from secure_fedprompt.server.coordinator import Stage
-from secure_fedprompt.simulate import Outcome, run_round
+from secure_fedprompt.server.rounds.base import Stage
 
 
 def called(stage: Stage) -> str:
@@ -116,7 +116,7 @@ def test_degree_grows_with_what_it_must_tolerate() -> None:
 
 
 def test_masks_among_dropped_peers_are_never_generated(monkeypatch: pytest.MonkeyPatch) -> None:
-    from secure_fedprompt.server import aggregate
+    from secure_fedprompt.server.rounds import unmasking as aggregate
 
     made: list[tuple[str, str]] = []
     real = masking.pair_key

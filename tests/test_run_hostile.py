@@ -17,8 +17,8 @@ from secure_fedprompt.protocol import errors
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.expand import Purpose
 from secure_fedprompt.protocol.layout import TensorSpec
-from secure_fedprompt.server.coordinator import Stage
 from secure_fedprompt.server.planning import RunState
+from secure_fedprompt.server.rounds.base import Stage
 
 
 def test_file_journal_survives_a_crash_at_any_byte(tmp_path: Path) -> None:

@@ -7,11 +7,11 @@ import dataclasses
 import pytest
 from rounds import identity, make_parties, make_plan, make_updates, plain_sum, roster
 
-from secure_fedprompt.clients import participant
+from secure_fedprompt.clients.rounds.start import start
+from secure_fedprompt.memory import Outcome, run_round
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.expand import Purpose
-from secure_fedprompt.server.coordinator import Deadlines, Round, Stage
-from secure_fedprompt.simulate import Outcome, run_round
+from secure_fedprompt.server.rounds.base import Deadlines, Round, Stage
 
 
 def spoil_reveals(n: int, liars: set[str], drops: dict[str, Stage] | None = None) -> Outcome:
@@ -123,7 +123,7 @@ def test_a_lost_client_is_not_waited_for_again() -> None:
     server.start(0.0)
     states = {}
     for name, party in make_parties(4).items():
-        states[name], (advert,) = participant.start(party, plan)
+        states[name], (advert,) = start(party, plan)
         if name == "c003":
             server.lost("c004", 0.0)
         server.on(name, advert, 0.0)
@@ -146,7 +146,7 @@ def test_a_dealer_of_bad_shares_is_named() -> None:
             return dataclasses.replace(message, adverts=adverts)
         return message
 
-    _, (own,) = participant.start(make_parties(6)["c002"], plan)
+    _, (own,) = start(make_parties(6)["c002"], plan)
     assert isinstance(own, m.Advert)
     outcome = run_round(plan, parties, make_updates(plan), tap=tap)
     assert outcome.round.stage is Stage.ABORTED

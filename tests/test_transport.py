@@ -27,19 +27,20 @@ from rounds import (
 from zmq.utils import z85
 
 from secure_fedprompt.clients import link as link_module
-from secure_fedprompt.clients import participant
-from secure_fedprompt.clients.encrypted import Opening
 from secure_fedprompt.clients.link import CurveLink
-from secure_fedprompt.clients.state import Ready, State, refusal
+from secure_fedprompt.clients.party import refusal
+from secure_fedprompt.clients.rounds.base import Ready, State
+from secure_fedprompt.clients.rounds.encrypted import Opening
+from secure_fedprompt.clients.rounds.start import start
 from secure_fedprompt.protocol import chunks, errors
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.address import Address
 from secure_fedprompt.protocol.codec import VERSION
 from secure_fedprompt.protocol.keys import Identity
 from secure_fedprompt.server import routes
-from secure_fedprompt.server.coordinator import Deadlines, Stage
-from secure_fedprompt.server.encrypted import make_round
 from secure_fedprompt.server.hub import CONNECTIONS, TWO, Hub, bound_connections
+from secure_fedprompt.server.rounds.base import Deadlines, Stage
+from secure_fedprompt.server.rounds.start import make_round
 from secure_fedprompt.server.routes import Heard, Routes
 
 PATIENCE = 20.0
@@ -286,7 +287,7 @@ def test_a_round_of_random_vectors_over_sockets(
             if message is None:
                 continue
             if isinstance(message, m.Plan):
-                states[name], replies = participant.start(parties[name], message.plan)
+                states[name], replies = start(parties[name], message.plan)
             else:
                 states[name], replies = states[name].on(message)
             if isinstance(state := states[name], Ready):

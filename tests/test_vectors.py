@@ -11,15 +11,16 @@ import pytest
 from federation import Toy
 from rounds import entropy_from, identity, make_parties, make_updates, roster
 
-from secure_fedprompt.clients import participant
 from secure_fedprompt.clients.journal import MemoryJournal
+from secure_fedprompt.clients.party import Party
+from secure_fedprompt.clients.rounds.base import Ready, State
+from secure_fedprompt.clients.rounds.start import start
 from secure_fedprompt.clients.session import Session
-from secure_fedprompt.clients.state import Party, Ready, State
 from secure_fedprompt.protocol import errors
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.messages import CATALOGUE
 from secure_fedprompt.protocol.policy import Policy
-from secure_fedprompt.server.coordinator import Deadlines, Round, Stage
+from secure_fedprompt.server.rounds.base import Deadlines, Round, Stage
 
 FOLDER = Path(__file__).parent / "vectors"
 
@@ -49,7 +50,7 @@ def test_client_refuses(name: str) -> None:
         nonlocal state
         message = CATALOGUE.decode(bytes.fromhex(raw))
         if isinstance(message, m.Plan):
-            state, _ = participant.start(party, message.plan)
+            state, _ = start(party, message.plan)
         else:
             assert state is not None
             state, _ = state.on(message)

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from rounds import make_parties, make_plan, make_updates, plain_sum
 
+from secure_fedprompt.memory import Outcome, run_round
 from secure_fedprompt.protocol import fixedpoint, layout, masking, messages, shamir
 from secure_fedprompt.protocol.layout import TensorSpec
 from secure_fedprompt.protocol.messages import CATALOGUE
 from secure_fedprompt.protocol.plan import default_threshold, tolerated_colluders
-from secure_fedprompt.server.coordinator import Stage
-from secure_fedprompt.simulate import Outcome, run_round
+from secure_fedprompt.server.rounds.base import Stage
 
 BIG = (TensorSpec("ctx", (16, 256)),)
 

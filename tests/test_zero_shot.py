@@ -15,10 +15,11 @@ from test_comparators import settings_of
 from secure_fedprompt import show
 from secure_fedprompt.clients.backbone import Backbone
 from secure_fedprompt.clients.data import sets
+from secure_fedprompt.clients.features import Features, predict
 from secure_fedprompt.clients.methods.base import build
 from secure_fedprompt.clients.privacy_settings import PrivacySettings
 from secure_fedprompt.clients.session import Work
-from secure_fedprompt.clients.training import Features, LocalTrainer, predict
+from secure_fedprompt.clients.training import LocalTrainer
 from secure_fedprompt.host.log import Log
 from secure_fedprompt.prompt_file import read_prompt
 from secure_fedprompt.server.__main__ import tell

@@ -23,11 +23,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tradeoff import Claim
 
+from secure_fedprompt.clients.features import Features
 from secure_fedprompt.clients.methods.base import Array as Tensors
 from secure_fedprompt.clients.methods.base import Batch, Method
 from secure_fedprompt.clients.privacy_settings import PrivacySettings
 from secure_fedprompt.clients.session import Work
-from secure_fedprompt.clients.training import Features, LocalTrainer
+from secure_fedprompt.clients.training import LocalTrainer
 from secure_fedprompt.protocol import client_noise, fixedpoint
 from secure_fedprompt.protocol.client_noise import Noise
 from secure_fedprompt.protocol.layout import TensorSpec

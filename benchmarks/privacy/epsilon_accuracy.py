@@ -26,9 +26,10 @@ import plots
 from federations import CONTEXT, NO_DP, Pool, View, parser, private, save
 
 from secure_fedprompt.clients.data import partitions
-from secure_fedprompt.clients.privacy import Draws
+from secure_fedprompt.clients.dp_sgd import Draws
+from secure_fedprompt.clients.features import predict
 from secure_fedprompt.clients.privacy_settings import PrivacySettings
-from secure_fedprompt.clients.training import LocalTrainer, predict
+from secure_fedprompt.clients.training import LocalTrainer
 from secure_fedprompt.protocol import client_noise
 
 HARDLY = 1e-3  # noise multiplier

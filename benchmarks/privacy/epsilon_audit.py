@@ -25,7 +25,7 @@ from federations import parser, save
 from tradeoff import Claim, least_refuted, measured
 
 from secure_fedprompt.clients.accounting import Steps, epsilon, noise_for
-from secure_fedprompt.clients.privacy import Draws, SecureOptimizer
+from secure_fedprompt.clients.dp_sgd import Draws, SecureOptimizer
 from secure_fedprompt.protocol import client_noise
 from secure_fedprompt.protocol.client_noise import Noise
 

@@ -30,24 +30,20 @@ from secure_fedprompt.audit.log import Log
 from secure_fedprompt.clients.accounting import noise_for, steps_of
 from secure_fedprompt.clients.backbone import Backbone
 from secure_fedprompt.clients.data import partitions
+from secure_fedprompt.clients.data.loading import load_sets
 from secure_fedprompt.clients.data.sets import ImageSet
 from secure_fedprompt.clients.data.settings import DataSettings
+from secure_fedprompt.clients.features import Features, predict
 from secure_fedprompt.clients.methods.base import Method, build
 from secure_fedprompt.clients.privacy_settings import PrivacySettings
-from secure_fedprompt.clients.training import (
-    Features,
-    LocalTrainer,
-    client_seed,
-    load_sets,
-    predict,
-)
+from secure_fedprompt.clients.training import LocalTrainer, client_seed
+from secure_fedprompt.commands.simulate import simulate_run
 from secure_fedprompt.protocol import fixedpoint
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.layout import total_size
 from secure_fedprompt.protocol.plan import RoundPlan
 from secure_fedprompt.protocol.settings import MethodSettings, ServerSettings
 from secure_fedprompt.server.store import Store
-from secure_fedprompt.simulation import simulate_run
 
 Array = NDArray[np.float64]
 Index = NDArray[np.int64]

@@ -23,7 +23,7 @@ from typing import Any
 import plots
 from federations import parser, save
 
-from secure_fedprompt import demo
+from secure_fedprompt.commands import demo
 
 TIMEOUT = 900.0
 DP: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # server settings, clients' [dp]

@@ -17,7 +17,7 @@ from secure_fedprompt.audit import summary
 from secure_fedprompt.audit.findings import noted
 from secure_fedprompt.audit.log import Log
 from secure_fedprompt.audit.private import Private
-from secure_fedprompt.protocol import command
+from secure_fedprompt.host import command, files
 from secure_fedprompt.protocol.errors import (
     AuditError,
     SecureFedPromptError,
@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _audit(args: argparse.Namespace) -> int:
     private = Private.read(args.secrets) if args.secrets else None
-    roster = command.read_roster(args.roster) if args.roster else None
+    roster = files.read_roster(args.roster) if args.roster else None
     with _judged():
         log, *peers = [Log.read(path) for path in (args.run_dir, *args.peer)]
         result = summary.audit(log, peers, args.run, private, roster)

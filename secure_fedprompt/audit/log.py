@@ -10,11 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from secure_fedprompt.audit import records
-from secure_fedprompt.protocol import messages as m
-from secure_fedprompt.protocol.codec import decode_fields
-from secure_fedprompt.protocol.errors import CodecError, ConfigError, SecureFedPromptError
-from secure_fedprompt.protocol.plan import RoundPlan
-from secure_fedprompt.protocol.recorder import (
+from secure_fedprompt.host.recorder import (
     MALFORMED,
     START,
     frame_digest,
@@ -22,6 +18,10 @@ from secure_fedprompt.protocol.recorder import (
     run_and_round,
     segments,
 )
+from secure_fedprompt.protocol import messages as m
+from secure_fedprompt.protocol.codec import decode_fields
+from secure_fedprompt.protocol.errors import CodecError, ConfigError, SecureFedPromptError
+from secure_fedprompt.protocol.plan import RoundPlan
 from secure_fedprompt.protocol.terms import RunTerms
 
 

@@ -11,12 +11,12 @@ from secure_fedprompt.audit.fields import TYPES
 from secure_fedprompt.audit.findings import Finding, failed, noted, warned
 from secure_fedprompt.audit.log import Entry, Log
 from secure_fedprompt.audit.terms import check_terms
+from secure_fedprompt.host.recorder import MALFORMED
 from secure_fedprompt.protocol import homomorphic
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.errors import SecureFedPromptError
 from secure_fedprompt.protocol.expand import Purpose, digest
 from secure_fedprompt.protocol.plan import RoundPlan
-from secure_fedprompt.protocol.recorder import MALFORMED
 
 UPLOADS = {"masks": "MaskedUpload", "bfv": "CipherUpload", "ckks": "CipherUpload",
            "none": "PlainUpload"}  # fmt: skip

@@ -7,10 +7,10 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
+from secure_fedprompt.host.recorder import FORMAT
 from secure_fedprompt.protocol.codec import MAX_FRAME
 from secure_fedprompt.protocol.errors import ConfigError
 from secure_fedprompt.protocol.keys import NAME
-from secure_fedprompt.protocol.recorder import FORMAT
 
 Number = Annotated[int, Meta(ge=0, lt=1 << 48)]
 Place = Annotated[int, Meta(ge=0, lt=1 << 48)]

@@ -8,9 +8,9 @@ from pathlib import Path
 from rich.console import Console
 
 from secure_fedprompt.audit import summary
-from secure_fedprompt.protocol import command
+from secure_fedprompt.host import command
+from secure_fedprompt.host.forms import formed
 from secure_fedprompt.protocol.errors import ConfigError
-from secure_fedprompt.protocol.forms import formed
 from secure_fedprompt.report.gather import gather
 from secure_fedprompt.report.page import page
 

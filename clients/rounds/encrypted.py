@@ -15,7 +15,8 @@ from typing import Annotated
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from secure_fedprompt.clients.cohort_key import CohortKey
-from secure_fedprompt.clients.state import Complained, Party, Ready, State, Step, words_of
+from secure_fedprompt.clients.party import Party
+from secure_fedprompt.clients.rounds.base import Complained, Ready, State, Step, words_of
 from secure_fedprompt.protocol import client_noise, fixedpoint, homomorphic, layout, masking
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.codec import MAX_FRAME, Digest, UpTo, decode_fields, encode_fields

@@ -1,12 +1,11 @@
-"""A client in one round, as a state machine without I/O.
+"""A client in a round under masks, as a state machine without I/O.
 
-    start(party, plan) -> Advertised -> Shared -> MaskedReady -> Uploaded -> Agreed -> Revealed
+    begin(party, plan) -> Advertised -> Shared -> MaskedReady -> Uploaded -> Agreed -> Revealed
                                           |-> Doubting -> Complained
 
 ``state.on(message)`` returns the next state and the frames to send, or raises a named error and
 changes nothing. Randomness and the journal (what must survive a crash) are arguments. A state
-knows only what it needs from there on; no state can upload, sign or reveal twice. The states under
-homomorphic encryption are in ``encrypted``.
+knows only what it needs from there on; no state can upload, sign or reveal twice.
 """
 
 from __future__ import annotations
@@ -15,9 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated
 
-from secure_fedprompt.clients import encrypted
-from secure_fedprompt.clients.selecting import check_helper
-from secure_fedprompt.clients.state import Complained, Party, Ready, State, Step, words_of
+from secure_fedprompt.clients.party import Party
+from secure_fedprompt.clients.rounds.base import Complained, Ready, Revealed, State, Step, words_of
 from secure_fedprompt.protocol import client_noise, fixedpoint, masking, shamir
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.codec import UpTo, decode_fields, encode_fields
@@ -25,12 +23,9 @@ from secure_fedprompt.protocol.errors import (
     AdvertMismatchError,
     OverlapError,
     ReplayError,
-    RosterMismatchError,
     SealError,
-    SecondUnmaskError,
     SurvivorError,
     ThresholdError,
-    UnexpectedMessageError,
 )
 from secure_fedprompt.protocol.expand import Purpose, add_masks
 from secure_fedprompt.protocol.keys import agree, seal, unseal, verify
@@ -38,30 +33,8 @@ from secure_fedprompt.protocol.layout import Vector
 from secure_fedprompt.protocol.plan import MAX_COHORT, RoundPlan
 
 
-def start(party: Party, plan: RoundPlan) -> Step:
-    """Check a plan against itself, the roster, the policy and the journal, and begin.
-
-    Raises:
-        PlanError, PolicyError, RosterMismatchError, ReplayError: the plan is refused.
-    """
-    plan.check()
-    if plan.roster_digest != party.roster.digest:
-        raise RosterMismatchError(
-            f"server's roster {plan.roster_digest.hex()[:16]} is not ours "
-            f"{party.roster.digest.hex()[:16]}: copy the same roster file to every machine"
-        )
-    for name in plan.cohort:
-        party.roster.identity_of(name)
-    if party.name not in plan.cohort:
-        raise UnexpectedMessageError(f"plan's cohort does not contain {party.name!r}")
-    party.policy.check_plan(plan, party.roster_clients)
-    if plan.selecting:
-        check_helper(party, plan)
-    party.journal.begin_round(plan)
-    if plan.protection == "none":
-        return PlainReady(party, plan), []
-    if plan.encrypted:
-        return encrypted.begin(party, plan)
+def begin(party: Party, plan: RoundPlan) -> Step:
+    """Advertise fresh keys."""
     secrets = masking.RoundSecrets.fresh(party.entropy)
     advert = m.Advert(
         plan.run,
@@ -75,18 +48,6 @@ def start(party: Party, plan: RoundPlan) -> Step:
     signature = party.identity.sign(Purpose.ADVERT, advert.body(plan))
     advert = replace(advert, signature=signature)
     return Advertised(party, plan, secrets, advert), [advert]
-
-
-@dataclass(frozen=True, repr=False)
-class PlainReady(Ready):
-    """No protection."""
-
-    def _encode(self, vector: Vector) -> bytes:
-        return vector.astype("<f8").tobytes()
-
-    def _send(self, data: bytes) -> Step:
-        plan = self.plan
-        return Revealed(self.party, plan), [m.PlainUpload(plan.run, plan.round, data)]
 
 
 @dataclass(frozen=True, repr=False)
@@ -323,14 +284,3 @@ class Agreed(State):
             verify(identity, Purpose.SURVIVORS, self.body, signed.signature, signed.name)
         party.journal.record_reveal(plan)
         return Revealed(party, plan), [m.Reveal(plan.run, plan.round, self.shares)]
-
-
-@dataclass(frozen=True, repr=False)
-class Revealed(State):
-    """Done; nothing secret is left."""
-
-    def _on_UnmaskRequest(self, message: m.UnmaskRequest) -> Step:
-        raise SecondUnmaskError(f"a second unmask request in {self}")
-
-    def _on_RoundEnd(self, message: m.RoundEnd) -> Step:
-        return self, []

@@ -13,8 +13,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from secure_fedprompt.client_settings import ClientSettings, ModelSettings
-from secure_fedprompt.protocol import command
+from secure_fedprompt.clients.settings import ClientSettings, ModelSettings
+from secure_fedprompt.host import command
 from secure_fedprompt.protocol.errors import DataError, PromptFileError
 
 if TYPE_CHECKING:
@@ -87,9 +87,10 @@ def score(settings: ModelSettings, prompt: PromptFile, other_classes: bool = Fal
         DataError, ModelError, PromptFileError
     """
     from secure_fedprompt.clients.backbone import Backbone
+    from secure_fedprompt.clients.data.loading import load_part, load_sets
+    from secure_fedprompt.clients.features import Features
+    from secure_fedprompt.clients.features import predict as guess
     from secure_fedprompt.clients.metrics import macro_f1
-    from secure_fedprompt.clients.training import Features, load_part, load_sets
-    from secure_fedprompt.clients.training import predict as guess
 
     if settings.parts > 1:
         train, test = load_part(settings)
@@ -142,9 +143,10 @@ def _predict(args: argparse.Namespace, settings: ModelSettings, prompt: PromptFi
 
     from secure_fedprompt.clients.backbone import Backbone
     from secure_fedprompt.clients.data.images import read_image
+    from secure_fedprompt.clients.data.loading import load_sets
     from secure_fedprompt.clients.data.sets import read_class_list
+    from secure_fedprompt.clients.features import encode
     from secure_fedprompt.clients.methods.base import Batch
-    from secure_fedprompt.clients.training import encode, load_sets
 
     names = prompt.class_names
     if settings.class_list:

@@ -6,16 +6,17 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from secure_fedprompt.clients import participant
-from secure_fedprompt.clients.encrypted import Opening
-from secure_fedprompt.clients.state import Party, Ready, Replies, State
+from secure_fedprompt.clients.party import Party, Replies
+from secure_fedprompt.clients.rounds.base import Ready, State
+from secure_fedprompt.clients.rounds.encrypted import Opening
+from secure_fedprompt.clients.rounds.start import start
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.errors import SecureFedPromptError
 from secure_fedprompt.protocol.layout import Values
 from secure_fedprompt.protocol.messages import CATALOGUE
 from secure_fedprompt.protocol.plan import RoundPlan
-from secure_fedprompt.server.coordinator import Deadlines, Round, Stage
-from secure_fedprompt.server.encrypted import make_round
+from secure_fedprompt.server.rounds.base import Deadlines, Round, Stage
+from secure_fedprompt.server.rounds.start import make_round
 
 NEXT_PROMPT = b"the next prompt: a whole run computes it"
 Tap = Callable[[str, str, m.Message], m.Message | None]
@@ -100,7 +101,7 @@ def _deliver(
 ) -> Replies:
     name = party.name
     if isinstance(message, m.Plan):
-        states[name], replies = participant.start(party, message.plan)
+        states[name], replies = start(party, message.plan)
     elif isinstance(message, m.RoundEnd):
         return []
     else:

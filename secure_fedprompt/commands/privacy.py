@@ -10,7 +10,8 @@ from rich.console import Console
 from secure_fedprompt.clients.accounting import Steps, epsilon, noise_for, steps_of
 from secure_fedprompt.clients.ledger import NAME, Ledger
 from secure_fedprompt.clients.privacy_settings import PrivacySettings
-from secure_fedprompt.protocol import client_noise, command
+from secure_fedprompt.host import command
+from secure_fedprompt.protocol import client_noise
 from secure_fedprompt.protocol.errors import ConfigError
 from secure_fedprompt.protocol.settings import CHOICES
 

@@ -19,7 +19,7 @@ from rich.markup import escape
 from rich.text import Text
 
 from secure_fedprompt import show
-from secure_fedprompt.protocol import command
+from secure_fedprompt.host import command
 from secure_fedprompt.protocol.errors import RunFailedError
 from secure_fedprompt.server.store import open_run, rounds_of
 

@@ -16,7 +16,7 @@ import signal
 import sys
 import threading
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from pathlib import Path
 from types import FrameType
@@ -24,15 +24,11 @@ from typing import Annotated, Any, TextIO, TypeVar, get_args, get_origin, get_ty
 
 import msgspec
 
+from secure_fedprompt.host.forms import formed
 from secure_fedprompt.protocol.errors import (
     ConfigError,
-    KeyFileError,
-    RosterError,
     SecureFedPromptError,
 )
-from secure_fedprompt.protocol.forms import formed
-from secure_fedprompt.protocol.keys import Identity, Member, fingerprint
-from secure_fedprompt.protocol.roster import Roster
 from secure_fedprompt.protocol.settings import CHOICES
 
 S = TypeVar("S", bound=msgspec.Struct)
@@ -40,54 +36,6 @@ INTERRUPTED = 130
 LOCAL_MODEL = "local-dir:"
 STDOUT = "-"
 _output: ContextVar[TextIO] = ContextVar("output", default=sys.stdout)
-
-
-def read_identity(path: str) -> Identity:
-    """A key file.
-
-    Raises:
-        KeyFileError: missing, open to others, or malformed.
-    """
-    try:
-        with open(path, "rb") as file:
-            return Identity.from_pem(file.read(), path, Path(path).stat().st_mode)
-    except FileNotFoundError:
-        raise KeyFileError(
-            f"key = {path!r}: no such file; make one with 'secure-fedprompt keygen --name NAME'"
-        ) from None
-    except OSError as error:
-        raise KeyFileError(f"key = {path!r}: {error.strerror}") from None
-
-
-def read_roster(path: str) -> Roster:
-    """A roster file, every entry verified.
-
-    Raises:
-        RosterError: missing or invalid.
-    """
-    try:
-        return Roster.from_toml(Path(path).read_text(), path)
-    except (OSError, UnicodeDecodeError) as error:
-        raise RosterError(f"roster = {path!r} cannot be read: {error}") from None
-
-
-def member_of(identity: Identity, roster: Roster, roles: Sequence[str]) -> Member:
-    """The roster entry that belongs to a key.
-
-    Raises:
-        RosterError: there is none, or it has another role.
-    """
-    for member in roster.members:
-        if member.identity == identity.public() and member.curve == identity.curve_public():
-            if member.role not in roles:
-                raise RosterError(
-                    f"{member.name} is a {member.role} on the roster, not a {roles[0]}"
-                )
-            return member
-    raise RosterError(
-        f"our key {fingerprint(identity.public())} is not on the roster: add its entry with "
-        "'secure-fedprompt roster add'"
-    )
 
 
 def load(cls: type[S], args: argparse.Namespace, beside: type | None = None) -> S:

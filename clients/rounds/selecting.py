@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from secure_fedprompt.clients.state import Party, Ready, State, Step
+from secure_fedprompt.clients.party import Party
+from secure_fedprompt.clients.rounds.base import Ready, State, Step
 from secure_fedprompt.protocol import masking
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.errors import UpdateError

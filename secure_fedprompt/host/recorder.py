@@ -30,12 +30,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from secure_fedprompt.host.files import lock
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.codec import encode_fields
 from secure_fedprompt.protocol.errors import ConfigError
 from secure_fedprompt.protocol.expand import Purpose
 from secure_fedprompt.protocol.keys import Identity, Member
-from secure_fedprompt.protocol.locking import lock
 from secure_fedprompt.protocol.roster import Roster
 
 FORMAT = "secure-fedprompt/audit/2"

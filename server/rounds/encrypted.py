@@ -8,9 +8,7 @@ prompt in the sealed form on which the clients agree. It imports nothing that co
 
 from __future__ import annotations
 
-import os
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from secure_fedprompt.protocol import homomorphic
@@ -26,25 +24,10 @@ from secure_fedprompt.protocol.expand import Purpose, digest
 from secure_fedprompt.protocol.homomorphic import CipherSum
 from secure_fedprompt.protocol.keys import verify
 from secure_fedprompt.protocol.packing import Packing
-from secure_fedprompt.protocol.plan import NO_KEY, RoundPlan
-from secure_fedprompt.protocol.roster import Roster
-from secure_fedprompt.protocol.shamir import Entropy
-from secure_fedprompt.server.coordinator import LONG_AGO, Deadlines, Round, Stage
+from secure_fedprompt.protocol.plan import NO_KEY
 from secure_fedprompt.server.opening import Pending, grant_is_bad
-from secure_fedprompt.server.selection import Outbox
-
-
-def make_round(
-    plan: RoundPlan,
-    base: bytes,
-    roster: Roster,
-    deadlines: Deadlines,
-    run_keys: Mapping[str, m.Ready],
-    entropy: Entropy = os.urandom,
-) -> Round:
-    """The state machine for a plan's protection; ``run_keys`` from the clients' ``Ready``."""
-    kind = EncryptedRound if plan.encrypted else Round
-    return kind(plan, base, roster, deadlines, run_keys, entropy)
+from secure_fedprompt.server.rounds.base import LONG_AGO, Round, Stage
+from secure_fedprompt.server.rounds.selecting import Outbox
 
 
 @dataclass

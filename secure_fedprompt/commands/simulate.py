@@ -18,18 +18,20 @@ from rich.console import Console
 from rich.progress import Progress
 
 from secure_fedprompt import show
-from secure_fedprompt.client_settings import ClientSettings
+from secure_fedprompt.clients.data.loading import load_shares
+from secure_fedprompt.clients.features import Features
 from secure_fedprompt.clients.journal import MemoryJournal
+from secure_fedprompt.clients.party import Party
 from secure_fedprompt.clients.session import Session, Work
-from secure_fedprompt.clients.state import Party
-from secure_fedprompt.clients.training import Features, LocalTrainer, client_seed, load_shares
-from secure_fedprompt.protocol import command
+from secure_fedprompt.clients.settings import ClientSettings
+from secure_fedprompt.clients.training import LocalTrainer, client_seed
+from secure_fedprompt.host import command
+from secure_fedprompt.host.recorder import recorder
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.errors import ConfigError, UpdateError
 from secure_fedprompt.protocol.keys import Identity, Member
 from secure_fedprompt.protocol.plan import PROTECTIONS
 from secure_fedprompt.protocol.policy import Policy
-from secure_fedprompt.protocol.recorder import recorder
 from secure_fedprompt.protocol.roster import Roster
 from secure_fedprompt.protocol.settings import MethodSettings, ServerSettings
 from secure_fedprompt.server.planning import RunState

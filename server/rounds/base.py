@@ -34,9 +34,10 @@ from secure_fedprompt.protocol.keys import agree, verify
 from secure_fedprompt.protocol.plan import RoundPlan
 from secure_fedprompt.protocol.roster import Roster
 from secure_fedprompt.protocol.shamir import Entropy
-from secure_fedprompt.server.aggregate import MaskedSum, PlainSum, masks_to_remove
 from secure_fedprompt.server.opening import Pending, share_box_is_bad, signed_boxes
-from secure_fedprompt.server.selection import Outbox, Selector
+from secure_fedprompt.server.rounds.plain import PlainSum
+from secure_fedprompt.server.rounds.selecting import Outbox, Selector
+from secure_fedprompt.server.rounds.unmasking import MaskedSum, masks_to_remove
 
 
 class Stage(StrEnum):

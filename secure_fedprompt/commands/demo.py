@@ -22,9 +22,9 @@ import numpy as np
 from rich.console import Console
 
 from secure_fedprompt import show
-from secure_fedprompt.cli import make_key
 from secure_fedprompt.clients.privacy_settings import PrivacySettings
-from secure_fedprompt.protocol import command
+from secure_fedprompt.host import command
+from secure_fedprompt.host.files import make_key
 from secure_fedprompt.protocol.errors import ConfigError, RunFailedError
 from secure_fedprompt.protocol.plan import PROTECTIONS
 from secure_fedprompt.protocol.roster import Roster
@@ -208,8 +208,8 @@ def defaults(method: str, private: bool) -> dict[str, Any]:
 
 def write_samples(folder: Path, seed: int) -> None:
     """Pictures to try the prompt on, none of them trained on; a name is what it shows."""
+    from secure_fedprompt.clients.data.loading import load_sets
     from secure_fedprompt.clients.data.settings import DataSettings
-    from secure_fedprompt.clients.training import load_sets
 
     _, test = load_sets(DataSettings(**{**DATA, "data_seed": seed}))
     folder.mkdir(exist_ok=True)
@@ -223,10 +223,10 @@ def _privately(
 ) -> dict[str, Any]:
     """What clients with dp do not count: the accuracy, here where all pictures are ours; and what
     they spent."""
-    from secure_fedprompt.client_settings import ModelSettings
     from secure_fedprompt.clients.accounting import epsilon
     from secure_fedprompt.clients.ledger import NAME, Ledger
-    from secure_fedprompt.evaluate import score
+    from secure_fedprompt.clients.settings import ModelSettings
+    from secure_fedprompt.commands.evaluate import score
     from secure_fedprompt.prompt_file import read_prompt
 
     data = ModelSettings(**{**DATA, "partition": "iid", "data_seed": seed})

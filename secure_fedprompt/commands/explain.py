@@ -9,7 +9,8 @@ import math
 import msgspec
 from rich.console import Console
 
-from secure_fedprompt.protocol import client_noise, command, fixedpoint, homomorphic
+from secure_fedprompt.host import command
+from secure_fedprompt.protocol import client_noise, fixedpoint, homomorphic
 from secure_fedprompt.protocol.client_noise import Noise
 from secure_fedprompt.protocol.errors import ConfigError, PlanError
 from secure_fedprompt.protocol.homomorphic import SCHEMES, Parameters

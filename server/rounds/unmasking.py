@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 
 from secure_fedprompt.protocol import fixedpoint, masking, shamir
 from secure_fedprompt.protocol import messages as m
-from secure_fedprompt.protocol.errors import BadShareError, FieldError
+from secure_fedprompt.protocol.errors import BadShareError
 from secure_fedprompt.protocol.expand import add_masks
 from secure_fedprompt.protocol.keys import agree
-from secure_fedprompt.protocol.layout import Vector, total_size
+from secure_fedprompt.protocol.layout import total_size
 from secure_fedprompt.protocol.plan import RoundPlan
 
 _TRIES = 400  # subsets searched for a consistent one when a share is bad, 5 ms each at t = 67
@@ -41,24 +41,6 @@ class MaskedSum:
         """Remove masks (``plus`` were subtracted by clients, ``minus`` were added); the sum."""
         add_masks(self.words, plus, minus)
         return fixedpoint.to_integers(self.plan.layout, self.words)
-
-
-class PlainSum:
-    """Sum of unprotected float64 uploads, for protection "none"."""
-
-    def __init__(self, plan: RoundPlan) -> None:
-        self.total = np.zeros(total_size(plan.layout), np.float64)
-
-    def add(self, vector: bytes | memoryview) -> None:
-        if len(vector) != 8 * len(self.total):
-            raise FieldError(f"upload of {len(vector)} bytes, {8 * len(self.total)} expected")
-        values = np.frombuffer(vector, "<f8")
-        if not np.isfinite(values).all():
-            raise FieldError("upload holds NaN or infinity")
-        self.total += values
-
-    def result(self) -> Vector:
-        return self.total
 
 
 def reconstruct(

@@ -1,0 +1,145 @@
+"""Who a client is, for the whole run."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+
+from secure_fedprompt.clients.journal import MemoryJournal
+from secure_fedprompt.clients.ledger import Ledger
+from secure_fedprompt.protocol import messages as m
+from secure_fedprompt.protocol.errors import (
+    AdvertMismatchError,
+    KeyInUseError,
+    MismatchError,
+    NotOnRosterError,
+    ReplayError,
+    RosterMismatchError,
+    RunFailedError,
+    SecureFedPromptError,
+    TermsError,
+)
+from secure_fedprompt.protocol.expand import Purpose, digest
+from secure_fedprompt.protocol.keys import Identity, verify
+from secure_fedprompt.protocol.plan import NO_KEY, RoundPlan
+from secure_fedprompt.protocol.policy import Policy
+from secure_fedprompt.protocol.roster import Roster
+from secure_fedprompt.protocol.shamir import Entropy
+from secure_fedprompt.protocol.terms import RunTerms, nonces_digest
+
+if TYPE_CHECKING:
+    from secure_fedprompt.clients.cohort_key import CohortKey
+
+_REFUSALS = (  # that a server may name
+    KeyInUseError, MismatchError, NotOnRosterError, RosterMismatchError, RunFailedError,
+)  # fmt: skip
+
+
+Replies = list[m.Message]
+
+
+def refusal(message: m.Refused) -> SecureFedPromptError:
+    """The server's refusal as the error that it names."""
+    known = {cls.__name__: cls for cls in _REFUSALS}
+    return known.get(message.error, RunFailedError)(f"server refuses us: {message.reason}")
+
+
+@dataclass
+class Keyring:
+    """Keys of one run: what others seal to this client, and the cohort key once it is held."""
+
+    secret: X25519PrivateKey = field(default_factory=X25519PrivateKey.generate)
+    cohort: CohortKey | None = None
+
+    def __repr__(self) -> str:
+        return "Keyring(<private>)"
+
+
+@dataclass(frozen=True)
+class Party:
+    """Who the client is, for the whole run."""
+
+    name: str
+    identity: Identity
+    roster: Roster
+    policy: Policy
+    journal: MemoryJournal
+    entropy: Entropy
+    keyring: Keyring = field(default_factory=Keyring)
+    ledger: Ledger = field(default_factory=Ledger)
+
+    @functools.cached_property
+    def roster_clients(self) -> int:
+        """How many clients are on this party's own roster."""
+        return len(self.roster.with_role("client"))
+
+    def ready(self, run: bytes, nonce: bytes = bytes(32)) -> m.Ready:
+        """The signed key of this run, which cohort key is held, and the committed nonce."""
+        held = self.keyring.cohort.digest if self.keyring.cohort else NO_KEY
+        public = self.keyring.secret.public_key().public_bytes_raw()
+        unsigned = m.Ready(run, self.name, public, held, nonce, bytes(64))
+        signature = self.identity.sign(Purpose.RUN_KEY, unsigned.body(self.roster.digest))
+        return replace(unsigned, signature=signature)
+
+    def check_run_key(self, plan: RoundPlan, ready: m.Ready, name: str) -> None:
+        """Refuse another member's run key unless its identity signed it for this run.
+
+        Raises:
+            AdvertMismatchError, ReplayError, RosterError, SignatureError
+        """
+        if ready.name != name:
+            raise AdvertMismatchError(f"run key of {ready.name!r} in place of {name!r}")
+        if ready.run != plan.run:
+            raise ReplayError(f"run key of {name} belongs to another run")
+        identity = self.roster.identity_of(name, "client", "helper")
+        body = ready.body(plan.roster_digest)
+        verify(identity, Purpose.RUN_KEY, body, ready.signature, name)
+
+    def check_terms(self, message: m.Terms, commitments: tuple[m.Nonce, ...]) -> RunTerms:
+        """Terms that the server signed for the nonces of this run.
+
+        Args:
+            commitments: of the Welcome.
+
+        Raises:
+            SignatureError, TermsError, RosterMismatchError
+        """
+        terms, server = message.terms, self.roster.with_role("server")[0]
+        verify(server.identity, Purpose.TERMS, terms.digest, message.signature, server.name)
+        committed = {n.name: n.nonce for n in commitments}
+        names = [n.name for n in message.nonces]
+        if names != sorted(set(names)) or any(
+            committed.get(n.name) != m.commitment(n.name, n.nonce) for n in message.nonces
+        ):
+            raise TermsError("terms: a nonce is not the one that its client committed to")
+        if terms.regular and set(names) != set(committed):
+            raise TermsError("terms: nonces of a regular graph were left out")
+        if terms.nonces != nonces_digest(message.nonces):
+            raise TermsError("terms: digest of other nonces than those that were sent")
+        if digest(Purpose.BASE, message.start) != terms.start:
+            raise TermsError("terms: starting prompt is not the one that they name")
+        if terms.roster_digest != self.roster.digest:
+            raise RosterMismatchError(
+                f"server's roster {terms.roster_digest.hex()[:16]} is not ours "
+                f"{self.roster.digest.hex()[:16]}: copy the same roster file to every machine"
+            )
+        if terms.clients != self.roster_clients:
+            raise TermsError(
+                f"terms: {terms.clients} clients, the roster has {self.roster_clients}: any of "
+                "them could be in a cohort"
+            )
+        terms.check()
+        return terms
+
+    def check_head(self, head: m.LogHead) -> None:
+        """Refuse a log head that the server's identity did not sign.
+
+        Raises:
+            SignatureError
+        """
+        server = self.roster.with_role("server")[0]
+        body, name = head.body(server.name), server.name
+        verify(server.identity, Purpose.LOG_HEAD, body, head.signature, name)

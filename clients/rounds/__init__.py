@@ -1,0 +1,1 @@
+"""A client in one round, one file per protection."""

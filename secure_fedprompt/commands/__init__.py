@@ -1,0 +1,1 @@
+"""The commands of ``secure-fedprompt``, each in a file of its name."""

@@ -1,0 +1,129 @@
+"""Files that programs share: keys, rosters, locks; and who a program is by them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import (
+    TYPE_CHECKING,
+)
+
+from secure_fedprompt.protocol.errors import (
+    ConfigError,
+    KeyFileError,
+    RosterError,
+)
+from secure_fedprompt.protocol.keys import Identity, Member, fingerprint
+from secure_fedprompt.protocol.roster import Roster, member_to_toml
+
+if TYPE_CHECKING:
+    pass
+
+
+def read_identity(path: str) -> Identity:
+    """A key file.
+
+    Raises:
+        KeyFileError: missing, open to others, or malformed.
+    """
+    try:
+        with open(path, "rb") as file:
+            return Identity.from_pem(file.read(), path, Path(path).stat().st_mode)
+    except FileNotFoundError:
+        raise KeyFileError(
+            f"key = {path!r}: no such file; make one with 'secure-fedprompt keygen --name NAME'"
+        ) from None
+    except OSError as error:
+        raise KeyFileError(f"key = {path!r}: {error.strerror}") from None
+
+
+def read_roster(path: str) -> Roster:
+    """A roster file, every entry verified.
+
+    Raises:
+        RosterError: missing or invalid.
+    """
+    try:
+        return Roster.from_toml(Path(path).read_text(), path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise RosterError(f"roster = {path!r} cannot be read: {error}") from None
+
+
+def member_of(identity: Identity, roster: Roster, roles: Sequence[str]) -> Member:
+    """The roster entry that belongs to a key.
+
+    Raises:
+        RosterError: there is none, or it has another role.
+    """
+    for member in roster.members:
+        if member.identity == identity.public() and member.curve == identity.curve_public():
+            if member.role not in roles:
+                raise RosterError(
+                    f"{member.name} is a {member.role} on the roster, not a {roles[0]}"
+                )
+            return member
+    raise RosterError(
+        f"our key {fingerprint(identity.public())} is not on the roster: add its entry with "
+        "'secure-fedprompt roster add'"
+    )
+
+
+def whoami(key: str, roster_file: str, role: str) -> tuple[Identity, Roster, Member, Member]:
+    """Own key, roster, own entry and the server's.
+
+    Raises:
+        KeyFileError, RosterError
+    """
+    identity = read_identity(key)
+    roster = read_roster(roster_file)
+    me = member_of(identity, roster, (role,))
+    servers = roster.with_role("server")
+    if len(servers) != 1:
+        raise RosterError(f"roster {roster_file} names {len(servers)} servers, must be one")
+    return identity, roster, me, servers[0]
+
+
+def lock(descriptor: int, in_use: str) -> None:
+    """Hold an open file or folder until it is closed; where the system has such locks.
+
+    Raises:
+        ConfigError: another process holds it; ``in_use`` is what the user reads.
+    """
+    try:
+        import fcntl
+    except ImportError:  # no such locks on this system
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise ConfigError(in_use) from None
+
+
+def write_private(path: Path, data: bytes) -> None:
+    """Create a file that only its owner can read; an existing one is never overwritten.
+
+    Raises:
+        KeyFileError: it exists.
+    """
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        raise KeyFileError(f"{path} exists: remove it first, or choose another --out") from None
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(data)
+
+
+def make_key(name: str, role: str, folder: Path) -> Member:
+    """Write ``NAME.pem`` (private) and ``NAME.entry.toml`` (public); returns the entry.
+
+    Raises:
+        KeyFileError: a key of that name exists. RosterError: the name is not allowed.
+    """
+    identity = Identity.generate()
+    member = Member.of(identity, name, role)
+    Roster.of((member,))
+    folder.mkdir(parents=True, exist_ok=True)
+    write_private(folder / f"{name}.pem", identity.to_pem())
+    (folder / f"{name}.entry.toml").write_text(member_to_toml(member).lstrip())
+    return member

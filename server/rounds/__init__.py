@@ -1,0 +1,1 @@
+"""The server in one round, one file per protection."""
