@@ -447,7 +447,6 @@ class Run:
             return []
         if present < self.needed:
             return self._too_few(present, now)
-        self.short_since = None
         state.server_nonce = self.entropy(32)
         state.commitments = tuple(
             m.Nonce(name, client.commitment) for name, client in sorted(self.clients.items())
@@ -483,7 +482,6 @@ class Run:
             return out + self._commit_again(missing, now)
         if present < self.needed:
             return out + (self._too_few(present, now) if now >= self.gather_until else [])
-        self.short_since = None
         try:
             state.terms = terms_of(self.settings, self.roster, state)
         except TermsError as error:

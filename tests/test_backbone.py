@@ -204,6 +204,7 @@ def test_training_improves_and_only_the_context_moves(bundled: Backbone) -> None
     assert values["ctx"].shape == (1, 4, 128)
     assert np.abs(values["ctx"]).max() > 1e-3
     assert values["seen"] == 144
+    assert trainer.figures.first_loss > trainer.figures.last_loss > 0  # type: ignore[operator]
     assert trainer.method is not None
     guesses, losses = predict(
         trainer.method, Features(bundled, test, "features", trainer.progress, "")

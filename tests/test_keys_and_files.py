@@ -305,6 +305,9 @@ def test_paths_of_a_file_belong_to_its_folder(
         (folder / "c.toml").write_text(f'dataset = "{name}"\nmodel = "ViT-B-16"\n')
         made = command.load(ClientSettings, flags(ClientSettings, words))
         assert (made.dataset, made.model, made.pretrained) == (meant, "ViT-B-16", "")
+    for name, meant in (("json", "json"), ("", ""), ("a.jsonl", str(folder / "a.jsonl"))):
+        (folder / "c.toml").write_text(f'log = "{name}"')
+        assert command.load(ClientSettings, flags(ClientSettings, words)).log == meant
     (folder / "s.toml").write_text('bind = "tcp://127.0.0.1:5570"')
     server = command.load(
         ServerSettings, flags(ServerSettings, ["--config", str(folder / "s.toml")])

@@ -20,6 +20,7 @@ from rounds import identity, make_plan, roster
 from secure_fedprompt.audit.compare import check_pair
 from secure_fedprompt.audit.findings import Level
 from secure_fedprompt.audit.log import Log
+from secure_fedprompt.audit.promises import check_promises
 from secure_fedprompt.clients.link import CurveLink
 from secure_fedprompt.host.recorder import Recorder, recorder
 from secure_fedprompt.protocol import errors
@@ -420,6 +421,24 @@ def test_a_log_without_an_owner_is_a_fault(folder: Path) -> None:
     chain = hashlib.blake2b(bytes(32) + text, digest_size=32).hexdigest().encode()
     (fault,) = rewrite(folder, [text + b"\t" + chain + b"\n"]).faults
     assert fault.what == "no record says whose log this is"
+
+
+def test_a_frame_of_a_run_is_from_its_own_members(tmp_path: Path) -> None:
+    """Not from those of another run in the same log."""
+    server = roster(4).by_name["server"]
+    for run, known in ((b"a" * 16, roster(4)), (b"b" * 16, roster(3))):
+        log = Recorder(tmp_path, "full", 1 << 24, identity("server"), server, known)
+        for name in ("c001", "c004"):
+            message = m.MaskedUpload(run, 1, bytes(8))
+            log.record("in", name, message, m.CATALOGUE.encode(message))
+        log.close()
+    read = Log.read(tmp_path)
+    found = {
+        run: [f.text for f in check_promises(read, run.hex()) if f.check == "catalogue"]
+        for run in (b"a" * 16, b"b" * 16)
+    }
+    assert found[b"a" * 16] == []
+    assert found[b"b" * 16] == ["c004 is nobody that server talks to, by its roster"]
 
 
 def test_two_processes_do_not_write_one_log(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import re
@@ -344,6 +345,15 @@ def test_the_accuracy_is_drawn_beside_zero_shot(run: Path) -> None:
     heights = [float(cy) for cy in re.findall(r'cy="([\d.]+)"', drawn)]
     assert heights[1] < float(y) < heights[0]
     assert "zero-shot 68.8%</text>" in drawn
+
+
+def test_many_bytes_are_megabytes(run: Path) -> None:
+    report = gather(run, [], [], None)
+    assert "kB up by message" in page(report)
+    many = {way: {"Plan": [2e6, 3e6, 4e6]} for way in ("up", "down")}
+    text = page(dataclasses.replace(report, traffic=many))
+    assert "MB up by message" in text
+    assert ", Plan: 4 MB</title>" in text
 
 
 def test_why_a_client_was_missing_is_said(tmp_path: Path) -> None:

@@ -115,6 +115,58 @@ def test_a_server_waits_for_a_quorum_as_long_as_its_patience_lasts(tmp_path: Pat
     assert 170 <= world.clock <= 185
 
 
+def test_the_stage_is_called_training_only_where_somebody_trains(tmp_path: Path) -> None:
+    world = World(tmp_path, 3)
+    for name in names(3):
+        world.join(name)
+    world.pump()
+    stages = [list(r["seconds"]) for r in world.store.summary()["rounds"]]
+    assert [("training" in s, "collecting" in s) for s in stages] == [
+        (True, False), (True, False), (False, True),
+    ]  # fmt: skip
+
+
+def test_every_shortage_has_the_whole_patience(tmp_path: Path) -> None:
+    world = World(tmp_path, 3, gather_seconds=20.0, patience=150.0, alive_seconds=12.0, rounds=4)
+    for name in names(3):
+        world.join(name)
+    for number in (2, 3):
+        world.pump(lambda w, message, n=number: w.run.state.learning_round == n)
+        world.lost.add("c003")
+        until = world.clock + 120
+        world.pump(lambda w, message, t=until: w.clock > t)
+        world.join("c003")
+    world.pump()
+    assert world.run.error is None
+    assert [kind for kind, _ in world.events].count("waiting") == 2
+
+
+def test_an_opening_waits_as_long_for_those_without_whom_it_cannot_end(tmp_path: Path) -> None:
+    for patience in (1.0, 150.0):
+        folder = tmp_path / str(patience)
+        folder.mkdir()
+        world = World(
+            folder, 3, gather_seconds=20.0, patience=patience, stage_seconds=10.0,
+            alive_seconds=12.0,
+        )  # fmt: skip
+        for name in names(3):
+            world.join(name)
+
+        def lose(
+            sender: str, recipient: str, message: m.Message, world: World = world
+        ) -> m.Message:
+            if isinstance(message, m.UnmaskRequest) and recipient == "c003":
+                world.lost.add("c003")
+            return message
+
+        world.tamper = lose
+        world.pump(lambda w, message: w.clock > 100)
+        world.tamper = lambda sender, recipient, message: message
+        world.reconnect("c003")
+        world.pump()
+        assert (world.run.error is None) is (patience > 100)
+
+
 def test_it_waits_as_long_in_the_middle_of_a_run(tmp_path: Path) -> None:
     world = World(tmp_path, 3, gather_seconds=20.0, patience=200.0, alive_seconds=12.0, rounds=3)
     for name in names(3):
