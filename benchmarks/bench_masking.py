@@ -28,7 +28,8 @@ from secure_fedprompt.protocol.client_noise import NONE as NO_NOISE
 from secure_fedprompt.protocol.fixedpoint import size_layout
 from secure_fedprompt.protocol.layout import TensorSpec
 from secure_fedprompt.protocol.masking import choose_degree
-from secure_fedprompt.protocol.plan import NO_KEY, NO_SEED, RoundPlan, default_threshold
+from secure_fedprompt.protocol.plan import NO_KEY, NO_SEED, RoundPlan
+from secure_fedprompt.protocol.protections import default_threshold
 from secure_fedprompt.protocol.roster import Roster
 from secure_fedprompt.protocol.selection.task import NONE
 from secure_fedprompt.server.rounds.base import Deadlines, Round

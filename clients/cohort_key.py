@@ -52,7 +52,7 @@ class CohortKey:
         self.digest = digest(Purpose.COHORT_KEY, secret, prompt_key)
         self._encryptor = seal.Encryptor(scheme.context, key)
         self._decryptor = seal.Decryptor(scheme.context, key)
-        encoder = seal.BatchEncoder if scheme.protection == "bfv" else seal.CKKSEncoder
+        encoder = seal.CKKSEncoder if scheme.approximate else seal.BatchEncoder
         self._encoder = encoder(scheme.context)
 
     def __repr__(self) -> str:
@@ -110,7 +110,7 @@ class CohortKey:
             raise CiphertextError("ciphertext of the sum is too large")
         parts = [self._slots(data) for data in ciphertexts]
         raw = np.concatenate(parts)[:count]
-        if self.scheme.protection == "bfv":
+        if not self.scheme.approximate:
             return raw.astype(np.int64)
         key = derive(self.prompt_key, Purpose.FLOOD, flood)
         draws = np.frombuffer(keystream(key, 8 * count), "<u8") / 2.0**64
@@ -120,7 +120,7 @@ class CohortKey:
         return clipped
 
     def _encode(self, slots: Integers, plain: Any) -> None:
-        if self.scheme.protection == "bfv":
+        if not self.scheme.approximate:
             self._encoder.encode(slots.tolist(), plain)
             return
         half = self.scheme.slots // 2
@@ -133,7 +133,7 @@ class CohortKey:
         """Decrypted slots of one ciphertext; for ckks exact enough to give the key away."""
         plain = sealapi().Plaintext()
         self._decryptor.decrypt(self.scheme.ciphertext(data), plain)
-        if self.scheme.protection == "bfv":
+        if not self.scheme.approximate:
             return np.array(self._encoder.decode_int64(plain), np.int64)
         values = np.array(self._encoder.decode_complex(plain))
         return np.concatenate([values.real, values.imag])

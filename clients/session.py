@@ -43,7 +43,6 @@ from secure_fedprompt.protocol.errors import (
     UpdateError,
 )
 from secure_fedprompt.protocol.expand import Purpose, digest
-from secure_fedprompt.protocol.homomorphic import SCHEMES
 from secure_fedprompt.protocol.layout import (
     CLIPPED,
     CONTRIBUTORS,
@@ -452,7 +451,7 @@ class Session:
         state = self.round or self._parked
         data = self.party.journal.opening(self.run) if self.run else None
         if data and not isinstance(state, Sent):
-            encrypted_ = self.terms is not None and self.terms.protection in SCHEMES
+            encrypted_ = self.terms is not None and self.terms.facts.encrypted
             state = (Reported if encrypted_ else Agreed).from_bytes(self.party, data)
         if state is None or (message.run, message.round) != (state.plan.run, state.plan.round):  # type: ignore[attr-defined]
             return []

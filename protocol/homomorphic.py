@@ -31,8 +31,9 @@ from secure_fedprompt.protocol.errors import (
     ParameterError,
     SecretKeyError,
 )
+from secure_fedprompt.protocol.protections import PROTECTIONS, facts_of
 
-SCHEMES = ("bfv", "ckks")
+SCHEMES = tuple(row.name for row in PROTECTIONS.values() if row.encrypted)
 SETS = {2048: 54, 4096: 60}  # degree: bits of the one prime; 54 and 109 keep 128-bit security,
 #                              60 is SEAL's largest prime
 NOISE_BOUND = 21  # SEAL samples encryption noise from a centred binomial distribution of 42 bits
@@ -71,13 +72,13 @@ def choose(protection: str, clients: int, flood: int = 8) -> Parameters:
     Raises:
         ParameterError: none fits; says what is short by how much.
     """
-    if protection not in SCHEMES:
+    if not facts_of(protection).encrypted:
         return NONE
     if not 1 <= clients <= MAX_CLIENTS:
         raise ParameterError(f"a sum of {clients} uploads, must be 1 to {MAX_CLIENTS}")
     short = ""
     for degree, room in SETS.items():
-        if protection == "bfv":
+        if not facts_of(protection).approximate:
             # Decryption is exact while clients * (noise + rounding) < q / (2 t).
             bits = min(60, room - 1 - math.ceil(math.log2(clients * (NOISE_BOUND + 1))))
             if bits > VALUE_BITS + 2:
@@ -144,6 +145,7 @@ class Scheme:
         slots: integers in one ciphertext.
         limit: largest magnitude of a slot's sum.
         context: the SEAL context.
+        approximate: whether it computes with approximate numbers.
     """
 
     def __init__(self, protection: str, parameters: Parameters) -> None:
@@ -152,12 +154,13 @@ class Scheme:
             raise ParameterError(f"{protection} parameters {parameters} are not a set of ours")
         seal = sealapi()
         self.protection, self.parameters = protection, parameters
+        self.approximate = facts_of(protection).approximate
         settings = seal.EncryptionParameters(getattr(seal.SCHEME_TYPE, protection.upper()))
         settings.set_poly_modulus_degree(parameters.degree)
         prime = SETS[parameters.degree]
         settings.set_coeff_modulus(seal.CoeffModulus.Create(parameters.degree, [prime]))
         self.slots, self.limit = parameters.degree, 1 << VALUE_BITS
-        if protection == "bfv":
+        if not self.approximate:
             plain = seal.PlainModulus.Batching(parameters.degree, parameters.plain_bits)
             settings.set_plain_modulus(plain)
             self.limit = (plain.value() - 1) // 2
@@ -202,7 +205,7 @@ class Scheme:
         """
         made = self.read(sealapi().Ciphertext(), data)
         scale = 2.0**self.parameters.scale_bits
-        ntt = self.protection == "ckks"
+        ntt = self.approximate
         if made.size() != 2 or made.is_ntt_form() != ntt or (ntt and made.scale != scale):
             raise CiphertextError(f"ciphertext of {made.size()} polynomials, or at another scale")
         if made.is_transparent():

@@ -30,34 +30,25 @@ from secure_fedprompt.protocol.codec import (
 from secure_fedprompt.protocol.errors import PlanError
 from secure_fedprompt.protocol.expand import Purpose, digest
 from secure_fedprompt.protocol.fixedpoint import check_fits
-from secure_fedprompt.protocol.homomorphic import SCHEMES, Parameters
+from secure_fedprompt.protocol.homomorphic import Parameters
 from secure_fedprompt.protocol.layout import Field, total_size
+from secure_fedprompt.protocol.protections import (
+    PROTECTIONS,
+    Protection,
+    facts_of,
+    tolerated_colluders,
+)
 from secure_fedprompt.protocol.selection.task import Selection
 
 MAX_COHORT = 4096
 MAX_VALUES = 1 << 25
 MAX_ATTEMPTS = 10  # at one learning round: each has a graph of its own, and a chance to be opened
-PROTECTIONS = ("masks", *SCHEMES, "none")
 UNPROTECTED = ("fedamp",)  # methods whose aggregate holds every update
 UNSHARED = (
     "zeroshot",
     "coop",
 )  # methods whose updates are zero, so that no sum of them tells anything
 NO_SEED = NO_KEY = bytes(32)
-
-
-def default_threshold(clients: int) -> int:
-    """t = floor(2n/3) + 1; see ``tolerated_colluders`` for what that buys."""
-    return 2 * clients // 3 + 1
-
-
-def tolerated_colluders(clients: int, threshold: int) -> int:
-    """c = min(2t - n - 1, t - 2), how many clients may collude with an active server.
-
-    Two survivor lists with t signatures each need 2t - n or more dishonest clients, and a sum of t
-    updates hides an honest one only while another honest one is in it.
-    """
-    return max(0, min(2 * threshold - clients - 1, threshold - 2))
 
 
 def noise_colluders(wanted: int, clients: int, quorum: int) -> int:
@@ -141,7 +132,12 @@ class RoundPlan:
     @property
     def encrypted(self) -> bool:
         """Whether the server adds ciphertexts, and the global prompt is sealed to it."""
-        return self.protection in SCHEMES
+        return self.facts.encrypted
+
+    @property
+    def facts(self) -> Protection:
+        """Of its protection."""
+        return facts_of(self.protection)
 
     @property
     def selecting(self) -> bool:
@@ -171,12 +167,12 @@ class RoundPlan:
             raise PlanError(
                 f"protection {self.protection!r} is not one of {', '.join(PROTECTIONS)}"
             )
-        if self.method in UNPROTECTED and self.protection != "none":
+        if self.method in UNPROTECTED and self.facts.hides:
             raise PlanError(
                 f"method {self.method} shows every client's prompt to the others: protection "
                 f"{self.protection!r} would promise too much, only 'none' is allowed"
             )
-        least = 1 if self.protection == "none" else default_threshold(self.members)
+        least = self.facts.least(self.members)
         if not least <= self.quorum <= n <= self.members:
             raise PlanError(
                 f"quorum {self.quorum} and cohort {n} of {self.members} clients: a sum needs at "
@@ -217,7 +213,7 @@ class RoundPlan:
         self.noise.check(self.quorum)
         if not self.noise.used:
             return
-        if self.protection == "none" or not self.uniform or self.selection.federation:
+        if not self.facts.hides or not self.uniform or self.selection.federation:
             raise PlanError(
                 f"client noise with protection {self.protection!r}, uniform {self.uniform} and "
                 f"selection {self.selection.kind!r}: it needs protected sums, weight 1 for all and "

@@ -14,11 +14,11 @@ from msgspec import Meta
 
 from secure_fedprompt.protocol.client_noise import concentrated, effective, epsilon
 from secure_fedprompt.protocol.errors import BudgetError, IsolationError, PolicyError
-from secure_fedprompt.protocol.homomorphic import SCHEMES
 from secure_fedprompt.protocol.layout import METRICS
-from secure_fedprompt.protocol.plan import RoundPlan, default_threshold, noise_colluders
+from secure_fedprompt.protocol.plan import RoundPlan, noise_colluders
+from secure_fedprompt.protocol.protections import default_threshold, facts_of
 from secure_fedprompt.protocol.settings import NonNegative
-from secure_fedprompt.protocol.terms import RunTerms, tolerated
+from secure_fedprompt.protocol.terms import RunTerms
 
 
 class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -117,17 +117,17 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
                 f"policy.min_noise is {self.min_noise:g}: metrics must be 'off'"
             )
         self._check_noise(terms.plan(terms.sample(1)))
-        if terms.protection == "none":
+        if not terms.facts.hides:
             return
         self._check_colluders(
             terms.protection, bool(terms.regular), terms.clients, terms.quorum, terms.colluders,
             roster_clients,
         )  # fmt: skip
-        if terms.protection == "masks":
+        if terms.facts.masked:
             graph = "regular" if terms.regular else "complete"
             if graph not in self.graphs:
                 raise PolicyError(_outside("graphs", self.graphs, graph))
-        makers = terms.makers if terms.protection in SCHEMES else self.key_makers
+        makers = terms.makers if terms.facts.encrypted else self.key_makers
         if self.key_makers and not set(self.key_makers) & set(makers):
             raise PolicyError(_outside("key_makers", self.key_makers, ", ".join(makers)))
 
@@ -145,7 +145,7 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             raise PolicyError(
                 _below("min_cohort", self.min_cohort, f"cohorts of {clients} at most")
             )
-        if protection != "none" and quorum < self.min_survivors:
+        if facts_of(protection).hides and quorum < self.min_survivors:
             raise PolicyError(_below("min_survivors", self.min_survivors, f"quorum {quorum}"))
 
     def _check_colluders(
@@ -153,7 +153,7 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     ) -> None:
         wanted = self.colluders
         if wanted < 0:
-            wanted = tolerated(protection, regular, roster, default_threshold(roster))
+            wanted = facts_of(protection).tolerated(regular, roster, default_threshold(roster))
         if found < wanted:
             raise PolicyError(
                 f"a quorum of {quorum} of {clients} clients tolerates {found} colluders, but "
@@ -189,12 +189,12 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             raise PolicyError(_below("min_fillers", self.min_fillers, fillers))
         if n < self.min_cohort:
             raise PolicyError(_below("min_cohort", self.min_cohort, f"a cohort of {n}"))
-        if plan.protection == "none":
+        if not plan.facts.hides:
             return
         if plan.quorum < self.min_survivors:
             raise PolicyError(_below("min_survivors", self.min_survivors, f"quorum {plan.quorum}"))
         if not plan.degree:  # else the terms tell which corruption chose it
-            found = tolerated(plan.protection, False, plan.members, plan.quorum)
+            found = plan.facts.tolerated(False, plan.members, plan.quorum)
             self._check_colluders(
                 plan.protection, False, plan.members, plan.quorum, found, roster_clients
             )

@@ -8,6 +8,7 @@ import msgspec
 from msgspec import Meta
 
 from secure_fedprompt.protocol.errors import ConfigError
+from secure_fedprompt.protocol.protections import PROTECTIONS, Protection, facts_of
 
 Positive = Annotated[int, Meta(ge=1)]
 Count = Annotated[int, Meta(ge=0)]
@@ -264,6 +265,11 @@ class ServerSettings(MethodSettings, frozen=True, forbid_unknown_fields=True, kw
     model_fingerprint: Digits = ""
     classes_digest: Digits = ""
 
+    @property
+    def facts(self) -> Protection:
+        """Of its protection."""
+        return facts_of(self.protection)
+
     def method_settings(self) -> MethodSettings:
         names = MethodSettings.__struct_fields__
         return MethodSettings(**{name: getattr(self, name) for name in names})
@@ -287,7 +293,7 @@ CHOICES = {
         "linear",
         "linear-scratch",
     ),
-    "protection": ("masks", "bfv", "ckks", "none"),
+    "protection": tuple(PROTECTIONS),
     "selection": ("client", "secure"),
     "selection_scope": ("client", "federation"),
     "graph": ("complete", "regular"),

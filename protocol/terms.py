@@ -10,7 +10,6 @@ themselves and take no other.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Annotated
@@ -34,7 +33,6 @@ from secure_fedprompt.protocol.codec import (
 from secure_fedprompt.protocol.errors import ConfigError, PlanError, TermsError
 from secure_fedprompt.protocol.expand import Purpose, digest
 from secure_fedprompt.protocol.fixedpoint import size_layout
-from secure_fedprompt.protocol.homomorphic import SCHEMES
 from secure_fedprompt.protocol.layout import Layout, TensorSpec
 from secure_fedprompt.protocol.plan import (
     MAX_ATTEMPTS,
@@ -42,17 +40,18 @@ from secure_fedprompt.protocol.plan import (
     MAX_VALUES,
     NO_KEY,
     NO_SEED,
-    PROTECTIONS,
     RoundPlan,
-    default_threshold,
-    tolerated_colluders,
+)
+from secure_fedprompt.protocol.protections import (
+    PROTECTIONS,
+    Protection,
+    facts_of,
 )
 from secure_fedprompt.protocol.ring import MAX_BITS, MIN_BITS
 from secure_fedprompt.protocol.selection import task
 from secure_fedprompt.protocol.selection.task import Selection
 from secure_fedprompt.protocol.settings import CHOICES, MethodSettings
 
-CORRUPTION = 0.1  # share of colluders that a regular graph tolerates unless configured
 FEDERATION = 1 + task.SCOPES.index("federation")
 _MEMBERS = ("roster_digest", "clients", "quorum", "colluders", "makers", "helpers")
 
@@ -204,10 +203,10 @@ class RunTerms:
         for name, good in ranges.items():
             if not good:
                 raise TermsError(f"terms: {name} = {_short(getattr(self, name))} is out of range")
-        least = 1 if self.protection == "none" else default_threshold(n)
+        least = self.facts.least(n)
         if not least <= self.quorum <= n:
             raise TermsError(f"terms: quorum {self.quorum} of {n} clients, at least {least}")
-        found = tolerated(self.protection, bool(self.regular), n, self.quorum, self.corruption)
+        found = self.facts.tolerated(bool(self.regular), n, self.quorum, self.corruption)
         if self.colluders != found:
             raise TermsError(f"terms: colluders {self.colluders}, they tolerate {found}")
         if not 1 <= self.attempts <= MAX_ATTEMPTS:
@@ -229,10 +228,15 @@ class RunTerms:
         if settings.to_bytes() != bytes(self.settings):
             raise TermsError("terms: settings are not in their one canonical form")
 
+    @property
+    def facts(self) -> Protection:
+        """Of its protection."""
+        return facts_of(self.protection)
+
     def sample(self, number: int) -> Choice:
         """What a learning round in which everybody takes part could choose, under other names."""
         names = tuple(f"{i:05d}" for i in range(self.clients))
-        maker = names[0] if self.protection in SCHEMES else ""
+        maker = names[0] if self.facts.encrypted else ""
         helper = names[0] if self.selecting(number) else ""
         return Choice(
             1, 1, number, names, bytes(32), maker, 0, NO_KEY, names[1:] if maker else (), helper
@@ -287,7 +291,7 @@ class RunTerms:
         """
         n, training = len(chosen.cohort), chosen.learning_round <= self.rounds
         degree, threshold, seed = 0, self.quorum, NO_SEED
-        if self.regular and self.protection == "masks":
+        if self.regular and self.facts.masked:
             degree, threshold = masking.choose_degree(
                 n, dropout=self.dropout, corruption=min(self.corruption * self.clients / n, 0.99)
             )
@@ -389,24 +393,6 @@ class RunTerms:
                     f"terms of a run changed in {field.name}: {_short(theirs)} became "
                     f"{_short(mine)}"
                 )
-
-
-def tolerated(
-    protection: str, regular: bool, clients: int, quorum: int, corruption: float = CORRUPTION
-) -> int:
-    """c: how many clients may collude with the server (masks) or pool what they know (bfv, ckks).
-
-    Complete graph: ``tolerated_colluders``. Regular graph: the corruption that chose k.
-    Homomorphic encryption, honest server: a sum of a quorum hides an honest client while another
-    honest one is in it. Nobody without protection.
-    """
-    if protection == "none":
-        return 0
-    if protection in SCHEMES:
-        return max(0, quorum - 2)
-    if regular:
-        return max(0, min(math.floor(corruption * clients), quorum - 2))
-    return tolerated_colluders(clients, quorum)
 
 
 def _short(value: object) -> str:

@@ -46,7 +46,7 @@ def begun(log: Log, work: Work) -> None:
 def sent(log: Log, session: Session, work: Work, trainer: LocalTrainer, weight: float) -> None:
     """An upload, what it says, and what this client's own images say."""
     plan = work.plan
-    shield = "UNPROTECTED" if plan.protection == "none" else f"under {plan.protection}"
+    shield = "UNPROTECTED" if not plan.facts.hides else f"under {plan.protection}"
     if weight > plan.max_weight:
         log.warning(
             "sent", f"our {weight:g} images count as the plan's max_weight {plan.max_weight}"

@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from secure_fedprompt.protocol.homomorphic import SCHEMES
+from secure_fedprompt.protocol.protections import facts_of
 
 Summary = dict[str, Any]
 
@@ -71,22 +71,9 @@ def _percent(value: float | None) -> str:
 
 def what_the_server_saw(summary: Summary) -> str:
     """One honest sentence."""
-    if summary["protection"] == "none":
-        return (
-            "the server saw every client's update, image count and accuracy: "
-            'protection "none" is for comparison only'
-        )
     rows = [r for r in summary["rounds"] if r["outcome"] == "done"]
-    if summary["protection"] in SCHEMES:
-        return (
-            f"the server added {len(rows)} encrypted sums and could read neither them nor any "
-            "client's update, image count, accuracy or loss; the figures above are a client's"
-        )
     fewest = min((len(r["cohort"]) - len(r["dropped"]) for r in rows), default=0)
-    return (
-        f"the server saw {len(rows)} sums over at least {fewest} clients each, and could not see "
-        "any client's update, image count, accuracy or loss"
-    )
+    return facts_of(summary["protection"]).seen(len(rows), fewest)
 
 
 def show_run(console: Console, summary: Summary) -> None:

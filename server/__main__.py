@@ -15,8 +15,6 @@ from secure_fedprompt.host.recorder import recorder
 from secure_fedprompt.protocol import homomorphic
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.errors import ConfigError, PlanError
-from secure_fedprompt.protocol.homomorphic import SCHEMES
-from secure_fedprompt.protocol.plan import default_threshold, tolerated_colluders
 from secure_fedprompt.protocol.settings import ServerSettings
 from secure_fedprompt.server.hub import Hub, bound_connections
 from secure_fedprompt.server.planning import noise_of
@@ -61,7 +59,7 @@ def _serve(settings: ServerSettings, json_path: str | None, log: Log) -> int:
     me = files.member_of(identity, roster, ("server",))
     log.name = me.name
     folder = Path(settings.run_dir.replace("{time}", time.strftime("%Y%m%d-%H%M%S")))
-    if settings.protection in SCHEMES:  # can we, before anybody waits
+    if settings.facts.encrypted:  # can we, before anybody waits
         clients = len(roster.with_role("client"))
         try:
             chosen = homomorphic.choose(settings.protection, clients, settings.flood_bits)
@@ -133,7 +131,7 @@ def loop(hub: Hub, run: Run, log: Log) -> None:
 
 def warn(log: Log, settings: ServerSettings, clients: int) -> None:
     """Say what protection the run gives."""
-    if settings.protection == "none":
+    if not settings.facts.hides:
         log.error("protection", "NO PROTECTION: the server sees every client's update.")
         return
     if settings.selection == "secure":
@@ -157,21 +155,8 @@ def warn(log: Log, settings: ServerSettings, clients: int) -> None:
             "protection", f"client noise of {noise.multiplier:g} x dp_clip {noise.clip:g} in every "
             f"sum, if {noise.honest} clients add theirs; 'secure-fedprompt explain' prints epsilon",
         )  # fmt: skip
-    t = settings.threshold or default_threshold(clients)
-    if settings.protection in SCHEMES:
-        text = (
-            f"{settings.protection}: the server adds ciphertexts and learns no sum. All clients "
-            "share one key: safe while this server follows the protocol and no client colludes "
-            f"with it; among themselves, {max(0, t - 2)} clients learn no more than sums"
-        )
-    elif settings.graph == "regular":
-        text = "masks on a k-regular graph: safe against an honest-but-curious server"
-    else:
-        c = tolerated_colluders(clients, t)
-        text = (
-            f"masks on the complete graph: {clients} clients, t = {t}; safe against a dishonest "
-            f"server with c = {c} colluding clients"
-        )
+    t = settings.threshold or settings.facts.least(clients)
+    text = settings.facts.standing(clients, t, settings.graph == "regular")
     log.info("protection", text)
 
 

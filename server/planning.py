@@ -15,7 +15,6 @@ from secure_fedprompt.protocol.client_noise import Noise
 from secure_fedprompt.protocol.errors import ConfigError, PlanError, RunFailedError
 from secure_fedprompt.protocol.expand import Purpose, digest
 from secure_fedprompt.protocol.fixedpoint import size_layout
-from secure_fedprompt.protocol.homomorphic import SCHEMES
 from secure_fedprompt.protocol.layout import TensorSpec
 from secure_fedprompt.protocol.plan import (
     MAX_ATTEMPTS,
@@ -23,13 +22,13 @@ from secure_fedprompt.protocol.plan import (
     NO_KEY,
     UNPROTECTED,
     RoundPlan,
-    default_threshold,
     noise_colluders,
 )
+from secure_fedprompt.protocol.protections import default_threshold
 from secure_fedprompt.protocol.roster import Roster
 from secure_fedprompt.protocol.selection.task import SCOPES, Selection
 from secure_fedprompt.protocol.settings import ServerSettings
-from secure_fedprompt.protocol.terms import Choice, RunTerms, nonces_digest, tolerated
+from secure_fedprompt.protocol.terms import Choice, RunTerms, nonces_digest
 
 UNWEIGHTED = ("fedmgp",)
 TENSOR_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.]{0,47}")
@@ -158,9 +157,9 @@ def elect_helper(
 
 def quorum_of(settings: ServerSettings, clients: int) -> int:
     """Updates that a sum needs, of so many clients of the run."""
-    if settings.protection == "none":
+    if not settings.facts.hides:
         return settings.min_clients
-    return max(settings.threshold, default_threshold(clients))
+    return max(settings.threshold, settings.facts.least(clients))
 
 
 def fewest_of(settings: ServerSettings, clients: int) -> int:
@@ -170,7 +169,7 @@ def fewest_of(settings: ServerSettings, clients: int) -> int:
         PlanError: there is none.
     """
     quorum = quorum_of(settings, clients)
-    if settings.graph != "regular" or settings.protection != "masks":
+    if settings.graph != "regular" or not settings.facts.masked:
         return quorum
     for n in range(quorum, clients + 1):
         try:
@@ -217,13 +216,13 @@ def check_roster(settings: ServerSettings, roster: Roster) -> None:
         raise ConfigError(f"clients = {settings.clients}: the roster has {listed}")
     n = listed  # whoever is on the roster could be in some cohort: quorums must meet in all of it
     least, quorum = default_threshold(n), quorum_of(settings, n)
-    if settings.protection != "none" and 0 < settings.threshold < least:
+    if settings.facts.hides and 0 < settings.threshold < least:
         raise ConfigError(
             f"threshold = {settings.threshold}: a sum of {n} clients needs at least "
             f"floor(2n/3) + 1 = {least}"
         )
     if quorum > n:
-        key = "min_clients" if settings.protection == "none" else "threshold"
+        key = "threshold" if settings.facts.hides else "min_clients"
         raise ConfigError(f"{key} = {getattr(settings, key)}: the run has {n} clients")
     noise = noise_of(settings, n)
     try:
@@ -297,7 +296,7 @@ def check_settings(settings: ServerSettings) -> None:
         )
     if settings.dp_noise:
         wrong = {
-            "protection": settings.protection == "none",
+            "protection": not settings.facts.hides,
             "weights": settings.weights != "uniform",
             "metrics": settings.metrics != "off",
             "selection_scope": settings.selection_scope == "federation",
@@ -308,7 +307,7 @@ def check_settings(settings: ServerSettings) -> None:
                 f"{key} = {getattr(settings, key)!r}: dp_noise needs a protected sum on the "
                 "complete graph, weights = 'uniform', metrics = 'off' and no counts of slots"
             )
-    if settings.method in UNPROTECTED and settings.protection != "none":
+    if settings.method in UNPROTECTED and settings.facts.hides:
         raise ConfigError(
             f"protection = {settings.protection!r}: {settings.method} shows every client's prompt "
             "to the others; only 'none' is honest, for comparisons"
@@ -348,8 +347,8 @@ def terms_of(settings: ServerSettings, roster: Roster, state: RunState) -> RunTe
     names = [member.name for member in roster.with_role("client")]
     n = len(names)
     quorum = quorum_of(settings, n)
-    regular = settings.graph == "regular" and settings.protection == "masks"
-    encrypted, secure = settings.protection in SCHEMES, settings.selection == "secure"
+    regular = settings.graph == "regular" and settings.facts.masked
+    encrypted, secure = settings.facts.encrypted, settings.selection == "secure"
     corruption = settings.max_corruption
     wanted = settings.key_maker
     makers = tuple([wanted] * (wanted in names) + [name for name in names if name != wanted])
@@ -364,7 +363,7 @@ def terms_of(settings: ServerSettings, roster: Roster, state: RunState) -> RunTe
         nonces=nonces_digest(state.nonces),
         clients=n,
         quorum=quorum,
-        colluders=tolerated(settings.protection, regular, n, quorum, corruption),
+        colluders=settings.facts.tolerated(regular, n, quorum, corruption),
         rounds=settings.rounds,
         attempts=MAX_ATTEMPTS,
         protection=settings.protection,
@@ -406,7 +405,7 @@ def round_plan(
         PlanError: the terms do not allow one.
     """
     assert state.terms is not None
-    encrypted = state.terms.protection in SCHEMES
+    encrypted = state.terms.facts.encrypted
     chosen = Choice(
         round=state.round,
         attempt=state.attempt,

@@ -37,7 +37,6 @@ from secure_fedprompt.protocol.errors import (
     TooFewClientsError,
 )
 from secure_fedprompt.protocol.expand import Purpose
-from secure_fedprompt.protocol.homomorphic import SCHEMES
 from secure_fedprompt.protocol.keys import Identity, verify
 from secure_fedprompt.protocol.plan import MAX_ATTEMPTS, NO_KEY, RoundPlan
 from secure_fedprompt.protocol.roster import Roster
@@ -639,7 +638,7 @@ class Run:
             settings, state, {**outside, **able} if settings.helper else able, self.unhelpful
         )
         keying = Keying()
-        if settings.protection in SCHEMES:
+        if settings.facts.encrypted:
             held = {name: client.key for name, client in self.clients.items()}
             keying = elect(state, cohort, held, settings.key_maker, self.unfit)
         self.stranded_until = 0.0

@@ -28,9 +28,9 @@ from safetensors.numpy import save_file
 from secure_fedprompt.protocol.averaging import Prompt
 from secure_fedprompt.protocol.codec import decode_fields, encode_fields
 from secure_fedprompt.protocol.errors import ConfigError, PromptFileError
-from secure_fedprompt.protocol.homomorphic import SCHEMES
 from secure_fedprompt.protocol.layout import TensorSpec
 from secure_fedprompt.protocol.messages import Nonce
+from secure_fedprompt.protocol.protections import facts_of
 from secure_fedprompt.protocol.settings import ServerSettings
 from secure_fedprompt.protocol.terms import RunTerms
 from secure_fedprompt.server.planning import RunState
@@ -293,6 +293,7 @@ class Store:
     def summary(self) -> dict[str, Any]:
         """The run as JSON: what ``--json`` writes and the demo shows."""
         settings = json.loads((self.folder / "server.json").read_text())
+        sealed = facts_of(settings["protection"]).encrypted
         rounds = rounds_of(self._db)
         scores = [r["metrics"]["accuracy"] for r in rounds if "accuracy" in r["metrics"]]
         done = [r for r in rounds if r["outcome"] == "done"]
@@ -311,7 +312,7 @@ class Store:
             ),
             "bytes_up_per_client": sum(up) // max(clients, 1),
             "bytes_down_per_client": sum(down) // max(clients, 1),
-            "prompt": str(self.prompt_path(settings["rounds"], settings["protection"] in SCHEMES)),
+            "prompt": str(self.prompt_path(settings["rounds"], sealed)),
         }
 
     def close(self) -> None:

@@ -17,8 +17,9 @@ from secure_fedprompt.protocol import client_noise, fixedpoint, homomorphic
 from secure_fedprompt.protocol.expand import keystream
 from secure_fedprompt.protocol.keys import Identity, Member
 from secure_fedprompt.protocol.layout import TensorSpec
-from secure_fedprompt.protocol.plan import NO_KEY, NO_SEED, RoundPlan, default_threshold
+from secure_fedprompt.protocol.plan import NO_KEY, NO_SEED, RoundPlan
 from secure_fedprompt.protocol.policy import Policy
+from secure_fedprompt.protocol.protections import default_threshold
 from secure_fedprompt.protocol.roster import Roster
 from secure_fedprompt.protocol.selection.task import NONE
 from secure_fedprompt.protocol.shamir import Entropy

@@ -21,6 +21,7 @@ from secure_fedprompt.audit.findings import Level
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.expand import Purpose
 from secure_fedprompt.protocol.plan import RoundPlan
+from secure_fedprompt.protocol.protections import PROTECTIONS
 from secure_fedprompt.protocol.terms import RunTerms
 
 QUIET: dict[str, Any] = {"weights": "uniform", "metrics": "final"}
@@ -40,15 +41,18 @@ ROWS = {
 @pytest.mark.parametrize("n", ROWS)
 def test_the_rows_as_literals(n: int) -> None:
     from secure_fedprompt.protocol.settings import ServerSettings
-    from secure_fedprompt.protocol.terms import tolerated
     from secure_fedprompt.server.planning import quorum_of
 
     quorum, masks, pooled = ROWS[n]
     assert quorum_of(ServerSettings(), n) == quorum
-    assert tolerated("masks", False, n, quorum) == masks
-    assert tolerated("bfv", False, n, quorum) == tolerated("ckks", False, n, quorum) == pooled
-    assert tolerated("masks", True, n, quorum) == min(n // 10, quorum - 2)
-    assert tolerated("none", False, n, 1) == 0
+    assert PROTECTIONS["masks"].tolerated(False, n, quorum) == masks
+    assert (
+        PROTECTIONS["bfv"].tolerated(False, n, quorum)
+        == PROTECTIONS["ckks"].tolerated(False, n, quorum)
+        == pooled
+    )
+    assert PROTECTIONS["masks"].tolerated(True, n, quorum) == min(n // 10, quorum - 2)
+    assert PROTECTIONS["none"].tolerated(False, n, 1) == 0
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from secure_fedprompt.memory import Outcome, run_round
 from secure_fedprompt.protocol import fixedpoint, layout, masking, messages, shamir
 from secure_fedprompt.protocol.layout import TensorSpec
 from secure_fedprompt.protocol.messages import CATALOGUE
-from secure_fedprompt.protocol.plan import default_threshold, tolerated_colluders
+from secure_fedprompt.protocol.protections import default_threshold, tolerated_colluders
 from secure_fedprompt.server.rounds.base import Stage
 
 BIG = (TensorSpec("ctx", (16, 256)),)

@@ -25,7 +25,6 @@ from secure_fedprompt.protocol.plan import RoundPlan
 from secure_fedprompt.protocol.policy import check_isolation
 from secure_fedprompt.protocol.ring import Words
 from secure_fedprompt.protocol.selection.task import Choice
-from secure_fedprompt.protocol.terms import tolerated
 
 if TYPE_CHECKING:
     pass
@@ -72,7 +71,7 @@ class State:
         if len(survivors) < plan.quorum:
             raise ThresholdError(f"{len(survivors)} survivors, quorum is {plan.quorum}")
         self.party.policy.check_survivors(survivors)
-        c = tolerated(plan.protection, bool(plan.degree), plan.members, plan.quorum)
+        c = plan.facts.tolerated(bool(plan.degree), plan.members, plan.quorum)
         check_isolation(survivors, self.party.journal.near_lists(plan), c)
 
     def __repr__(self) -> str:

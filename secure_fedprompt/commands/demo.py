@@ -26,7 +26,7 @@ from secure_fedprompt.clients.privacy_settings import PrivacySettings
 from secure_fedprompt.host import command
 from secure_fedprompt.host.files import make_key
 from secure_fedprompt.protocol.errors import ConfigError, RunFailedError
-from secure_fedprompt.protocol.plan import PROTECTIONS
+from secure_fedprompt.protocol.protections import PROTECTIONS, facts_of
 from secure_fedprompt.protocol.roster import Roster
 from secure_fedprompt.protocol.settings import CHOICES, ServerSettings
 from secure_fedprompt.server.planning import check_settings
@@ -300,7 +300,7 @@ def write_files(
         }  # fmt: skip
         client["private_record"] = i == 0 and client.get("audit") == "full"
         path = folder / name / "client.toml"
-        allowed = {"protections": [protection]} if protection != "masks" else {}
+        allowed = {"protections": [protection]} if not facts_of(protection).default else {}
         if server.get("selection") == "secure":
             federation = server["selection_scope"] == "federation"
             allowed["selections"] = ["secure-federation" if federation else "secure"]

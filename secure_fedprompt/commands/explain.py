@@ -13,10 +13,10 @@ from secure_fedprompt.host import command
 from secure_fedprompt.protocol import client_noise, fixedpoint, homomorphic
 from secure_fedprompt.protocol.client_noise import Noise
 from secure_fedprompt.protocol.errors import ConfigError, PlanError
-from secure_fedprompt.protocol.homomorphic import SCHEMES, Parameters
+from secure_fedprompt.protocol.homomorphic import Parameters
 from secure_fedprompt.protocol.layout import Layout, TensorSpec, total_size
 from secure_fedprompt.protocol.packing import Packing
-from secure_fedprompt.protocol.plan import default_threshold, tolerated_colluders
+from secure_fedprompt.protocol.protections import default_threshold, tolerated_colluders
 from secure_fedprompt.protocol.selection.task import Task
 from secure_fedprompt.protocol.settings import ServerSettings
 from secure_fedprompt.server.planning import check_settings, noise_of, quorum_of, selection_of
@@ -110,16 +110,16 @@ def describe(
             f"{short} bits too coarse; use more ring_bits (at most 32), weights = 'uniform', or a "
             "smaller clip or max_weight"
         )
-    rows: Rows = {"protection": _NAMES[settings.protection]}
+    facts = settings.facts
+    rows: Rows = {"protection": facts.title}
     figures = {"step": step, "values": float(total_size(layout))}
-    if settings.protection in SCHEMES:
+    if facts.encrypted:
         parameters = homomorphic.choose(settings.protection, clients, settings.flood_bits)
         _encrypted(rows, figures, settings, layout, parameters, dim)
     else:
-        masks = settings.protection == "masks"
-        up = fixedpoint.wire_size(layout) if masks else 8 * total_size(layout)
+        up = fixedpoint.wire_size(layout) if facts.masked else 8 * total_size(layout)
         figures |= {"bytes_up": up, "bytes_down": 4.0 * dim}
-        if masks:
+        if facts.masked:
             t = settings.threshold or default_threshold(clients)
             rows["threshold"] = (
                 f"{clients} clients, t = {t}: safe against a dishonest server with "
@@ -246,14 +246,6 @@ def _selection(
     )
 
 
-_NAMES = {
-    "masks": "pairwise masks over Z_2^b: the server learns the sum",
-    "bfv": "BFV homomorphic encryption of exact integers: the server learns no sum",
-    "ckks": "CKKS homomorphic encryption, flooded and rounded back to exact integers",
-    "none": "NONE: the server sees every update",
-}
-
-
 def _encrypted(
     rows: Rows,
     figures: dict[str, float],
@@ -280,13 +272,11 @@ def _encrypted(
         f"{packing.values:,} values, {packing.stack} in a slot, {packing.counters} counters "
         f"{place}: {count} ciphertexts of {scheme.slots} slots"
     )
-    rows["assumes"] = (
-        "a server that follows the protocol and colludes with no client: all clients share the key"
-    )
+    rows["assumes"] = settings.facts.assumes
     one = parameters.degree * (_DENSE if prime == min(homomorphic.SETS.values()) else 8.02)
     figures["bytes_up"] = count * (one + _SEED) + _SIGNED
     figures["bytes_down"] = 2 * count * one + 4.0 * dim
-    if settings.protection == "ckks":
+    if settings.facts.approximate:
         figures["flooding_bits"] = homomorphic.flooding_bits(parameters)
         figures["failure_bits"] = homomorphic.failure_bits(parameters)
         rows["flooding"] = (

@@ -30,8 +30,8 @@ from secure_fedprompt.host.recorder import recorder
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.errors import ConfigError, UpdateError
 from secure_fedprompt.protocol.keys import Identity, Member
-from secure_fedprompt.protocol.plan import PROTECTIONS
 from secure_fedprompt.protocol.policy import Policy
+from secure_fedprompt.protocol.protections import PROTECTIONS
 from secure_fedprompt.protocol.roster import Roster
 from secure_fedprompt.protocol.settings import MethodSettings, ServerSettings
 from secure_fedprompt.server.planning import RunState
@@ -45,7 +45,7 @@ _ABSENT = {
     *("patience", "gather_seconds", "stage_seconds", "training_seconds", "alive_seconds"),
 }
 _POLICY = Policy(
-    protections=PROTECTIONS,
+    protections=tuple(PROTECTIONS),
     graphs=("complete", "regular"),
     colluders=0,
     min_clip=0.0,

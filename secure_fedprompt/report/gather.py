@@ -19,8 +19,8 @@ from secure_fedprompt.audit import summary
 from secure_fedprompt.audit.log import Log
 from secure_fedprompt.protocol import client_noise
 from secure_fedprompt.protocol.errors import ConfigError
-from secure_fedprompt.protocol.homomorphic import SCHEMES
-from secure_fedprompt.protocol.plan import RoundPlan, tolerated_colluders
+from secure_fedprompt.protocol.plan import RoundPlan
+from secure_fedprompt.protocol.protections import facts_of, tolerated_colluders
 from secure_fedprompt.server.store import TROUBLE, open_run, rounds_of
 
 Rows = list[dict[str, Any]]
@@ -158,9 +158,10 @@ def _learned(
     settings: dict[str, Any], summed: dict[str, Any], plans: list[RoundPlan], rows: Rows
 ) -> list[str]:
     """The run's row of "who learns what", with its numbers."""
-    protection, found = settings["protection"], [_sentence(show.what_the_server_saw(summed))]
+    facts = facts_of(settings["protection"])
+    found = [_sentence(show.what_the_server_saw(summed))]
     found.append("Every client learned the global prompt, and the server who took part and when.")
-    if protection == "masks":
+    if facts.masked:
         pairs = {(len(p.cohort), p.threshold) for p in plans if not p.degree}
         for n, t in sorted(pairs):
             found.append(
@@ -169,7 +170,7 @@ def _learned(
             )
         if settings["graph"] == "regular":
             found.append("On the k-regular graph it holds against an honest-but-curious server.")
-    if protection in SCHEMES:
+    if facts.encrypted:
         found.append(
             "Every client holds the key that opens every upload: this holds while the server "
             "follows the protocol and no client colludes with it."
@@ -183,7 +184,7 @@ def _learned(
         )
     smallest = min((len(r["cohort"]) - len(r["dropped"]) for r in rows if r["outcome"] == "done"),
                    default=0)  # fmt: skip
-    if protection == "masks" and settings["metrics"] == "rounds" and smallest:
+    if facts.masked and settings["metrics"] == "rounds" and smallest:
         found.append(
             f"Sums over {smallest} or more clients, counts and metrics included, were opened; two "
             "sums that differ by one client can be subtracted."
