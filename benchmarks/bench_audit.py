@@ -26,7 +26,8 @@ from secure_fedprompt.host.recorder import Recorder
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.keys import Identity, Member
 from secure_fedprompt.protocol.roster import Roster
-from secure_fedprompt.server.rounds.base import Deadlines, Round
+from secure_fedprompt.server.rounds.base import Deadlines
+from secure_fedprompt.server.rounds.masks import MaskedRound
 
 ROUND = 10.0  # seconds
 
@@ -41,7 +42,7 @@ def measure(n: int, dim: int, mode: str, repeat: int) -> dict[str, object]:
     log_s, server_s, size, frames = list[float](), list[float](), 0, 0
     for number in range(repeat + 1):
         plan = bench_masking.make_plan(n, dim, 32, "complete", keys[1], number + 1)
-        server = Round(plan, b"", keys[1], Deadlines(1, 1))
+        server = MaskedRound(plan, b"", keys[1], Deadlines(1, 1))
         seen: list[tuple[str, str, bytes]] = []
         meter = metered.run(
             server, metered.parties_of(keys), values, 64.0,

@@ -32,7 +32,8 @@ from secure_fedprompt.protocol.plan import NO_KEY, NO_SEED, RoundPlan
 from secure_fedprompt.protocol.protections import default_threshold
 from secure_fedprompt.protocol.roster import Roster
 from secure_fedprompt.protocol.selection.task import NONE
-from secure_fedprompt.server.rounds.base import Deadlines, Round
+from secure_fedprompt.server.rounds.base import Deadlines
+from secure_fedprompt.server.rounds.masks import MaskedRound
 
 T = TypeVar("T")
 TABLE = [
@@ -84,7 +85,7 @@ def one_round(
     values = {"ctx": update, **{k: np.float64(64) for k in ("seen", "correct", "loss")}}
     weight = 1.0 if plan.uniform else 64.0
     gone = frozenset(list(parties)[: round(dropout * n)])
-    server = Round(plan, b"", keys[1], Deadlines(1, 1))
+    server = MaskedRound(plan, b"", keys[1], Deadlines(1, 1))
     meter = metered.run(server, parties, values, weight, gone)
     assert server.result is not None
     survivors = [name for name in parties if name not in gone]

@@ -11,7 +11,8 @@ from secure_fedprompt.clients.rounds.start import start
 from secure_fedprompt.memory import Outcome, run_round
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.expand import Purpose
-from secure_fedprompt.server.rounds.base import Deadlines, Round, Stage
+from secure_fedprompt.server.rounds.base import Deadlines, Stage
+from secure_fedprompt.server.rounds.masks import MaskedRound
 
 
 def spoil_reveals(n: int, liars: set[str], drops: dict[str, Stage] | None = None) -> Outcome:
@@ -96,7 +97,7 @@ def test_a_client_that_breaks_a_rule_is_named_and_the_others_finish(
 
 def test_frames_that_cross_the_end_of_their_round_are_ignored() -> None:
     plan = make_plan(4)
-    server = Round(dataclasses.replace(plan, round=2), b"", roster(4), Deadlines(1, 1))
+    server = MaskedRound(dataclasses.replace(plan, round=2), b"", roster(4), Deadlines(1, 1))
     server.start(0.0)
     assert server.on("c001", m.MaskedUpload(plan.run, 1, b""), 0.0) == []
     assert server.waiting == set(plan.cohort)
@@ -119,7 +120,7 @@ def test_a_client_that_withdraws_is_dropped_with_its_reason() -> None:
 def test_a_lost_client_is_not_waited_for_again() -> None:
     """c004 answers and is then gone: the next stage begins without it."""
     plan = make_plan(4)
-    server = Round(plan, b"", roster(4), Deadlines(1, 1))
+    server = MaskedRound(plan, b"", roster(4), Deadlines(1, 1))
     server.start(0.0)
     states = {}
     for name, party in make_parties(4).items():

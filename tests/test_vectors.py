@@ -20,7 +20,8 @@ from secure_fedprompt.protocol import errors
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.messages import CATALOGUE
 from secure_fedprompt.protocol.policy import Policy
-from secure_fedprompt.server.rounds.base import Deadlines, Round, Stage
+from secure_fedprompt.server.rounds.base import Deadlines, Stage
+from secure_fedprompt.server.rounds.masks import MaskedRound
 
 FOLDER = Path(__file__).parent / "vectors"
 
@@ -96,7 +97,7 @@ def test_without_bending_the_run_begins() -> None:
 
 def test_server_refuses_a_bad_share() -> None:
     vector = load("server_bad_share")
-    server = Round(make_vectors.plan(), b"", roster(5), Deadlines(1, 1))
+    server = MaskedRound(make_vectors.plan(), b"", roster(5), Deadlines(1, 1))
     server.start(0.0)
     for sender, raw in vector["frames"]:
         if server.stage is Stage.COLLECTING and len(server.waiting) == 1:

@@ -12,32 +12,26 @@ aborts with a reason. A client that breaks a rule is dropped from the round and 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import ClassVar
 
 import numpy as np
-from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from numpy.typing import NDArray
 
-from secure_fedprompt.protocol import fixedpoint, layout, masking
+from secure_fedprompt.protocol import layout
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.errors import (
-    AdvertMismatchError,
-    BadShareError,
-    FieldError,
     ProtocolError,
     UnexpectedMessageError,
 )
-from secure_fedprompt.protocol.expand import Purpose
-from secure_fedprompt.protocol.keys import agree, verify
 from secure_fedprompt.protocol.plan import RoundPlan
 from secure_fedprompt.protocol.roster import Roster
 from secure_fedprompt.protocol.shamir import Entropy
-from secure_fedprompt.server.opening import Pending, share_box_is_bad, signed_boxes
-from secure_fedprompt.server.rounds.plain import PlainSum
+from secure_fedprompt.server.opening import Pending
 from secure_fedprompt.server.rounds.selecting import Outbox, Selector
-from secure_fedprompt.server.rounds.unmasking import MaskedSum, masks_to_remove
 
 
 class Stage(StrEnum):
@@ -56,13 +50,9 @@ class Stage(StrEnum):
     ABORTED = "aborted"
 
 
-EXPECTED: dict[Stage, type[m.Message]] = {
-    Stage.ADVERTISING: m.Advert,
-    Stage.SHARING: m.Shares,
+HELPED: dict[Stage, type[m.Message]] = {
     Stage.SELECTING: m.KeyShares,
     Stage.EVALUATING: m.HelperOutcome,
-    Stage.CONSISTENCY: m.Consistent,
-    Stage.UNMASKING: m.Reveal,
 }
 UPLOADING = {  # who leaves is not in the sum
     Stage.ADVERTISING, Stage.SHARING, Stage.SELECTING, Stage.EVALUATING, Stage.COLLECTING,
@@ -86,10 +76,12 @@ class Deadlines:
 
 
 @dataclass
-class Round:
+class Round(ABC):
     """One round. ``start`` first; then ``on``, ``lost`` and ``tick`` until ``over``.
 
     Attributes:
+        uploads: message that carries an update; awaited: messages of the protection's own stages;
+            opening: the stage in which clients open the sum, or None.
         run_keys: the clients' signed keys of this run, where something is sealed to or by them.
         entropy: source of random bytes.
         helper_failed: whether the round aborted for want of its helper, or of right outcomes.
@@ -102,6 +94,10 @@ class Round:
         faults: clients that broke a rule, with the error.
         seconds: by stage.
     """
+
+    uploads: ClassVar[type[m.Message]]
+    awaited: ClassVar[dict[Stage, type[m.Message]]]
+    opening: ClassVar[Stage | None]
 
     plan: RoundPlan
     base: bytes
@@ -126,19 +122,56 @@ class Round:
 
     def __post_init__(self) -> None:
         self.plan.check()
-        self._adverts: dict[str, m.Advert] = {}
-        self._shared: dict[str, tuple[str, ...]] = {}
         self._survivors: tuple[str, ...] = ()
-        self._survivors_body = b""
         self._gone: set[str] = set()
-        self._dealt: dict[str, m.Shares] = {}
-        self._places: dict[str, dict[str, int]] = {}  # dealer -> recipient -> offset of its box
         self._needed, self._open_until = self.plan.quorum, 0.0
         self._short = False  # whether an opening lacks clients, and waits for them to come back
-        self._keys: set[bytes] = set()
-        self._probe = X25519PrivateKey.generate()
         self._selector = self._make_selector()
-        self._sum = PlainSum(self.plan) if self.plan.protection == "none" else MaskedSum(self.plan)
+        self._prepare()
+
+    # -- what a protection adds ------------------------------------------------------------------
+
+    @abstractmethod
+    def _prepare(self) -> None:
+        """Make what the round keeps."""
+
+    @abstractmethod
+    def start(self, now: float) -> Outbox:
+        """Send the plan, and wait for the first answers."""
+
+    @abstractmethod
+    def _check(self, sender: str, message: m.Message) -> None:
+        """Check a frame of the expected kind, and add an upload to the sum.
+
+        Raises:
+            ProtocolError: its sender is dropped.
+        """
+
+    @abstractmethod
+    def _close_stage(self, names: tuple[str, ...], now: float) -> Outbox:
+        """Enough clients have answered: open the next stage, or end."""
+
+    @abstractmethod
+    def reopen(self, pending: Pending, now: float) -> None:
+        """Go on with an opening that a restart interrupted; ``back`` for each who returns."""
+
+    @abstractmethod
+    def _request(self) -> m.Message:
+        """What opens the sum, to each survivor."""
+
+    def _is_dealer(self, dealer: str, recipient: str) -> bool:
+        """Whether one client sealed something to another."""
+        return False
+
+    def _evidence(self, dealer: str) -> m.Evidence | None:
+        """What a dealer signed, or None if it did not sign it."""
+        return None
+
+    def _box_is_bad(self, sender: str, accusation: m.Accusation) -> bool:
+        """Whether a box does not open, as an accusation proves."""
+        return False
+
+    # -- frames and time -------------------------------------------------------------------------
 
     def _make_selector(self) -> Selector | None:
         return Selector(self.plan, self.run_keys, self.entropy) if self.plan.selecting else None
@@ -155,14 +188,6 @@ class Round:
     @property
     def over(self) -> bool:
         return self.stage in (Stage.DONE, Stage.ABORTED)
-
-    def start(self, now: float) -> Outbox:
-        masked = self.plan.protection == "masks"
-        if masked:
-            self._begin(Stage.ADVERTISING, self.plan.cohort, now)
-        else:
-            self._collect(self.plan.cohort, now)
-        return self._plans()
 
     def _plans(self) -> Outbox:
         """The plan, to everybody who takes part."""
@@ -219,26 +244,9 @@ class Round:
         self.faults[self.excluded] = f"SealError: {what}"
         return self._abort(f"SealError: {what}")
 
-    def _is_dealer(self, dealer: str, recipient: str) -> bool:
-        return recipient in self._places.get(dealer, ())
-
-    def _evidence(self, dealer: str) -> m.Evidence | None:
-        """What a dealer signed, or None if it did not sign it."""
-        plan, dealt = self.plan, self._dealt[dealer]
-        if not signed_boxes(plan, self.roster, tuple(self._adverts.values()), dealer, dealt):
-            return None
-        return m.Evidence(plan.run, plan.round, dealer, dealt.boxes, dealt.signature)
-
-    def _box_is_bad(self, sender: str, accusation: m.Accusation) -> bool:
-        at = self._places[accusation.dealer][sender]
-        box = bytes(self._dealt[accusation.dealer].boxes[at : at + m.BOX])
-        return share_box_is_bad(self.plan, self._adverts, box, sender, accusation)
-
     def back(self, name: str, now: float) -> Outbox:
         """A client came back, with a new connection: an opening asks it again."""
-        if self.stage is not Stage.UNMASKING or name not in self._survivors:
-            return []
-        if name in self.answers:
+        if self.stage is not self.opening or name not in self._survivors or name in self.answers:
             return []
         self._gone.discard(name)
         self.waiting.add(name)
@@ -309,48 +317,16 @@ class Round:
     def _accept(self, sender: str, message: m.Message) -> None:
         if not isinstance(message, self._expected()):
             raise UnexpectedMessageError(f"{type(message).__name__} while {self.stage}")
-        self._take(sender, message)
-        self.answers[sender] = self._kept(message)
+        if isinstance(message, m.KeyShares):
+            assert self._selector is not None
+            self._selector.share(sender, message)
+        else:
+            self._check(sender, message)
+        # That an upload came is kept, not the vector.
+        self.answers[sender] = m.Alive() if isinstance(message, self.uploads) else message
 
     def _expected(self) -> type[m.Message]:
-        upload = m.MaskedUpload if self.plan.protection == "masks" else m.PlainUpload
-        return EXPECTED.get(self.stage, upload)
-
-    def _kept(self, message: m.Message) -> m.Message:
-        """That an upload came is kept, not the vector."""
-        return m.Alive() if isinstance(message, m.MaskedUpload | m.PlainUpload) else message
-
-    def _take(self, sender: str, message: m.Message) -> None:
-        """Check a frame of the expected kind, and add an upload to the sum."""
-        plan = self.plan
-        match message:
-            case m.Advert():
-                keys = {message.seal_key, message.mask_key}
-                if message.name != sender or len(keys) != 2 or keys & self._keys:
-                    raise AdvertMismatchError(
-                        f"advert of {sender}: another name, or keys used twice"
-                    )
-                for key in keys:
-                    agree(self._probe, key, sender)  # refuses points of small order
-                self._keys |= keys
-                identity = self.roster.identity_of(sender)
-                verify(identity, Purpose.ADVERT, message.body(plan), message.signature, sender)
-            case m.Shares():
-                near = masking.neighbourhoods(plan)[sender]
-                boxes = sum(n in self._adverts for n in near) - 1
-                if len(message.boxes) != m.BOX * boxes:
-                    raise FieldError(f"{len(message.boxes)} bytes of boxes, {boxes} boxes expected")
-            case m.KeyShares():
-                assert self._selector is not None
-                self._selector.share(sender, message)
-            case m.MaskedUpload() | m.PlainUpload():
-                self._sum.add(message.vector)
-            case m.Consistent():
-                body, identity = self._survivors_body, self.roster.identity_of(sender)
-                verify(identity, Purpose.SURVIVORS, body, message.signature, sender)
-            case m.Reveal():
-                if len(message.shares) != 32 * len(self._shared[sender]):
-                    raise FieldError(f"{len(message.shares)} bytes of shares")
+        return {**HELPED, Stage.COLLECTING: self.uploads, **self.awaited}[self.stage]
 
     def _advance(self, now: float) -> Outbox:
         """Close the stage with who answered, and open the next."""
@@ -374,14 +350,6 @@ class Round:
             return self._selector.evaluate(names)
         try:
             return self._close_stage(names, now)
-        except BadShareError as error:
-            if set(self._survivors) - set(names) and now < self._open_until:
-                self._needed = len(names) + 1  # one more share may tell right from wrong
-                return self._hope(now)
-            self.suspect = error.owner
-            if error.owner:
-                self.faults[error.owner] = f"BadShareError: {error}"
-            return self._abort(f"BadShareError: {error}")
         except ProtocolError as error:
             return self._abort(f"{type(error).__name__}: {error}")
 
@@ -396,16 +364,6 @@ class Round:
         self.deadline, self._short = self._open_until, True
         return []
 
-    def _close_stage(self, names: tuple[str, ...], now: float) -> Outbox:
-        step: dict[Stage, Callable[[tuple[str, ...], float], Outbox]] = {
-            Stage.ADVERTISING: self._send_adverts,
-            Stage.SHARING: self._send_inboxes,
-            Stage.COLLECTING: self._send_survivors,
-            Stage.CONSISTENCY: self._ask_to_unmask,
-            Stage.UNMASKING: self._unmask,
-        }
-        return step[self.stage](names, now)
-
     def _hand_out(self, now: float) -> Outbox:
         """The outcomes to their owners, who may upload now."""
         assert self._selector is not None
@@ -414,94 +372,6 @@ class Round:
             return self._without_helper()
         self._begin(Stage.COLLECTING, tuple(name for name, _ in outcomes), now)
         return outcomes
-
-    def _send_adverts(self, names: tuple[str, ...], now: float) -> Outbox:
-        adverts = [a for name in names if isinstance(a := self.answers[name], m.Advert)]
-        self._adverts = dict(zip(names, adverts, strict=True))
-        self._begin(Stage.SHARING, names, now)
-        message = m.Adverts(self.plan.run, self.plan.round, tuple(adverts))
-        return [(name, message) for name in names]
-
-    def _send_inboxes(self, names: tuple[str, ...], now: float) -> Outbox:
-        near = masking.neighbourhoods(self.plan)
-        alive = set(names)
-        boxes: dict[str, bytes] = {}
-        places = self._places
-        for sender in names:
-            answer = self.answers[sender]
-            assert isinstance(answer, m.Shares)
-            recipients = [n for n in near[sender] if n in self._adverts and n != sender]
-            self._dealt[sender], boxes[sender] = answer, bytes(answer.boxes)
-            places[sender] = dict(zip(recipients, range(0, len(answer.boxes), m.BOX), strict=True))
-        self._shared = {name: tuple(n for n in near[name] if n in alive) for name in names}
-        out: Outbox = []
-        for name in names:
-            senders = tuple(n for n in self._shared[name] if n != name)
-            offsets = [places[sender][name] for sender in senders]
-            data = b"".join(
-                [boxes[s][at : at + m.BOX] for s, at in zip(senders, offsets, strict=True)]
-            )
-            out.append((name, m.Inbox(self.plan.run, self.plan.round, senders, data)))
-        self._collect(names, now)
-        return out
-
-    def _send_survivors(self, names: tuple[str, ...], now: float) -> Outbox:
-        if isinstance(self._sum, PlainSum):
-            return self._finish(self._sum.result(), None)
-        listed = m.adverts_digest(tuple(self._adverts.values()))
-        self._survivors, body = names, m.survivors_body(self.plan, listed, names)
-        self._survivors_body = body
-        self._begin(Stage.CONSISTENCY, names, now)
-        message = m.SurvivorList(self.plan.run, self.plan.round, names)
-        return [(name, message) for name in names]
-
-    def _ask_to_unmask(self, names: tuple[str, ...], now: float) -> Outbox:
-        signers = tuple(
-            m.Signed(name, a.signature)
-            for name in names[: self.plan.quorum]  # enough for every client, and less to verify
-            if isinstance(a := self.answers[name], m.Consistent)
-        )
-        self._begin(Stage.UNMASKING, names, now)
-        assert isinstance(self._sum, MaskedSum)
-        self.pending = Pending(
-            self.plan, self._survivors, tuple(sorted(self.dropped)),
-            tuple(self._adverts.values()), tuple(self._shared), signers,
-            self._sum.words.astype("<u4").tobytes(),
-        )  # fmt: skip
-        return [(name, self._request()) for name in names]
-
-    def _request(self) -> m.Message:
-        assert self.pending is not None
-        dropped = tuple(sorted(set(self._shared) - set(self._survivors)))
-        return m.UnmaskRequest(self.plan.run, self.plan.round, self.pending.signers, dropped)
-
-    def reopen(self, pending: Pending, now: float) -> None:
-        """Go on with an opening that a restart interrupted; ``back`` for each who returns."""
-        self.pending, self._survivors = pending, pending.survivors
-        self.dropped = dict.fromkeys(pending.dropped, LONG_AGO)
-        self._adverts = {advert.name: advert for advert in pending.adverts}
-        near, alive = masking.neighbourhoods(self.plan), set(pending.sharers)
-        self._shared = {n: tuple(p for p in near[n] if p in alive) for n in pending.sharers}
-        assert isinstance(self._sum, MaskedSum)
-        self._sum.words[:] = np.frombuffer(pending.words, "<u4")
-        self._begin(Stage.UNMASKING, (), now)
-        self._hope(now)
-
-    def _unmask(self, names: tuple[str, ...], now: float) -> Outbox:
-        reveals = {
-            name: a.shares for name in names if isinstance(a := self.answers[name], m.Reveal)
-        }
-        plus, minus, liars = masks_to_remove(
-            self.plan, self._adverts, self._shared, self._survivors, reveals
-        )
-        for name in liars:
-            self.faults[name] = (
-                "BadShareError: relayed shares that disagree with the others'; it or "
-            )
-            self.faults[name] += "their dealer is dishonest"
-        assert isinstance(self._sum, MaskedSum)
-        integers = self._sum.unmask(plus, minus)
-        return self._finish(fixedpoint.decode(self.plan.layout, integers), integers)
 
     def _finish(self, total: layout.Vector, integers: NDArray[np.int64] | None) -> Outbox:
         result = layout.unflatten(self.plan.layout, total)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from secure_fedprompt.protocol import homomorphic
 from secure_fedprompt.protocol import messages as m
@@ -42,24 +43,29 @@ class EncryptedRound(Round):
         sealed: the next global prompt, once done.
     """
 
+    uploads: ClassVar = m.CipherUpload
+    awaited: ClassVar = {
+        Stage.ASKING: m.KeyAsk,
+        Stage.KEYING: m.KeyGrant,
+        Stage.OPENING: m.Opened,
+        Stage.REPORTING: m.SealedPrompt,
+    }
+    opening: ClassVar = Stage.OPENING
+
     key: bytes = NO_KEY
     holders: set[str] = field(default_factory=set)
     keyed: bool = True
     burnt: bool = False
     sealed: bytes = b""
 
-    def __post_init__(self) -> None:
-        self.plan.check()
-        self.key, self._gone = self.plan.key, set()
-        self._needed, self._open_until, self._short = self.plan.quorum, 0.0, False
+    def _prepare(self) -> None:
+        self.key = self.plan.key
         self._asks: dict[str, m.KeyAsk] = {}
         self._granted: m.KeyGrant | None = None
         self.refusals: set[str] = set()  # who would lose the prompt by the granted key
-        self._selector = self._make_selector()
         scheme = homomorphic.scheme(self.plan.protection, self.plan.parameters)
         packing = Packing.of(self.plan.layout, scheme.limit, self.plan.parameters.clients)
         self._ciphers = CipherSum(scheme, -(-packing.slots // scheme.slots))
-        self._survivors: tuple[str, ...] = ()
         self._agreed = NO_KEY
         self._reporters: list[str] = []
         self._reported: set[str] = set()  # who can send the sealed prompt
@@ -122,11 +128,7 @@ class EncryptedRound(Round):
                 return []
             self.waiting = {name}
             return [(name, m.SealedRequest(self.plan.run, self.plan.round))]
-        if self.stage is not Stage.OPENING or name not in self._survivors or name in self.answers:
-            return []
-        self._gone.discard(name)
-        self.waiting.add(name)
-        return [(name, self._request())]
+        return super().back(name, now)
 
     def reopen(self, pending: Pending, now: float) -> None:
         self.pending, self._survivors, self.key = pending, pending.survivors, pending.key
@@ -176,23 +178,9 @@ class EncryptedRound(Round):
         self.holders.discard(sender)
         return super().lost(sender, now)
 
-    def _expected(self) -> type[m.Message]:
-        kinds: dict[Stage, type[m.Message]] = {
-            Stage.ASKING: m.KeyAsk,
-            Stage.KEYING: m.KeyGrant,
-            Stage.SELECTING: m.KeyShares,
-            Stage.EVALUATING: m.HelperOutcome,
-            Stage.COLLECTING: m.CipherUpload,
-            Stage.OPENING: m.Opened,
-            Stage.REPORTING: m.SealedPrompt,
-        }
-        return kinds[self.stage]
-
-    def _take(self, sender: str, message: m.Message) -> None:
+    def _check(self, sender: str, message: m.Message) -> None:
         plan, identity = self.plan, self.roster.identity_of(sender)
         match message:
-            case m.KeyShares():
-                super()._take(sender, message)
             case m.KeyAsk():
                 if message.name != sender:
                     raise AdvertMismatchError(f"{sender} asks under the name {message.name!r}")
@@ -233,9 +221,6 @@ class EncryptedRound(Round):
             case m.SealedPrompt():
                 if digest(Purpose.BASE, message.box) != self._agreed:
                     raise FieldError("sealed prompt is not the one that was announced")
-
-    def _kept(self, message: m.Message) -> m.Message:
-        return m.Alive() if isinstance(message, m.CipherUpload) else message
 
     def _advance(self, now: float) -> Outbox:
         if self.stage not in (Stage.ASKING, Stage.KEYING, Stage.REPORTING):

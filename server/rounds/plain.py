@@ -1,12 +1,18 @@
-"""The sum of a round without protection."""
+"""The server in a round without protection: collecting -> done | aborted."""
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import numpy as np
 
-from secure_fedprompt.protocol.errors import FieldError
+from secure_fedprompt.protocol import messages as m
+from secure_fedprompt.protocol.errors import FieldError, PlanError
 from secure_fedprompt.protocol.layout import Vector, total_size
 from secure_fedprompt.protocol.plan import RoundPlan
+from secure_fedprompt.server.opening import Pending
+from secure_fedprompt.server.rounds.base import Round, Stage
+from secure_fedprompt.server.rounds.selecting import Outbox
 
 
 class PlainSum:
@@ -25,3 +31,31 @@ class PlainSum:
 
     def result(self) -> Vector:
         return self.total
+
+
+class PlainRound(Round):
+    """Every client uploads its update as it is."""
+
+    uploads = m.PlainUpload
+    awaited: ClassVar[dict[Stage, type[m.Message]]] = {}
+    opening = None
+
+    def _prepare(self) -> None:
+        self._sum = PlainSum(self.plan)
+
+    def start(self, now: float) -> Outbox:
+        self._collect(self.plan.cohort, now)
+        return self._plans()
+
+    def _check(self, sender: str, message: m.Message) -> None:
+        assert isinstance(message, m.PlainUpload)
+        self._sum.add(message.vector)
+
+    def _close_stage(self, names: tuple[str, ...], now: float) -> Outbox:
+        return self._finish(self._sum.result(), None)
+
+    def reopen(self, pending: Pending, now: float) -> None:
+        raise PlanError("a sum without protection is not opened")
+
+    def _request(self) -> m.Message:
+        raise PlanError("a sum without protection is not opened")

@@ -11,6 +11,15 @@ from secure_fedprompt.protocol.roster import Roster
 from secure_fedprompt.protocol.shamir import Entropy
 from secure_fedprompt.server.rounds.base import Deadlines, Round
 from secure_fedprompt.server.rounds.encrypted import EncryptedRound
+from secure_fedprompt.server.rounds.masks import MaskedRound
+from secure_fedprompt.server.rounds.plain import PlainRound
+
+ROUNDS: dict[str, type[Round]] = {
+    "masks": MaskedRound,
+    "bfv": EncryptedRound,
+    "ckks": EncryptedRound,
+    "none": PlainRound,
+}
 
 
 def make_round(
@@ -22,5 +31,4 @@ def make_round(
     entropy: Entropy = os.urandom,
 ) -> Round:
     """The state machine for a plan's protection; ``run_keys`` from the clients' ``Ready``."""
-    kind = EncryptedRound if plan.encrypted else Round
-    return kind(plan, base, roster, deadlines, run_keys, entropy)
+    return ROUNDS[plan.protection](plan, base, roster, deadlines, run_keys, entropy)

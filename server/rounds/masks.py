@@ -1,0 +1,201 @@
+"""The server in a round under pairwise masks.
+
+    advertising -> sharing -> [selecting -> evaluating ->] collecting -> consistency -> unmasking
+        -> done | aborted
+
+Clients agree on keys, deal shares of their secrets, upload masked vectors, sign who survived, and
+reveal what takes the masks off the sum (Bonawitz et al., CCS 2017; Bell et al., CCS 2020).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ClassVar
+
+import numpy as np
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+
+from secure_fedprompt.protocol import fixedpoint, masking
+from secure_fedprompt.protocol import messages as m
+from secure_fedprompt.protocol.errors import (
+    AdvertMismatchError,
+    BadShareError,
+    FieldError,
+)
+from secure_fedprompt.protocol.expand import Purpose
+from secure_fedprompt.protocol.keys import agree, verify
+from secure_fedprompt.server.opening import Pending, share_box_is_bad, signed_boxes
+from secure_fedprompt.server.rounds.base import LONG_AGO, Round, Stage
+from secure_fedprompt.server.rounds.selecting import Outbox
+from secure_fedprompt.server.rounds.unmasking import MaskedSum, masks_to_remove
+
+
+class MaskedRound(Round):
+    """See the module."""
+
+    uploads = m.MaskedUpload
+    awaited: ClassVar = {
+        Stage.ADVERTISING: m.Advert,
+        Stage.SHARING: m.Shares,
+        Stage.CONSISTENCY: m.Consistent,
+        Stage.UNMASKING: m.Reveal,
+    }
+    opening = Stage.UNMASKING
+
+    def _prepare(self) -> None:
+        self._adverts: dict[str, m.Advert] = {}
+        self._shared: dict[str, tuple[str, ...]] = {}
+        self._survivors_body = b""
+        self._dealt: dict[str, m.Shares] = {}
+        self._places: dict[str, dict[str, int]] = {}  # dealer -> recipient -> offset of its box
+        self._keys: set[bytes] = set()
+        self._probe = X25519PrivateKey.generate()
+        self._sum = MaskedSum(self.plan)
+
+    def start(self, now: float) -> Outbox:
+        self._begin(Stage.ADVERTISING, self.plan.cohort, now)
+        return self._plans()
+
+    def _is_dealer(self, dealer: str, recipient: str) -> bool:
+        return recipient in self._places.get(dealer, ())
+
+    def _evidence(self, dealer: str) -> m.Evidence | None:
+        """What a dealer signed, or None if it did not sign it."""
+        plan, dealt = self.plan, self._dealt[dealer]
+        if not signed_boxes(plan, self.roster, tuple(self._adverts.values()), dealer, dealt):
+            return None
+        return m.Evidence(plan.run, plan.round, dealer, dealt.boxes, dealt.signature)
+
+    def _box_is_bad(self, sender: str, accusation: m.Accusation) -> bool:
+        at = self._places[accusation.dealer][sender]
+        box = bytes(self._dealt[accusation.dealer].boxes[at : at + m.BOX])
+        return share_box_is_bad(self.plan, self._adverts, box, sender, accusation)
+
+    def _check(self, sender: str, message: m.Message) -> None:
+        plan = self.plan
+        match message:
+            case m.Advert():
+                keys = {message.seal_key, message.mask_key}
+                if message.name != sender or len(keys) != 2 or keys & self._keys:
+                    raise AdvertMismatchError(
+                        f"advert of {sender}: another name, or keys used twice"
+                    )
+                for key in keys:
+                    agree(self._probe, key, sender)  # refuses points of small order
+                self._keys |= keys
+                identity = self.roster.identity_of(sender)
+                verify(identity, Purpose.ADVERT, message.body(plan), message.signature, sender)
+            case m.Shares():
+                near = masking.neighbourhoods(plan)[sender]
+                boxes = sum(n in self._adverts for n in near) - 1
+                if len(message.boxes) != m.BOX * boxes:
+                    raise FieldError(f"{len(message.boxes)} bytes of boxes, {boxes} boxes expected")
+            case m.MaskedUpload():
+                self._sum.add(message.vector)
+            case m.Consistent():
+                body, identity = self._survivors_body, self.roster.identity_of(sender)
+                verify(identity, Purpose.SURVIVORS, body, message.signature, sender)
+            case m.Reveal():
+                if len(message.shares) != 32 * len(self._shared[sender]):
+                    raise FieldError(f"{len(message.shares)} bytes of shares")
+
+    def _close_stage(self, names: tuple[str, ...], now: float) -> Outbox:
+        step: dict[Stage, Callable[[tuple[str, ...], float], Outbox]] = {
+            Stage.ADVERTISING: self._send_adverts,
+            Stage.SHARING: self._send_inboxes,
+            Stage.COLLECTING: self._send_survivors,
+            Stage.CONSISTENCY: self._ask_to_unmask,
+            Stage.UNMASKING: self._unmask,
+        }
+        return step[self.stage](names, now)
+
+    def _send_adverts(self, names: tuple[str, ...], now: float) -> Outbox:
+        adverts = [a for name in names if isinstance(a := self.answers[name], m.Advert)]
+        self._adverts = dict(zip(names, adverts, strict=True))
+        self._begin(Stage.SHARING, names, now)
+        message = m.Adverts(self.plan.run, self.plan.round, tuple(adverts))
+        return [(name, message) for name in names]
+
+    def _send_inboxes(self, names: tuple[str, ...], now: float) -> Outbox:
+        near = masking.neighbourhoods(self.plan)
+        alive = set(names)
+        boxes: dict[str, bytes] = {}
+        places = self._places
+        for sender in names:
+            answer = self.answers[sender]
+            assert isinstance(answer, m.Shares)
+            recipients = [n for n in near[sender] if n in self._adverts and n != sender]
+            self._dealt[sender], boxes[sender] = answer, bytes(answer.boxes)
+            places[sender] = dict(zip(recipients, range(0, len(answer.boxes), m.BOX), strict=True))
+        self._shared = {name: tuple(n for n in near[name] if n in alive) for name in names}
+        out: Outbox = []
+        for name in names:
+            senders = tuple(n for n in self._shared[name] if n != name)
+            offsets = [places[sender][name] for sender in senders]
+            data = b"".join(
+                [boxes[s][at : at + m.BOX] for s, at in zip(senders, offsets, strict=True)]
+            )
+            out.append((name, m.Inbox(self.plan.run, self.plan.round, senders, data)))
+        self._collect(names, now)
+        return out
+
+    def _send_survivors(self, names: tuple[str, ...], now: float) -> Outbox:
+        listed = m.adverts_digest(tuple(self._adverts.values()))
+        self._survivors, body = names, m.survivors_body(self.plan, listed, names)
+        self._survivors_body = body
+        self._begin(Stage.CONSISTENCY, names, now)
+        message = m.SurvivorList(self.plan.run, self.plan.round, names)
+        return [(name, message) for name in names]
+
+    def _ask_to_unmask(self, names: tuple[str, ...], now: float) -> Outbox:
+        signers = tuple(
+            m.Signed(name, a.signature)
+            for name in names[: self.plan.quorum]  # enough for every client, and less to verify
+            if isinstance(a := self.answers[name], m.Consistent)
+        )
+        self._begin(Stage.UNMASKING, names, now)
+        self.pending = Pending(
+            self.plan, self._survivors, tuple(sorted(self.dropped)),
+            tuple(self._adverts.values()), tuple(self._shared), signers,
+            self._sum.words.astype("<u4").tobytes(),
+        )  # fmt: skip
+        return [(name, self._request()) for name in names]
+
+    def _request(self) -> m.Message:
+        assert self.pending is not None
+        dropped = tuple(sorted(set(self._shared) - set(self._survivors)))
+        return m.UnmaskRequest(self.plan.run, self.plan.round, self.pending.signers, dropped)
+
+    def reopen(self, pending: Pending, now: float) -> None:
+        self.pending, self._survivors = pending, pending.survivors
+        self.dropped = dict.fromkeys(pending.dropped, LONG_AGO)
+        self._adverts = {advert.name: advert for advert in pending.adverts}
+        near, alive = masking.neighbourhoods(self.plan), set(pending.sharers)
+        self._shared = {n: tuple(p for p in near[n] if p in alive) for n in pending.sharers}
+        self._sum.words[:] = np.frombuffer(pending.words, "<u4")
+        self._begin(Stage.UNMASKING, (), now)
+        self._hope(now)
+
+    def _unmask(self, names: tuple[str, ...], now: float) -> Outbox:
+        reveals = {
+            name: a.shares for name in names if isinstance(a := self.answers[name], m.Reveal)
+        }
+        try:
+            plus, minus, liars = masks_to_remove(
+                self.plan, self._adverts, self._shared, self._survivors, reveals
+            )
+        except BadShareError as error:
+            if set(self._survivors) - set(names) and now < self._open_until:
+                self._needed = len(names) + 1  # one more share may tell right from wrong
+                return self._hope(now)
+            self.suspect = error.owner
+            if error.owner:
+                self.faults[error.owner] = f"BadShareError: {error}"
+            return self._abort(f"BadShareError: {error}")
+        for name in liars:
+            self.faults[name] = (
+                "BadShareError: relayed shares that disagree with the others'; it or "
+            )
+            self.faults[name] += "their dealer is dishonest"
+        integers = self._sum.unmask(plus, minus)
+        return self._finish(fixedpoint.decode(self.plan.layout, integers), integers)
