@@ -34,7 +34,8 @@ from secure_fedprompt.protocol.errors import (
     ReplayError,
     UpdateReusedError,
 )
-from secure_fedprompt.protocol.plan import UNSHARED, RoundPlan
+from secure_fedprompt.protocol.methods import method_facts
+from secure_fedprompt.protocol.plan import RoundPlan
 from secure_fedprompt.protocol.terms import RunTerms
 
 Record = dict[str, Any]
@@ -146,7 +147,7 @@ class MemoryJournal:
             )
         opened_in = self._bases.get(plan.base_digest.hex(), _Base()).revealed_in
         again = plan.run.hex() in opened_in or (opened_in and plan.learning_round > 1)
-        if again and plan.method not in UNSHARED:
+        if again and method_facts(plan.method).shares:
             raise OpenedError(
                 f"a sum of the global prompt of learning round {plan.learning_round} was opened "
                 "before: a second one could be subtracted from it"

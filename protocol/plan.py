@@ -32,6 +32,7 @@ from secure_fedprompt.protocol.expand import Purpose, digest
 from secure_fedprompt.protocol.fixedpoint import check_fits
 from secure_fedprompt.protocol.homomorphic import Parameters
 from secure_fedprompt.protocol.layout import Field, total_size
+from secure_fedprompt.protocol.methods import method_facts
 from secure_fedprompt.protocol.protections import (
     PROTECTIONS,
     Protection,
@@ -43,11 +44,6 @@ from secure_fedprompt.protocol.selection.task import Selection
 MAX_COHORT = 4096
 MAX_VALUES = 1 << 25
 MAX_ATTEMPTS = 10  # at one learning round: each has a graph of its own, and a chance to be opened
-UNPROTECTED = ("fedamp",)  # methods whose aggregate holds every update
-UNSHARED = (
-    "zeroshot",
-    "coop",
-)  # methods whose updates are zero, so that no sum of them tells anything
 NO_SEED = NO_KEY = bytes(32)
 
 
@@ -152,7 +148,7 @@ class RoundPlan:
     def telling(self) -> bool:
         """Whether its sum says anything about images: all but the zeros of some methods do."""
         counted = any(field.name in lay.METRICS for field in self.layout)
-        return counted or (self.training and self.method not in UNSHARED)
+        return counted or (self.training and method_facts(self.method).shares)
 
     def check(self) -> None:
         """Refuse a plan that contradicts itself or whose sums could overflow.
@@ -167,7 +163,7 @@ class RoundPlan:
             raise PlanError(
                 f"protection {self.protection!r} is not one of {', '.join(PROTECTIONS)}"
             )
-        if self.method in UNPROTECTED and self.facts.hides:
+        if self.facts.hides and not method_facts(self.method).hidden:
             raise PlanError(
                 f"method {self.method} shows every client's prompt to the others: protection "
                 f"{self.protection!r} would promise too much, only 'none' is allowed"

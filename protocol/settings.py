@@ -8,6 +8,7 @@ import msgspec
 from msgspec import Meta
 
 from secure_fedprompt.protocol.errors import ConfigError
+from secure_fedprompt.protocol.methods import METHODS, unknown_method
 from secure_fedprompt.protocol.protections import PROTECTIONS, Protection, facts_of
 
 Positive = Annotated[int, Meta(ge=1)]
@@ -100,7 +101,7 @@ class MethodSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     """What every client must train alike. The server sends it; its digest is in every plan.
 
     Attributes:
-        method: name of the federated prompt method.
+        method: promptfl, fedotp, fedmgp, one of their comparators, or an installed package's.
         n_ctx: context length in tokens.
         init: words that start the context ("a photo of a"), or empty for N(0, 0.02).
         position: of the class name: "end", "middle" or "front" of the context.
@@ -132,6 +133,8 @@ class MethodSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
         Raises:
             ConfigError: naming the key.
         """
+        if self.method not in METHODS:
+            raise ConfigError(unknown_method(self.method))
         for where, table in (("", self), ("fedotp.", self.fedotp), ("fedmgp.", self.fedmgp)):
             for name in table.__struct_fields__:
                 value = getattr(table, name)
@@ -276,23 +279,6 @@ class ServerSettings(MethodSettings, frozen=True, forbid_unknown_fields=True, kw
 
 
 CHOICES = {
-    "method": (
-        "promptfl",
-        "fedotp",
-        "fedmgp",
-        "zeroshot",
-        "coop",
-        "promptfl-ft",
-        "fedprox",
-        "fedper",
-        "fedamp",
-        "promptfolio",
-        "fedpgp",
-        "pfedprompt",
-        "fedtpg",
-        "linear",
-        "linear-scratch",
-    ),
     "protection": tuple(PROTECTIONS),
     "selection": ("client", "secure"),
     "selection_scope": ("client", "federation"),

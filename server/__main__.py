@@ -17,7 +17,7 @@ from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.errors import ConfigError, PlanError
 from secure_fedprompt.protocol.settings import ServerSettings
 from secure_fedprompt.server.hub import Hub, bound_connections
-from secure_fedprompt.server.planning import noise_of
+from secure_fedprompt.server.planning import check_settings, noise_of
 from secure_fedprompt.server.run import Run
 from secure_fedprompt.server.store import BEST, TROUBLE, Store
 
@@ -54,6 +54,7 @@ def serve(settings: ServerSettings, json_path: str | None) -> int:
 
 
 def _serve(settings: ServerSettings, json_path: str | None, log: Log) -> int:
+    check_settings(settings)
     identity = files.read_identity(settings.key)
     roster = files.read_roster(settings.roster)
     me = files.member_of(identity, roster, ("server",))

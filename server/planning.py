@@ -16,11 +16,11 @@ from secure_fedprompt.protocol.errors import ConfigError, PlanError, RunFailedEr
 from secure_fedprompt.protocol.expand import Purpose, digest
 from secure_fedprompt.protocol.fixedpoint import size_layout
 from secure_fedprompt.protocol.layout import TensorSpec
+from secure_fedprompt.protocol.methods import method_facts
 from secure_fedprompt.protocol.plan import (
     MAX_ATTEMPTS,
     MAX_VALUES,
     NO_KEY,
-    UNPROTECTED,
     RoundPlan,
     noise_colluders,
 )
@@ -30,7 +30,6 @@ from secure_fedprompt.protocol.selection.task import SCOPES, Selection
 from secure_fedprompt.protocol.settings import ServerSettings
 from secure_fedprompt.protocol.terms import Choice, RunTerms, nonces_digest
 
-UNWEIGHTED = ("fedmgp",)
 TENSOR_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.]{0,47}")
 
 
@@ -274,13 +273,14 @@ def check_settings(settings: ServerSettings) -> None:
         ConfigError: naming the key.
     """
     settings.check()
-    if settings.method in UNWEIGHTED and settings.weights != "uniform":
+    method = method_facts(settings.method)
+    if not method.weighted and settings.weights != "uniform":
         raise ConfigError(
             f"weights = {settings.weights!r}: {settings.method} averages without weights; "
             "set weights = 'uniform'"
         )
     if settings.selection == "secure":
-        if settings.method != "fedmgp" or settings.fedmgp.rule != "similarity":
+        if not method.grouped or settings.fedmgp.rule != "similarity":
             raise ConfigError(
                 f"selection = 'secure': {settings.method} with rule {settings.fedmgp.rule!r} "
                 "compares no keys; use method = 'fedmgp' and fedmgp.rule = 'similarity'"
@@ -307,7 +307,7 @@ def check_settings(settings: ServerSettings) -> None:
                 f"{key} = {getattr(settings, key)!r}: dp_noise needs a protected sum on the "
                 "complete graph, weights = 'uniform', metrics = 'off' and no counts of slots"
             )
-    if settings.method in UNPROTECTED and settings.facts.hides:
+    if settings.facts.hides and not method.hidden:
         raise ConfigError(
             f"protection = {settings.protection!r}: {settings.method} shows every client's prompt "
             "to the others; only 'none' is honest, for comparisons"

@@ -10,16 +10,19 @@ import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import ClassVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from secure_fedprompt.clients.backbone import Backbone
 from secure_fedprompt.protocol.errors import ConfigError
 from secure_fedprompt.protocol.layout import TensorSpec
+from secure_fedprompt.protocol.methods import METHODS, MethodFacts, method_facts
 from secure_fedprompt.protocol.selection.shares import Keys
 from secure_fedprompt.protocol.selection.task import Choice
 from secure_fedprompt.protocol.settings import MethodSettings
@@ -28,23 +31,6 @@ Array = NDArray[np.float32]
 Arrays = dict[str, Array]
 Shared = tuple[nn.Parameter, Callable[[Tensor], Tensor]]
 INIT_STD = 0.02
-METHODS = {
-    "promptfl": "promptfl:PromptFL",
-    "fedotp": "fedotp:FedOTP",
-    "fedmgp": "fedmgp:FedMGP",
-    "zeroshot": "zeroshot:ZeroShot",
-    "coop": "coop:CoOp",
-    "promptfl-ft": "promptfl_ft:PromptFLFineTuned",
-    "fedprox": "fedprox:FedProx",
-    "fedper": "fedper:FedPer",
-    "fedamp": "fedamp:FedAMP",
-    "promptfolio": "promptfolio:PromptFolio",
-    "fedpgp": "fedpgp:FedPGP",
-    "pfedprompt": "pfedprompt:PFedPrompt",
-    "fedtpg": "fedtpg:FedTPG",
-    "linear": "linear:LinearHead",
-    "linear-scratch": "linear:ScratchHead",
-}
 
 
 @dataclass(frozen=True)
@@ -61,9 +47,10 @@ class Batch:
 
 
 class Method(ABC):
-    """A prompt method on one client.
+    """A prompt method on one client: ``__init__`` makes the parameters, ``logits`` uses them.
 
     Attributes:
+        shared, own: parameters that are aggregated, and that stay with the client, by name.
         name: as in settings and plans.
         fine_tunes: whether a client trains once more on the last aggregate before it is evaluated.
         needs: what the frozen image tower must give, computed once and cached: "features" (B, E)
@@ -73,35 +60,43 @@ class Method(ABC):
     name: ClassVar[str]
     fine_tunes: ClassVar[bool] = False
     needs: str = "features"
+    shared: dict[str, nn.Parameter]
+    own: dict[str, nn.Parameter] = MappingProxyType({})  # type: ignore[assignment]
 
     @abstractmethod
     def __init__(
         self, settings: MethodSettings, backbone: Backbone, class_names: Sequence[str]
     ) -> None: ...
 
-    @abstractmethod
-    def parameters(self) -> list[nn.Parameter]:
-        """Everything that local training changes."""
-
-    @abstractmethod
-    def uploaded(self) -> tuple[TensorSpec, ...]:
-        """The tensors that are aggregated."""
-
-    @abstractmethod
-    def state(self) -> Arrays:
-        """Current values of the uploaded tensors, float32."""
-
-    @abstractmethod
-    def load(self, tensors: Mapping[str, Array]) -> None:
-        """Take over an aggregate."""
-
-    @abstractmethod
-    def loss(self, batch: Batch) -> Tensor:
-        """Training loss, a scalar."""
+    @property
+    def facts(self) -> MethodFacts:
+        """Its row in the table."""
+        return method_facts(self.name)
 
     @abstractmethod
     def logits(self, batch: Batch) -> Tensor:
         """(B, C) for prediction."""
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Training loss, a scalar."""
+        return F.cross_entropy(self.logits(batch), batch.labels)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Everything that local training changes."""
+        return [*self.shared.values(), *self.own.values()]
+
+    def uploaded(self) -> tuple[TensorSpec, ...]:
+        """The tensors that are aggregated."""
+        return tuple(TensorSpec(name, tuple(p.shape)) for name, p in self.shared.items())
+
+    def state(self) -> Arrays:
+        """Current values of the uploaded tensors, float32."""
+        return {name: array(values) for name, values in self.shared.items()}
+
+    def load(self, tensors: Mapping[str, Array]) -> None:
+        """Take over an aggregate."""
+        for name, target in self.shared.items():
+            put(target, tensors[name])
 
     def sit(self, seat: int, seats: int) -> None:  # noqa: B027
         """Be told the client's place on the roster, counted from 0, once, before anything else."""
@@ -152,12 +147,16 @@ class Method(ABC):
 
     def private(self) -> Arrays:
         """What never leaves the client but must survive its restart."""
-        return {}
+        return {name: array(values) for name, values in self.own.items()}
 
     def restore(self, arrays: Mapping[str, Array]) -> None:
         """Inverse of ``private``."""
-        if arrays:
-            raise ConfigError(f"method {self.name!r} keeps nothing, found {sorted(arrays)}")
+        if set(arrays) != set(self.own):
+            raise ConfigError(
+                f"method {self.name!r} keeps {sorted(self.own)}, found {sorted(arrays)}"
+            )
+        for name, target in self.own.items():
+            put(target, arrays[name])
 
     def adopt(self, tensors: Mapping[str, Array]) -> None:
         """Predict with an aggregate alone, as who holds no private part must."""
@@ -206,10 +205,7 @@ def build(settings: MethodSettings, backbone: Backbone, class_names: Sequence[st
         ConfigError: there is no such method, or it cannot run with these settings.
         ModelError: it cannot run on this model.
     """
-    if settings.method not in METHODS:
-        raise ConfigError(f"method = {settings.method!r}: must be one of {', '.join(METHODS)}")
     settings.check()
-    module, name = METHODS[settings.method].split(":")
-    found = importlib.import_module(f"secure_fedprompt.clients.methods.{module}")
-    method: type[Method] = getattr(found, name)
+    module, name = METHODS[settings.method].implementation.split(":")
+    method: type[Method] = getattr(importlib.import_module(module), name)
     return method(settings, backbone, class_names)

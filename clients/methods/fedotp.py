@@ -18,17 +18,14 @@ from secure_fedprompt.clients.backbone import Backbone
 from secure_fedprompt.clients.methods.base import (
     INIT_STD,
     Array,
-    Arrays,
     Batch,
     Method,
     Shared,
-    array,
     initial_context,
     parameter,
     put,
 )
 from secure_fedprompt.clients.methods.transport import transported_similarity
-from secure_fedprompt.protocol.layout import TensorSpec
 from secure_fedprompt.protocol.settings import MethodSettings
 
 
@@ -48,36 +45,19 @@ class FedOTP(Method):
         noise = np.random.default_rng([settings.seed, 1]).standard_normal(start.shape) * INIT_STD
         local = noise if not settings.init else start + 0.5 * noise
         self.local = parameter(local.astype(np.float32), backbone)
+        self.shared, self.own = {"ctx": self.ctx}, {"local": self.local}
         self.tokens = backbone.prompt_tokens(class_names, settings.n_ctx, settings.position)
-
-    def parameters(self) -> list[nn.Parameter]:
-        return [self.ctx, self.local]
-
-    def uploaded(self) -> tuple[TensorSpec, ...]:
-        return (TensorSpec("ctx", tuple(self.ctx.shape)),)
-
-    def state(self) -> Arrays:
-        return {"ctx": array(self.ctx)}
-
-    def load(self, tensors: Mapping[str, Array]) -> None:
-        put(self.ctx, tensors["ctx"])
 
     def adopt(self, tensors: Mapping[str, Array]) -> None:
         self.load(tensors)
         put(self.local, tensors["ctx"])
-
-    def private(self) -> Arrays:
-        return {"local": array(self.local)}
-
-    def restore(self, arrays: Mapping[str, Array]) -> None:
-        put(self.local, arrays["local"])
 
     def encode(self, ctx: Tensor) -> Tensor:
         """(G, C, E) class features of contexts (G, n_ctx, W)."""
         return self.backbone.text_features(ctx, self.tokens)
 
     def private_parts(self) -> tuple[dict[str, Shared], dict[str, nn.Parameter]]:
-        if self.name != FedOTP.name:  # built on this method, with another loss
+        if not self.facts.sampled:  # built on this method, with another loss
             return super().private_parts()
         return {"ctx": (self.ctx, self.encode), "local": (self.local, self.encode)}, {}
 

@@ -18,23 +18,23 @@ class FedPer(PromptFL):
     name = "fedper"
 
     @property
-    def shared(self) -> int:
+    def kept(self) -> int:
         """Context tokens that are aggregated: half of them, rounded up."""
         return -(-self.ctx.shape[1] // 2)
 
     def uploaded(self) -> tuple[TensorSpec, ...]:
-        return (TensorSpec("ctx", (1, self.shared, self.ctx.shape[2])),)
+        return (TensorSpec("ctx", (1, self.kept, self.ctx.shape[2])),)
 
     def state(self) -> Arrays:
-        return {"ctx": array(self.ctx)[:, : self.shared]}
+        return {"ctx": array(self.ctx)[:, : self.kept]}
 
     def load(self, tensors: Mapping[str, Array]) -> None:
-        own = array(self.ctx)[:, self.shared :]
+        own = array(self.ctx)[:, self.kept :]
         put(self.ctx, np.concatenate([tensors["ctx"], own], 1))
 
     def private(self) -> Arrays:
-        return {"own": array(self.ctx)[:, self.shared :].copy()}
+        return {"own": array(self.ctx)[:, self.kept :].copy()}
 
     def restore(self, arrays: Mapping[str, Array]) -> None:
-        shared = array(self.ctx)[:, : self.shared]
+        shared = array(self.ctx)[:, : self.kept]
         put(self.ctx, np.concatenate([shared, arrays["own"]], 1))

@@ -7,22 +7,18 @@ zero-shot CLIP's and away from the personal ones.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from secure_fedprompt.clients.backbone import Backbone
 from secure_fedprompt.clients.methods.base import (
     INIT_STD,
-    Array,
-    Arrays,
     Batch,
-    array,
     parameter,
-    put,
 )
 from secure_fedprompt.clients.methods.promptfl import PromptFL
 from secure_fedprompt.protocol.settings import MethodSettings
@@ -42,18 +38,9 @@ class FedPGP(PromptFL):
         right = (rng.standard_normal((1, rank, width)) * INIT_STD).astype(np.float32)
         self.left = parameter(np.zeros((1, n_ctx, rank), np.float32), backbone)
         self.right = parameter(right, backbone)
+        self.own = {"left": self.left, "right": self.right}
         self.contrast = settings.compare.contrast
         self._fixed = backbone.zero_shot_features(class_names)
-
-    def parameters(self) -> list[nn.Parameter]:
-        return [self.ctx, self.left, self.right]
-
-    def private(self) -> Arrays:
-        return {"left": array(self.left), "right": array(self.right)}
-
-    def restore(self, arrays: Mapping[str, Array]) -> None:
-        put(self.left, arrays["left"])
-        put(self.right, arrays["right"])
 
     def _texts(self) -> Tensor:
         """Global and personal text features, (2, C, E)."""

@@ -7,23 +7,18 @@ The network is averaged, so it also serves classes that no client has.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from secure_fedprompt.clients.backbone import Backbone
 from secure_fedprompt.clients.methods.base import (
-    Array,
-    Arrays,
     Batch,
     Method,
-    array,
     parameter,
-    put,
 )
-from secure_fedprompt.protocol.layout import TensorSpec
 from secure_fedprompt.protocol.settings import MethodSettings
 
 
@@ -44,7 +39,7 @@ class FedTPG(Method):
             "inner": (width, 2 * width), "outer": (2 * width, width),
         }  # fmt: skip
         rng = np.random.default_rng([settings.seed, 3])
-        self.weights = {
+        self.shared = {
             name: parameter(
                 (rng.standard_normal(shape) / np.sqrt(shape[0])).astype(np.float32), backbone
             )
@@ -52,22 +47,9 @@ class FedTPG(Method):
         }
         self.tokens = backbone.prompt_tokens(class_names, settings.compare.queries)
 
-    def parameters(self) -> list[nn.Parameter]:
-        return list(self.weights.values())
-
-    def uploaded(self) -> tuple[TensorSpec, ...]:
-        return tuple(TensorSpec(name, tuple(w.shape)) for name, w in self.weights.items())
-
-    def state(self) -> Arrays:
-        return {name: array(w) for name, w in self.weights.items()}
-
-    def load(self, tensors: Mapping[str, Array]) -> None:
-        for name, weight in self.weights.items():
-            put(weight, tensors[name])
-
     def context(self) -> Tensor:
         """(1, queries, W), at the scale of token embeddings."""
-        w = self.weights
+        w = self.shared
         names = self.names.to(w["queries"].dtype)
         query = w["queries"] @ w["to_query"]
         near = F.softmax(query @ (names @ w["to_key"]).T / query.shape[-1] ** 0.5, -1)
@@ -78,6 +60,3 @@ class FedTPG(Method):
     def logits(self, batch: Batch) -> Tensor:
         text = self.backbone.text_features(self.context(), self.tokens)[0]
         return self.backbone.scale * batch.images @ text.T
-
-    def loss(self, batch: Batch) -> Tensor:
-        return F.cross_entropy(self.logits(batch), batch.labels)

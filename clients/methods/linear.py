@@ -6,23 +6,19 @@ zeros. Averaged like any model (McMahan et al., AISTATS 2017).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from secure_fedprompt.clients.backbone import Backbone
 from secure_fedprompt.clients.methods.base import (
     Array,
-    Arrays,
     Batch,
     Method,
     array,
     parameter,
-    put,
 )
-from secure_fedprompt.protocol.layout import TensorSpec
 from secure_fedprompt.protocol.settings import MethodSettings
 
 
@@ -36,27 +32,13 @@ class LinearHead(Method):
     ) -> None:
         self.backbone = backbone
         self.head = parameter(self.start(backbone, class_names), backbone)
+        self.shared = {"head": self.head}
 
     def start(self, backbone: Backbone, class_names: Sequence[str]) -> Array:
         return array(backbone.zero_shot_features(class_names))
 
-    def parameters(self) -> list[nn.Parameter]:
-        return [self.head]
-
-    def uploaded(self) -> tuple[TensorSpec, ...]:
-        return (TensorSpec("head", tuple(self.head.shape)),)
-
-    def state(self) -> Arrays:
-        return {"head": array(self.head)}
-
-    def load(self, tensors: Mapping[str, Array]) -> None:
-        put(self.head, tensors["head"])
-
     def logits(self, batch: Batch) -> Tensor:
         return self.backbone.scale * batch.images @ self.head.to(batch.images.dtype).T
-
-    def loss(self, batch: Batch) -> Tensor:
-        return F.cross_entropy(self.logits(batch), batch.labels)
 
 
 class ScratchHead(LinearHead):

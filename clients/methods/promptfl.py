@@ -15,20 +15,13 @@ from torch import Tensor, nn
 
 from secure_fedprompt.clients.backbone import Backbone
 from secure_fedprompt.clients.methods.base import (
-    Array,
-    Arrays,
     Batch,
     Method,
     Shared,
-    array,
     initial_context,
     parameter,
-    put,
 )
-from secure_fedprompt.protocol.layout import TensorSpec
 from secure_fedprompt.protocol.settings import MethodSettings
-
-_SAMPLED = ("promptfl", "coop", "fedper")  # whose loss of an image is this one
 
 
 class PromptFL(Method):
@@ -41,26 +34,15 @@ class PromptFL(Method):
     ) -> None:
         self.backbone = backbone
         self.ctx = parameter(initial_context(settings, backbone)[None], backbone)
+        self.shared = {"ctx": self.ctx}
         self.tokens = backbone.prompt_tokens(class_names, settings.n_ctx, settings.position)
-
-    def parameters(self) -> list[nn.Parameter]:
-        return [self.ctx]
-
-    def uploaded(self) -> tuple[TensorSpec, ...]:
-        return (TensorSpec("ctx", tuple(self.ctx.shape)),)
-
-    def state(self) -> Arrays:
-        return {"ctx": array(self.ctx)}
-
-    def load(self, tensors: Mapping[str, Array]) -> None:
-        put(self.ctx, tensors["ctx"])
 
     def encode(self, ctx: Tensor) -> Tensor:
         """(G, C, E) class features of contexts (G, n_ctx, W)."""
         return self.backbone.text_features(ctx, self.tokens)
 
     def private_parts(self) -> tuple[dict[str, Shared], dict[str, nn.Parameter]]:
-        if self.name not in _SAMPLED:  # built on this method, with another loss
+        if not self.facts.sampled:  # built on this method, with another loss
             return super().private_parts()
         return {"ctx": (self.ctx, self.encode)}, {}
 
@@ -71,6 +53,3 @@ class PromptFL(Method):
     def logits(self, batch: Batch) -> Tensor:
         text = self.encode(self.ctx)[0]  # (C, E)
         return self.backbone.scale * batch.images @ text.T
-
-    def loss(self, batch: Batch) -> Tensor:
-        return F.cross_entropy(self.logits(batch), batch.labels)

@@ -23,6 +23,7 @@ class ZeroShot(PromptFL):
         super().__init__(settings, backbone, class_names)
         words = backbone.embed(backbone.words("a photo of a"))
         self.ctx = nn.Parameter(words[None].float(), requires_grad=False)
+        self.shared = {"ctx": self.ctx}
         self.tokens = backbone.prompt_tokens(class_names, len(words))
         self._words = array(self.ctx)
 

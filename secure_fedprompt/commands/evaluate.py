@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from secure_fedprompt.clients.settings import ClientSettings, ModelSettings
-from secure_fedprompt.host import command
+from secure_fedprompt.host import command, plugins
 from secure_fedprompt.protocol.errors import DataError, PromptFileError
 
 if TYPE_CHECKING:
@@ -65,7 +65,9 @@ def _with(args: argparse.Namespace, body: Body) -> int:
 
     args.dataset = args.data or args.dataset
     settings = command.load(ModelSettings, args, beside=ClientSettings)
-    return body(args, settings, read_prompt(args.run))
+    prompt = read_prompt(args.run)
+    plugins.find(prompt.settings.method)  # of a package that this user has installed
+    return body(args, settings, prompt)
 
 
 @dataclass(frozen=True)

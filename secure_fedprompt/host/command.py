@@ -24,11 +24,13 @@ from typing import Annotated, Any, TextIO, TypeVar, get_args, get_origin, get_ty
 
 import msgspec
 
+from secure_fedprompt.host import plugins
 from secure_fedprompt.host.forms import formed
 from secure_fedprompt.protocol.errors import (
     ConfigError,
     SecureFedPromptError,
 )
+from secure_fedprompt.protocol.methods import METHODS, unknown_method
 from secure_fedprompt.protocol.settings import CHOICES
 
 S = TypeVar("S", bound=msgspec.Struct)
@@ -56,7 +58,7 @@ def load(cls: type[S], args: argparse.Namespace, beside: type | None = None) -> 
     if config:
         _from_folder(cls, values, args, Path(config).parent)
     try:
-        return msgspec.convert(values, cls)
+        made = msgspec.convert(values, cls)
     except msgspec.ValidationError as error:
         text, _, at = str(error).partition(" - at ")
         path = at.strip("`").removeprefix("$.")
@@ -64,6 +66,18 @@ def load(cls: type[S], args: argparse.Namespace, beside: type | None = None) -> 
         for key in path.split("."):
             value = value.get(key) if isinstance(value, dict) else value
         raise ConfigError(f"{where}: {path} = {value!r}: {text[:1].lower()}{text[1:]}") from None
+    for name in _methods_of(made):
+        plugins.find(name)
+    if (name := getattr(made, "method", "")) and name not in METHODS:
+        raise ConfigError(f"{where}: {unknown_method(name)}")
+    return made
+
+
+def _methods_of(settings: Any) -> tuple[str, ...]:
+    """Methods whose packages may be imported: a client's policy says which."""
+    if hasattr(settings, "policy"):
+        return tuple(settings.policy.methods)
+    return (settings.method,) if getattr(settings, "method", "") else ()
 
 
 def _read_toml(path: str | None) -> tuple[dict[str, Any], str]:
