@@ -47,16 +47,14 @@ class Dirac(Method):
     name = "dirac"
 
     def __init__(self, size: int) -> None:
-        self.shared, self.own = (nn.Parameter(torch.zeros(size)) for _ in range(2))
-
-    def parameters(self) -> list[nn.Parameter]:
-        return [self.shared, self.own]
+        self.both, self.alone = (nn.Parameter(torch.zeros(size)) for _ in range(2))
+        self.shared = {"both": self.both, "own": self.alone}
 
     def uploaded(self) -> tuple[TensorSpec, ...]:
-        return (TensorSpec("own", (len(self.own),)),)
+        return (TensorSpec("own", (len(self.alone),)),)
 
     def state(self) -> dict[str, Tensors]:
-        return {"own": self.own.detach().numpy().copy()}
+        return {"own": self.alone.detach().numpy().copy()}
 
     def load(self, tensors: Mapping[str, Tensors]) -> None:
         with torch.no_grad():
@@ -69,7 +67,7 @@ class Dirac(Method):
     logits = loss
 
     def private_parts(self) -> Any:
-        return {"shared": (self.shared, lambda p: p.reshape(1, 1, -1))}, {"own": self.own}
+        return {"shared": (self.both, lambda p: p.reshape(1, 1, -1))}, {"own": self.alone}
 
     def sample_losses(self, outputs: Mapping[str, Tensor], batch: Batch) -> Tensor:
         rows = torch.arange(len(batch.labels))
