@@ -92,6 +92,11 @@ class MemoryJournal:
         """The terms that were accepted last, encoded; empty if none were."""
         return self._runs.get(run.hex(), _Run()).terms
 
+    def other_terms(self, run: bytes) -> bytes:
+        """Terms of the last other run that was taken part in, encoded; empty if there is none."""
+        others = [made for name, made in self._runs.items() if name != run.hex() and made.round > 0]
+        return others[-1].terms if others else b""
+
     def bounds_of(self, start: bytes, other_than: bytes) -> set[bytes]:
         """Bounds of other runs that began from this starting prompt, and were taken part in."""
         found = self._starts.get(start.hex(), set())

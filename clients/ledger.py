@@ -135,17 +135,25 @@ class Ledger:
         Raises:
             BudgetError: they would exceed ``target_epsilon``, with the figures.
         """
-        if settings.target_epsilon:
-            after = [*self.history, Steps(entry.sigma, entry.rate, entry.steps)]
-            needed = accounting.epsilon(after, settings.delta, settings.accountant)
-            if needed > settings.target_epsilon:
-                spent = accounting.epsilon(self.history, settings.delta, settings.accountant)
-                raise BudgetError(
-                    f"target_epsilon = {settings.target_epsilon:g}: epsilon {spent:.3g} at delta "
-                    f"{settings.delta:g} is spent, this round would make it {needed:.3g}; raise "
-                    "it, or stop here"
-                )
+        self.check_room(Steps(entry.sigma, entry.rate, entry.steps), settings)
         self._append(entry)
+
+    def check_room(self, steps: Steps, settings: PrivacySettings) -> None:
+        """Refuse steps that the budget has no room for.
+
+        Raises:
+            BudgetError: they would exceed ``target_epsilon``, with the figures.
+        """
+        if not settings.target_epsilon:
+            return
+        needed = accounting.epsilon([*self.history, steps], settings.delta, settings.accountant)
+        if needed > settings.target_epsilon:
+            spent = accounting.epsilon(self.history, settings.delta, settings.accountant)
+            raise BudgetError(
+                f"target_epsilon = {settings.target_epsilon:g}: epsilon {spent:.3g} at delta "
+                f"{settings.delta:g} is spent, this round would make it {needed:.3g}; raise "
+                "it, or stop here"
+            )
 
     # -- the client --------------------------------------------------------------------------------
 

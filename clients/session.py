@@ -29,6 +29,7 @@ from secure_fedprompt.protocol.errors import (
     AdvertMismatchError,
     FieldError,
     HomomorphicError,
+    IsolationError,
     MismatchError,
     PolicyError,
     ProtocolError,
@@ -52,6 +53,7 @@ from secure_fedprompt.protocol.layout import (
     Values,
 )
 from secure_fedprompt.protocol.plan import RoundPlan
+from secure_fedprompt.protocol.policy import check_isolation
 from secure_fedprompt.protocol.selection.shares import Keys
 from secure_fedprompt.protocol.selection.task import Choice
 from secure_fedprompt.protocol.settings import MethodSettings
@@ -393,9 +395,27 @@ class Session:
         journal = self.party.journal
         seen = journal.bounds_of(digest(Purpose.BASE, prompt_bytes(start)), self.run)
         if seen and terms.bounds not in seen:
-            self._ask(terms, "from the same starting prompt under other bounds or settings")
+            self._ask(terms, f"from the same starting prompt{self._changed(terms)}")
         if terms.counts and (counted := journal.counts_of(self.run) - {terms.counts}):
-            self._ask(terms, f"that counted {min(counted)} where this one counts {terms.counts}")
+            before, now = min(counted).strip("; "), terms.counts.strip("; ")
+            self._ask(terms, f"that counted {before} where this one counts {now}")
+
+    def _changed(self, terms: RunTerms) -> str:
+        """What is not as in the last run before this one, if that is still known."""
+        before = self.party.journal.other_terms(self.run)
+        changed = terms.differences(decode_fields(RunTerms, before)) if before else ""
+        return f" with {changed}" if changed else " under other bounds or settings"
+
+    def _check_cohort(self, plan: RoundPlan) -> None:
+        """Decline, before anything is trained, a cohort whose sum no client would help to open."""
+        c = plan.facts.tolerated(bool(plan.degree), plan.members, plan.quorum)
+        try:
+            check_isolation(plan.cohort, self.party.journal.near_lists(plan), c)
+        except IsolationError as error:
+            raise PolicyError(
+                f"{error}; begin from another prompt (other words in init, or another seed), or "
+                "with the clients of that run"
+            ) from None
 
     def _ask(self, terms: RunTerms, what: str) -> None:
         """Ask the operator's word for terms, unless it was given."""
@@ -433,6 +453,8 @@ class Session:
         self._raw = bytes(message.base)
         if not (plan.encrypted and plan.learning_round > 1):
             self._prompt(plan, self._raw)  # refused before anything is done
+        if plan.learning_round == 1:
+            self._check_cohort(plan)
         self.round, replies = start(self.party, plan)
         self.declined = None
         self._greetings, self._planned, self._resumed = 0, True, False
@@ -490,7 +512,7 @@ class Session:
         prompts = [base, start] if plan.learning_round == 1 else [base]
         tolerance = _NEAR * float(start.std())
         if self.party.journal.note_base(plan, prompts, tolerance, terms.bounds):
-            self._ask(terms, "from nearly the same prompt under other bounds or settings")
+            self._ask(terms, f"from nearly the same prompt{self._changed(terms)}")
         return base
 
     def _open(self, plan: RoundPlan) -> bytes:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from secure_fedprompt.clients.accounting import noise_for, steps_of
+from secure_fedprompt.clients.accounting import Steps, noise_for, steps_of
 from secure_fedprompt.clients.backbone import Backbone
 from secure_fedprompt.clients.data.loading import classes_digest
 from secure_fedprompt.clients.data.sets import ImageSet
@@ -117,6 +117,11 @@ class LocalTrainer:
         self.settings: MethodSettings | None = None
         self._before: tuple[tuple[bytes, int], Arrays] | None = None  # private part, round's start
         self.ledger = Ledger()
+        if self.dp.kind == "sample" and self.dp.delta * len(train) >= 1:
+            raise ConfigError(
+                f"dp.delta = {self.dp.delta:g}: with {len(train)} images it must be below "
+                f"{1 / len(train):.2g}, or publishing one of them whole would be allowed"
+            )
         self._zero_shot_hits: int | None = None
         self._counted: Values = {}  # metrics of the round under way
         self.local_metrics = False  # whether ``figures`` are wanted where no round counts them
@@ -137,12 +142,9 @@ class LocalTrainer:
             if self.method.fine_tunes:
                 raise ConfigError(f"dp.kind = 'sample': {settings.method} trains outside of rounds")
             self.method.private_parts()  # refused before anything is encoded
-            images = len(self._sets[0])
-            if self.dp.delta * images >= 1:
-                raise ConfigError(
-                    f"dp.delta = {self.dp.delta:g}: with {images} images it must be below "
-                    f"{1 / images:.2g}, or publishing one of them whole would be allowed"
-                )
+            if self.dp.noise_multiplier:
+                rate, steps = steps_of(len(self._sets[0]), settings.batch_size, settings.epochs)
+                self.ledger.check_room(Steps(self.dp.noise_multiplier, rate, steps), self.dp)
         self.method.sit(*self.seat)
         self._initial = self._flattened(self.method.state())
         train, _ = self._load_features(self.method.needs)
@@ -361,10 +363,12 @@ class LocalTrainer:
                     torch.autograd.backward(loss)
                     optimiser.step()
                     done += 1
-                    losses.append(loss.detach().float())
+                    losses.append(loss.detach().float() * len(batch.labels))
                     self.progress(what, done, steps)
         each = steps // s.epochs
-        first, last = (float(torch.stack(part).mean()) for part in (losses[:each], losses[-each:]))
+        first, last = (
+            float(torch.stack(part).sum()) / len(images) for part in (losses[:each], losses[-each:])
+        )
         self.figures = replace(self.figures, first_loss=first, last_loss=last)
 
     def _train_privately(self, images: Features, plan: RoundPlan) -> None:

@@ -33,7 +33,7 @@ from secure_fedprompt.protocol.errors import (
     UnknownVersionError,
 )
 
-VERSION = 6
+VERSION = 7
 MAX_FRAME = 1 << 28
 T = TypeVar("T")
 

@@ -74,6 +74,10 @@ class Identity:
             where: its path, for the error.
             mode: ``st_mode`` of the file; group and others may have no rights.
         """
+        if b"PRIVATE KEY" not in data:
+            raise KeyFileError(
+                f"key file {where} holds no private key: name NAME.pem, not the public entry"
+            )
         if stat.S_IMODE(mode) & 0o077:
             raise KeyFileError(
                 f"key file {where} is open to others (mode {stat.S_IMODE(mode):04o}): "

@@ -126,6 +126,7 @@ class Probed(Printable):
 
     Attributes:
         clients, quorum, protection: what the terms will say; settings: of the method.
+        compared: whether there was a model and a class list to compare with.
     """
 
     error: Annotated[str, Text(64)]
@@ -134,6 +135,7 @@ class Probed(Printable):
     protection: Annotated[str, Text(16)]
     clients: U16
     quorum: U16
+    compared: U8
 
 
 @dataclass(frozen=True, repr=False)

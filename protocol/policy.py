@@ -17,7 +17,7 @@ from secure_fedprompt.protocol.errors import BudgetError, IsolationError, Policy
 from secure_fedprompt.protocol.layout import METRICS
 from secure_fedprompt.protocol.plan import RoundPlan, noise_colluders
 from secure_fedprompt.protocol.protections import default_threshold, facts_of
-from secure_fedprompt.protocol.settings import NonNegative
+from secure_fedprompt.protocol.settings import MethodSettings, NonNegative
 from secure_fedprompt.protocol.terms import RunTerms
 
 
@@ -107,10 +107,7 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         for limit, least, found, used in rooms:
             if used and found < least:
                 raise PolicyError(_below(limit, least, f"room for {found:g}"))
-        for key in ("lr", "momentum", "weight_decay", "epochs"):
-            most, found = getattr(self, f"max_{key}"), getattr(method, key)
-            if found > most:
-                raise PolicyError(_above(f"max_{key}", most, f"{key} {found:g}"))
+        self.check_training(method)
         if self.min_noise and terms.metrics != "off":
             raise PolicyError(
                 f"terms have metrics = {terms.metrics!r}, exact sums without noise, but "
@@ -130,6 +127,17 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         makers = terms.makers if terms.facts.encrypted else self.key_makers
         if self.key_makers and not set(self.key_makers) & set(makers):
             raise PolicyError(_outside("key_makers", self.key_makers, ", ".join(makers)))
+
+    def check_training(self, method: MethodSettings) -> None:
+        """Refuse training settings outside the limits.
+
+        Raises:
+            PolicyError: naming the limit, its value and the setting's.
+        """
+        for key in ("lr", "momentum", "weight_decay", "epochs"):
+            most, found = getattr(self, f"max_{key}"), getattr(method, key)
+            if found > most:
+                raise PolicyError(_above(f"max_{key}", most, f"{key} {found:g}"))
 
     def check_outline(self, method: str, protection: str, clients: int, quorum: int) -> None:
         """Refuse what is known of terms before a run: also for who only asks.

@@ -56,6 +56,11 @@ class Roster:
         Raises:
             RosterError: the name or a key is taken; SignatureError as RosterError: unsigned.
         """
+        if member.name in self.by_name and member not in self.members:
+            raise RosterError(
+                f"{member.name} is on the roster with another key: if that is lost, take it off "
+                f"first ('secure-fedprompt roster remove {member.name}')"
+            )
         return Roster.of((*self.members, member))
 
     @classmethod

@@ -168,6 +168,16 @@ class RunTerms:
         seen = "" if self.metrics == "off" else f"{self.metrics} up to {self.max_seen}"
         return f"{weights}; {seen}" if weights or seen else ""
 
+    def differences(self, before: RunTerms) -> str:
+        """What other terms said of settings and bounds, and these say now."""
+        now, then = self.method, before.method
+        pairs = [(name, getattr(then, name), getattr(now, name)) for name in now.__struct_fields__]
+        names = ("clip", "max_weight", "max_seen", "weights", "metrics")
+        pairs += [(name, getattr(before, name), getattr(self, name)) for name in names]
+        pairs += [("dp_noise", before.noise.multiplier, self.noise.multiplier),
+                  ("dp_clip", before.noise.clip, self.noise.clip)]  # fmt: skip
+        return ", ".join(f"{name} = {a!r} (now {b!r})" for name, a, b in pairs if a != b)
+
     @property
     def evaluations(self) -> int:
         """Sums of counters after the last learning round."""

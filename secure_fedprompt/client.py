@@ -26,7 +26,7 @@ from secure_fedprompt.host import command
 from secure_fedprompt.host.files import whoami
 from secure_fedprompt.host.log import Bars, Log
 from secure_fedprompt.host.recorder import recorder
-from secure_fedprompt.pace import UPLOADS, Pace
+from secure_fedprompt.pace import Pace
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.errors import DataError, SecureFedPromptError, UpdateError
 
@@ -81,9 +81,10 @@ def load_trainer(settings: ClientSettings, log: Log, bars: Bars) -> LocalTrainer
     backbone = Backbone.load(
         settings.model, settings.pretrained, settings.device, settings.precision
     )
+    have = len({*train.labels.tolist(), *test.labels.tolist()})
     log.info(
-        "data", f"{len(train)} training and {len(test)} test images, {len(train.class_names)} "
-        f"classes; model {settings.model} on {backbone.device}",
+        "data", f"{len(train)} training and {len(test)} test images of {have} of "
+        f"{len(train.class_names)} classes; model {settings.model} on {backbone.device}",
     )  # fmt: skip
     if train.note:
         log.info("data", f"data set {settings.dataset}: {train.note}")
@@ -162,8 +163,9 @@ def _take_part(settings: ClientSettings, json_path: str | None, log: Log) -> int
             )
             session = Session(party, trainer, settings.method, settings.accept)
             record = state_dir if settings.private_record else None
-            rounds = loop(link, session, trainer, log, record, settings.patience)
+            loop(link, session, trainer, log, record, settings.patience)
         path, run = save(session, trainer, state_dir), session.run.hex()
+        rounds = len({u.learning_round for u in ledger.uploads if u.run == run})
         words = f"run {run[:8]} is finished; prompt in {path}"
         log.info("finished", words, run=run, rounds=rounds, prompt=str(path))
         command.write_json(json_path, "client", {
@@ -182,8 +184,8 @@ def loop(
     log: Log,
     record: Path | None = None,
     patience: float = math.inf,
-) -> int:
-    """Move frames between socket and session; train in one worker thread. Returns rounds done.
+) -> None:
+    """Move frames between socket and session; train in one worker thread.
 
     Args:
         record: folder for the private record, if one is kept.
@@ -192,7 +194,7 @@ def loop(
     Raises:
         SecureFedPromptError: refused, disconnected, declined for too long, or the run failed.
     """
-    connections, alive_at, greeted, rounds, told = 0, 0.0, 0.0, 0, 0
+    connections, alive_at, greeted, told = 0, 0.0, 0.0, 0
     pace, declined_at = Pace(trainer.hold_seconds), math.inf
     job: tuple[Work, Future[Result]] | None = None
     welcome: Future[list[m.Message]] | None = None
@@ -227,9 +229,7 @@ def loop(
                     job = session.work, pool.submit(trained, trainer, session.work, log)
                 if job is not None and job[1].done():
                     (work, future), job = job, None
-                    sent = settle(session, trainer, log, record, pace, work, future)
-                    replies += sent
-                    rounds += any(isinstance(reply, UPLOADS) for reply in sent)
+                    replies += settle(session, trainer, log, record, pace, work, future)
                 for reply in pace.due(replies, time.monotonic()):
                     link.send(reply)
             link.send(m.Leave("Finished", ""))
@@ -241,7 +241,6 @@ def loop(
             raise
         finally:
             trainer.cancelled.set()  # the pool waits for its thread
-    return rounds
 
 
 def trained(trainer: LocalTrainer, work: Work, log: Log) -> Result:

@@ -53,7 +53,8 @@ def sent(log: Log, session: Session, work: Work, trainer: LocalTrainer, weight: 
         )
     if trainer.clipped:
         log.warning("sent", f"{trainer.clipped} values clipped to {plan.clip:g}")
-    what = f"update of norm {trainer.norms[-1]:.2g}" if plan.training else "counts"
+    counts = "counts" if trainer.dp.kind == "none" else "zeros in the place of counts (dp)"
+    what = f"update of norm {trainer.norms[-1]:.2g}" if plan.training else counts
     weighs = "" if plan.uniform else f" for {weight:g} images"
     words = f"{round_of(plan)}: {what}{weighs} sent {shield}"
     at = plan.learning_round
@@ -87,7 +88,8 @@ def _figures(own: Figures) -> str:
             f"right (zero-shot {own.zero_shot / own.images:.1%}), loss {own.loss:.3f}"
         )
     if own.first_loss is not None and own.last_loss is not None:
-        parts.append(f"training loss {own.first_loss:.3f} -> {own.last_loss:.3f}")
+        change = f" -> {own.last_loss:.3f}" if own.last_loss != own.first_loss else ""
+        parts.append(f"training loss {own.first_loss:.3f}{change}")
     return "; ".join(parts)
 
 

@@ -183,10 +183,11 @@ def tell(log: Log, kind: str, value: Any, settings: ServerSettings, folder: Path
         "round", f"{what}: {accuracy}{metrics['contributors']:.0f} clients in, {dropped} dropped, "
         f"{seconds:.1f} s", **facts,
     )  # fmt: skip
-    if metrics.get("accuracy", 1.0) < metrics.get("zero_shot", 0.0) and last:
+    if metrics.get("accuracy", 1.0) <= metrics.get("zero_shot", 0.0) and last:
+        how = "worse" if metrics["accuracy"] < metrics["zero_shot"] else "no better"
         log.warning(
-            "worse", 'the prompt is worse than zero-shot ("a photo of a NAME.", nothing '
-            'trained): train longer, with a smaller lr, or from words (init = "a photo of a", '
+            "worse", f'the prompt is {how} than zero-shot ("a photo of a NAME.", nothing '
+            'trained): train longer, with another lr, or from words (init = "a photo of a", '
             "n_ctx = 4)" + (f"; the best prompt is {best}" if best else ""),
         )  # fmt: skip
 

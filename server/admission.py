@@ -24,6 +24,7 @@ def admit(
     """
     check(state, settings, roster, sender, hello)
     if not state.model_fingerprint and roster.by_name[sender].role == "client":
+        state.announced_by = sender
         state.model_fingerprint = hello.model_fingerprint
         state.classes_digest = hello.classes_digest
 
@@ -64,13 +65,15 @@ def check(
             raise MismatchError(f"{what} of {sender} is {theirs[:16]}, the server wants {pinned}")
     if not state.model_fingerprint:
         return
+    first = f", as {state.announced_by} was first to say," if state.announced_by else ""
     if hello.model_fingerprint != state.model_fingerprint:
         raise MismatchError(
             f"model of {sender} has fingerprint {hello.model_fingerprint.hex()[:16]}, the "
-            f"run's is {state.model_fingerprint.hex()[:16]}: use the same weights everywhere"
+            f"run's{first} is {state.model_fingerprint.hex()[:16]}: use the same weights everywhere"
         )
     if hello.classes_digest != state.classes_digest:
         raise MismatchError(
-            f"class list of {sender} has digest {hello.classes_digest.hex()[:16]}, the run's has "
-            f"{state.classes_digest.hex()[:16]}: name the same classes in the same order"
+            f"class list of {sender} has digest {hello.classes_digest.hex()[:16]}, the "
+            f"run's{first} has {state.classes_digest.hex()[:16]}: name the same classes in the "
+            "same order; classes_digest in the server's file says which list is right"
         )

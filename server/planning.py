@@ -51,7 +51,8 @@ class RunState:
         maker, election, key: of the cohort key; see ``RoundPlan``. ``key`` is zeros before there is
             one, and once it must not be used any more.
         keys: digests of all cohort keys of the run; who holds any of them can open the prompt.
-        model_fingerprint, classes_digest: what the first client announced.
+        model_fingerprint, classes_digest: what the first client announced; announced_by: who that
+            was, if it is still known.
     """
 
     run: bytes = b""
@@ -68,6 +69,7 @@ class RunState:
     start: Prompt | None = None
     prompt: Prompt | None = None
     model_fingerprint: bytes = b""
+    announced_by: str = ""
     classes_digest: bytes = b""
     sealed: bytes = b""
     maker: str = ""

@@ -236,9 +236,11 @@ class Run:
         except SecureFedPromptError as refusal:
             error, reason = type(refusal).__name__, m.line(refusal)
         clients = len(self.roster.with_role("client"))
+        pinned = self.settings.model_fingerprint and self.settings.classes_digest
+        compared = bool(self.state.model_fingerprint or pinned)
         return m.Probed(
             error, reason, self.settings.method_settings().to_bytes(), self.settings.protection,
-            clients, quorum_of(self.settings, clients),
+            clients, quorum_of(self.settings, clients), int(compared),
         )  # fmt: skip
 
     def _register(self, current: Round) -> None:
@@ -282,6 +284,7 @@ class Run:
             self.initial_from = ""
         if not self.clients and not self.state.run:  # nobody is left who announced these
             self.state.model_fingerprint = self.state.classes_digest = b""
+            self.state.announced_by = ""
         if self.current is None:
             short = sum(c.accepted for c in self.clients.values()) < self.needed
             if left and left.accepted and short:  # it may come back
@@ -558,7 +561,9 @@ class Run:
         )
         if self.short_since is None:
             self.short_since = now
-            self.ledger.event("waiting", f"{here}: for more, {self.settings.patience:g} s at most")
+            self.ledger.event(
+                "waiting", f"for clients, {self.settings.patience:g} s at most: {here}"
+            )
         if now < self.short_since + self.settings.patience:
             return []
         if present >= self.needed:  # but their policies want more
@@ -692,23 +697,30 @@ class Run:
         if self.attempts >= settings.max_attempts:
             return out + self._fail(RunFailedError(
                 f"learning round {state.learning_round} aborted {self.attempts} times: "
-                f"{self.last_reason}"
+                f"{self.last_reason}{self._unwilling(current)}"
             ))  # fmt: skip
         short = sum(c.accepted for c in self.clients.values()) < max(self.needed, self.larger)
         self.gather_until = now + (settings.gather_seconds if short else 0)
         return out + self._maybe_start(now)
 
+    def _unwilling(self, current: Round) -> str:
+        """Who declined the last attempt, and why, if somebody did."""
+        declined = {name: fault for name, fault in current.faults.items() if POLICY in fault}
+        if not declined:
+            return ""
+        name, fault = min(declined.items())
+        return f"; {', '.join(sorted(declined))} would not take part ({name} {fault})"
+
     def _note_declined(self, current: Round) -> None:
         """A round that clients' policies forbid is not planned again: more clients are needed."""
-        declined = {name: fault for name, fault in current.faults.items() if POLICY in fault}
+        declined = sum(POLICY in fault for fault in current.faults.values())
         size = len(current.plan.cohort)
-        enough = size - len(declined) >= current.plan.quorum
+        enough = size - declined >= current.plan.quorum
         if current.stage is Stage.DONE or enough or size >= self.expected:
             self.larger = 0
             return
         self.larger = size + 1
-        name, fault = min(declined.items())
-        self.declined = f"{', '.join(sorted(declined))} would not take part ({name} {fault})"
+        self.declined = self._unwilling(current).removeprefix("; ")
         self.attempts = 0
 
     def _note_holders(self, current: EncryptedRound) -> None:

@@ -275,6 +275,8 @@ class Store:
 
     def _keep_best(self, number: int, metrics: Mapping[str, float]) -> None:
         """A copy of the prompt with the best accuracy, once rounds have counted it."""
+        if json.loads((self.folder / "server.json").read_text())["metrics"] != "rounds":
+            return
         scores = [r["metrics"].get("accuracy", 0.0) for r in rounds_of(self._db)]
         path = self.prompt_path(number)
         if metrics.get("accuracy", 0.0) and metrics["accuracy"] >= max(scores) and path.exists():

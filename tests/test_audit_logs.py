@@ -381,7 +381,7 @@ def test_who_only_asks_leaves_no_trace_that_contradicts(
     again = Recorder(folders["server"] / "audit", "full", 1 << 30, identity("server"), member,
                      roster(4))  # fmt: skip
     probe = m.Probe("", bytes(32), bytes(32), roster(4).digest)
-    for way, message in (("in", probe), ("out", m.Probed("", "", b"{}", "masks", 4, 3))):
+    for way, message in (("in", probe), ("out", m.Probed("", "", b"{}", "masks", 4, 3, 1))):
         again.record(way, VICTIM, message, m.CATALOGUE.encode(message))
     again.close()
     log, other = read(folders, "server", VICTIM)

@@ -173,7 +173,7 @@ def unreadable(source: Path) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("prepare", "words"),
     [
-        (lambda p: None, "does not exist"),
+        (lambda p: None, r"dataset = .*: no such file or folder"),
         (lambda p: p.mkdir(), "holds no images"),
         (lambda p: make_folder(p, {"only": 3}), "has one class, 'only'"),
         (lambda p: p.write_bytes(b"PK nonsense"), "not a readable zip"),

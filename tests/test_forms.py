@@ -41,7 +41,7 @@ def test_a_key_that_is_not_documented_cannot_be_written() -> None:
 
 def test_every_form_is_a_commands() -> None:
     written = re.findall(
-        r"(?:write_json|as_json)\(\s*(?:args\.json|json_path)?,?\s*\"([a-z-]+)\"",
+        r"(?:write_json|as_json)\(\s*(?:args\.json|json_path|self\._json)?,?\s*\"([a-z-]+)\"",
         "".join(path.read_text() for path in SOURCES),
     )
     assert set(written) == set(forms.FORMS)

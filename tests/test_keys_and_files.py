@@ -68,7 +68,7 @@ def test_identity_prints_nothing() -> None:
     [
         (lambda p: p.unlink(), "no such file; make one with"),
         (lambda p: p.chmod(0o644), "open to others.*0644.*chmod 600"),
-        (lambda p: p.write_bytes(b"hello"), "does not hold one Ed25519 and one X25519"),
+        (lambda p: p.write_bytes(b"hello"), "holds no private key: name NAME.pem, not the public"),
         (lambda p: p.write_bytes(p.read_bytes()[: len(p.read_bytes()) // 2]), "does not hold"),
         (lambda p: p.write_bytes(p.read_bytes().replace(b"MC4C", b"MC4D")), "cannot be read"),
     ],
@@ -101,7 +101,7 @@ def test_roster_add_list_check(tmp_path: Path, capsys: pytest.CaptureFixture[str
     (tmp_path / "other").mkdir()
     cli.make_key("bob", "client", tmp_path / "other")
     assert main(["roster", "add", "other/bob.entry.toml"]) == 2  # the name, with another key
-    assert "same" in capsys.readouterr().err
+    assert "another key: if that is lost, take it off first ('secure-fed" in capsys.readouterr().err
     assert Path("roster.toml").read_text() == before
     assert main(["roster", "remove", "carol"]) == 2
     assert "'carol' is not on roster.toml, which has alice, bob" in capsys.readouterr().err

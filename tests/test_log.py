@@ -6,6 +6,8 @@ import io
 import json
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -110,6 +112,24 @@ def test_a_peer_steers_no_terminal_and_fakes_no_line() -> None:
         )
     assert len(text_of(log).splitlines()) == 1
     assert not {"\x1b", "\r", "\x9b"} & set(text_of(log))
+
+
+def test_a_reader_that_has_gone_ends_a_command_without_a_word() -> None:
+    code = (
+        "import argparse, sys; from secure_fedprompt.host import command\n"
+        "def body():\n"
+        "    while True: print('line ' * 100)\n"
+        "sys.exit(command.guard(body, argparse.Namespace(debug=False)))"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as running:
+        assert running.stdout is not None
+        assert running.stderr is not None
+        running.stdout.readline()
+        running.stdout.close()
+        assert running.stderr.read() == b""
+        assert running.wait(30) == 141
 
 
 def test_progress_is_a_bar_or_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -298,13 +298,19 @@ def test_a_second_run_of_the_same_files_is_no_nuisance(tmp_path: Path) -> None:
 def test_a_second_run_must_not_leave_out_a_few(tmp_path: Path) -> None:
     """Its first sum starts from the same prompt: less one client, the two could be subtracted."""
     world = second(tmp_path, first_run(tmp_path), gather_seconds=20.0)
+    world.withdraws = True
+    trained: list[str] = []
     for name in names(4):
         world.join(name)
+        toy = world.toys[name]
+        toy.run = lambda work, toy=toy: trained.append("") or type(toy).run(toy, work)
     world.pump()
-    faults = [text for kind, text in world.events if kind == "fault"]
-    assert any("IsolationError" in text and "single out c005" in text for text in faults)
-    assert world.run.error is not None
+    told = str(world.run.error)
+    assert "c001, c002, c003, c004 would not take part (c001 withdrew: PolicyError: " in told
+    assert "would single out c005: at least 4 clients must change together; begin from " in told
+    assert "another prompt (other words in init, or another seed), or with the clients of" in told
     assert all(r["outcome"] == "aborted" for r in world.store.summary()["rounds"])
+    assert not trained  # it is said before anything is done
 
 
 def test_other_bounds_for_the_same_start_need_the_operators_word(tmp_path: Path) -> None:
@@ -314,6 +320,7 @@ def test_other_bounds_for_the_same_start_need_the_operators_word(tmp_path: Path)
     world.pump()
     assert set(world.errors) == set(names(5))
     (error,) = {str(e) for e in world.errors.values()}
+    assert "from the same starting prompt with lr = 0.001 (now 0.5): if that is meant" in error
     assert all(isinstance(e, errors.AcceptanceError) for e in world.errors.values())
     assert not world.store.summary()["rounds"]  # the terms were refused, not a plan
     word = error.split("--accept ")[1]

@@ -396,15 +396,22 @@ def test_delta_must_be_below_one_over_the_number_of_images(bundled: Backbone) ->
     images, test = sets.generated_sets(8, ["photo"], 4, 1, 0)
     for delta, refused in ((1 / 32, True), (0.99 / 32, False)):
         dp = PrivacySettings(kind="sample", noise_multiplier=1.0, delta=delta)
-        trainer = LocalTrainer(bundled, images, test, dp=dp)
         assert len(images) == 32
-        if refused:
+        if refused:  # before anybody is asked
             with pytest.raises(
                 ConfigError, match=r"dp\.delta = 0\.03125: with 32 images .* below 0\.031"
             ):
-                trainer.prepare(settings_of("promptfl"))
+                LocalTrainer(bundled, images, test, dp=dp)
         else:
-            trainer.prepare(settings_of("promptfl"))
+            LocalTrainer(bundled, images, test, dp=dp).prepare(settings_of("promptfl"))
+
+
+def test_noise_that_exceeds_the_budget_is_said_before_a_run_is_joined(
+    bundled: Backbone, tmp_path: Path
+) -> None:
+    with pytest.raises(BudgetError, match=r"target_epsilon = 2: .* this round would make it"):
+        private_client(bundled, tmp_path, "promptfl", noise_multiplier=0.5, target_epsilon=2.0)
+    private_client(bundled, tmp_path / "b", "promptfl", noise_multiplier=5.0, target_epsilon=9.0)
 
 
 @pytest.mark.parametrize(

@@ -401,7 +401,7 @@ def test_mistakes_are_one_line_and_an_exit_code(federation: Any, tmp_path: Path)
         (["--roster", str(wrong_server)], 5, "probably not this server's"),
         (["--server", "tcp://127.0.0.1:9", "--patience", "1"], 3, "unreachable"),
         (["--dataset", str(tmp_path / "one")], 2, "has one class, 'cat'"),
-        (["--dataset", str(tmp_path / "nothing")], 2, "does not exist"),
+        (["--dataset", str(tmp_path / "nothing")], 2, "no such file or folder"),
         (["--model", "local-dir:nowhere"], 2, "lacks open_clip_config.json"),
         (["--generated-classes", "24"], 7, "name the same classes in the same order"),
     ]  # fmt: skip
@@ -433,6 +433,31 @@ def test_mistakes_are_one_line_and_an_exit_code(federation: Any, tmp_path: Path)
         (["--generated-classes", "24"], 7, "the server would refuse us: class list of alice"),
         (["--policy-protections", "bfv"], 10, "allows only bfv"),
         (["--method", "fedmgp"], 7, "method of alice is 'fedmgp', the run's is 'promptfl'"),
+        (
+            ["--policy-max-lr", "0.001"],
+            10,
+            "failed run the server plans lr 0.02, but policy.max_lr",
+        ),
+        (
+            [
+                "--dp-kind",
+                "sample",
+                "--dp-noise-multiplier",
+                "0.2",
+                "--dp-target-epsilon",
+                "1",
+                "--dp-delta",
+                "1e-4",
+            ],
+            11,
+            "failed run target_epsilon = 1: ",
+        ),
+        (
+            ["--dp-kind", "sample", "--dp-target-epsilon", "1", "--dp-delta", "0.5"],
+            2,
+            "failed data dp.delta = 0.5: with 201 images it must be below",
+        ),
+        (["--model", "nothing-32"], 2, "failed model model = 'nothing-32'"),
     ):
         refused = python("secure_fedprompt", "check", *alice[1:], *extra)
         assert refused.returncode == code, refused.stdout
@@ -448,7 +473,7 @@ def test_too_few_clients_end_the_run_on_both_sides(federation: Any) -> None:
     for i in (0, 1):
         f.start(i)
     assert f.started["server"].wait(LONG) == 8
-    assert "1 of at least 3 clients (alice): for more, 2 s at most" in f.log("server")
+    assert "for clients, 2 s at most: 1 of at least 3 clients (alice)" in f.log("server")
     assert "1 of at least 3 clients (alice) after " in f.log("server")
     assert f.started["alice"].wait(LONG) == 8
     assert "start more clients" in f.log("alice")

@@ -106,7 +106,7 @@ def test_a_server_waits_for_a_quorum_as_long_as_its_patience_lasts(tmp_path: Pat
         world.pump(until=lambda w, message: w.clock > 100)
         assert not world.run.over
         said = [text for kind, text in world.events if kind == "waiting"]
-        assert said == ["2 of at least 3 clients (c001, c002): for more, 150 s at most"]
+        assert said == ["for clients, 150 s at most: 2 of at least 3 clients (c001, c002)"]
         if third_comes:
             world.join("c003")
         world.pump()
@@ -332,6 +332,31 @@ def test_a_run_id_holds_every_clients_nonce(tmp_path: Path) -> None:
     strict = dataclasses.replace(session.party, policy=Policy(allow_late_join=False))
     with pytest.raises(errors.PolicyError, match="allow_late_join"):
         Session(strict, world.toys["c001"]).on(late)
+
+
+def test_who_asks_is_told_whether_there_was_something_to_compare(tmp_path: Path) -> None:
+    def asked(**settings: str) -> m.Probed:
+        (tmp_path / str(len(settings))).mkdir(exist_ok=True)
+        world = World(tmp_path / str(len(settings)), **settings)
+        if not settings:
+            probe = m.Probe("", b"m" * 32, b"c" * 32, world.roster.digest)
+            ((_, first),) = world.run.on("c002", probe, 0.0)
+            assert (first.compared, first.error) == (0, "")  # nobody has said which it is
+            world.join("c001")
+            world.pump(lambda w, message: bool(w.run.clients))
+        other = m.Probe("", b"m" * 32, b"x" * 32, world.roster.digest)
+        ((_, found),) = world.run.on("c002", other, 0.0)
+        return found
+
+    found = asked()
+    assert (found.compared, found.error) == (1, "MismatchError")
+    assert (
+        "the run's, as c001 was first to say, has 6363636363636363: name the same" in found.reason
+    )
+    assert "classes_digest in the server's file says which list is right" in found.reason
+    pinned = asked(model_fingerprint="6d" * 32, classes_digest="63" * 32)
+    assert (pinned.compared, pinned.error) == (1, "MismatchError")
+    assert "the server wants 6363" in pinned.reason
 
 
 def test_clients_check_plan_and_prompt_against_their_own(tmp_path: Path) -> None:

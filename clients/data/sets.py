@@ -242,7 +242,7 @@ def folder_sets(
         DataError: nothing there, no images, or a class that is not in ``names``.
     """
     if not path.exists():
-        raise DataError(f"data set {path} does not exist")
+        raise DataError(f"dataset = {str(path)!r}: no such file or folder")
     source = _zip(path) if path.is_file() else _folder(path)
     _check_kinds(source)
     splits = [s for s in _SPLIT_NAMES if any(s in p.parts[:-2] for p in source.paths)]

@@ -216,7 +216,7 @@ def traffic(log: Log, run: str) -> list[Traffic]:
 def show(console: Console, result: Audit) -> None:
     """Tables for people."""
     table = Table(title=f"run {result.run[:8]} in the log of {result.logs[0]}")
-    for name in ("message", "way", "frames", "bytes", "by the plan", "difference"):
+    for name in ("message", "way", "frames", "bytes", "without dropouts", "difference"):
         table.add_column(name, justify="left" if name in ("message", "way") else "right")
     for row in result.traffic:
         expected = "" if row.expected is None else f"{row.expected:,}"

@@ -92,7 +92,9 @@ def score(settings: ModelSettings, prompt: PromptFile, other_classes: bool = Fal
     from secure_fedprompt.clients.data.loading import load_part, load_sets
     from secure_fedprompt.clients.features import Features
     from secure_fedprompt.clients.features import predict as guess
+    from secure_fedprompt.clients.methods.base import build
     from secure_fedprompt.clients.metrics import macro_f1
+    from secure_fedprompt.protocol.settings import MethodSettings
 
     if settings.parts > 1:
         train, test = load_part(settings)
@@ -109,9 +111,13 @@ def score(settings: ModelSettings, prompt: PromptFile, other_classes: bool = Fal
     guesses, losses = guess(method, features)
     hits = guesses == images.labels
     per_class = {names[c]: float(hits[images.labels == c].mean()) for c in np.unique(images.labels)}
+    words = build(MethodSettings(method="zeroshot"), backbone, names)
+    if words.needs != method.needs:
+        features = Features(backbone, images, words.needs, lambda what, done, total: None, "")
     figures = {
         "images": len(images),
         "accuracy": float(hits.mean()),
+        "zero_shot": float((guess(words, features)[0] == images.labels).mean()),
         "macro_f1": macro_f1(images.labels, guesses),
         "loss": float(losses.mean()),
         "per_class": per_class,
@@ -135,7 +141,10 @@ def _evaluate(args: argparse.Namespace, settings: ModelSettings, prompt: PromptF
             f"{settings.test_share:g} holds out; --test-share 1 scores all",
             soft_wrap=True,
         )
-    console.print(f"accuracy {result['accuracy']:.2%}, macro-F1 {result['macro_f1']:.2%}")
+    console.print(
+        f"accuracy {result['accuracy']:.2%} (zero-shot {result['zero_shot']:.2%}), macro-F1 "
+        f"{result['macro_f1']:.2%}"
+    )
     command.write_json(args.json, "evaluate", result)
     return 0
 

@@ -11,6 +11,7 @@ import os
 import tempfile
 from collections import deque
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -86,7 +87,14 @@ def _run(args: argparse.Namespace) -> int:
         if store.finished:
             store.close()
             raise ConfigError(f"run_dir = {args.run_dir!r} holds a finished run: choose another")
-        store.on_event.append(lambda kind, value: bar.advance(task) if kind == "round" else None)
+
+        def tell(kind: str, value: Any) -> None:
+            if kind == "round":
+                bar.advance(task)
+            if kind == "round" and not console.is_terminal:
+                console.print(f"learning round {value['learning_round']} {value['outcome']}")
+
+        store.on_event.append(tell)
         try:
             _, history = simulate_run(server, store, trainers, args.dropout)
             summary = store.summary()

@@ -12,6 +12,7 @@ import contextlib
 import difflib
 import json
 import math
+import os
 import signal
 import sys
 import threading
@@ -34,7 +35,7 @@ from secure_fedprompt.protocol.methods import METHODS, unknown_method
 from secure_fedprompt.protocol.settings import CHOICES
 
 S = TypeVar("S", bound=msgspec.Struct)
-INTERRUPTED = 130
+INTERRUPTED, GONE = 130, 141  # as shells count signals
 LOCAL_MODEL = "local-dir:"
 STDOUT = "-"
 _output: ContextVar[TextIO] = ContextVar("output", default=sys.stdout)
@@ -98,6 +99,9 @@ def _merge(
     if unknown := sorted(set(values) - set(hints)):
         close = difflib.get_close_matches(unknown[0], hints, n=1)
         advice = f"did you mean {close[0]!r}?" if close else "see --help for the known ones"
+        for table, inner in hints.items():
+            if _is_struct(inner) and unknown[0] in get_type_hints(inner):
+                advice = f"it belongs into the table [{table}]"
         raise ConfigError(
             f"{where}: unknown key {prefix.replace('_', '.')}{unknown[0]!r}; {advice}"
         )
@@ -268,6 +272,9 @@ def guard(body: Callable[[], int], args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
+    except BrokenPipeError:  # whoever read our output has gone, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return GONE
     except SecureFedPromptError as error:
         if args.debug:
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import json
 import time
 from collections import defaultdict
@@ -144,7 +145,8 @@ def _facts(settings: dict[str, Any], rows: Rows) -> dict[str, str]:
         "protection": settings["protection"],
         "selection": chosen if chosen == "client" else f"{chosen}, {settings['selection_scope']}",
         "clients": " to ".join(str(n) for n in (cohorts[0], cohorts[-1])[: len(cohorts)]),
-        "rounds": f"{done} done, {len(rows) - done} aborted",
+        "sums": f"{done} opened in {settings['rounds']} learning rounds wanted, "
+        f"{len(rows) - done} attempts aborted",
         "local training": f"lr {settings['lr']:g}, batch {settings['batch_size']}, "
         f"{settings['epochs']} epochs, weights {settings['weights']}",
     }
@@ -195,10 +197,10 @@ def _learned(
 def _traffic(
     moved: list[tuple[int, str, str, int]], numbers: list[int]
 ) -> dict[str, dict[str, list[float]]]:
-    """Bytes outside of rounds count with the first."""
+    """Bytes outside of rounds count with the next one; those of the last frames with the last."""
     found: dict[str, dict[str, list[float]]] = {"up": {}, "down": {}}
     for number, way, kind, size in moved:
-        column = numbers.index(number) if number in numbers else 0
+        column = min(bisect.bisect_left(numbers, number), len(numbers) - 1)
         found[way].setdefault(kind, [0.0] * len(numbers))[column] += size
     return found
 
