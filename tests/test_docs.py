@@ -1,0 +1,82 @@
+"""README and docs: their links lead somewhere, and their commands are ones that exist."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from secure_fedprompt import client, helper
+from secure_fedprompt.__main__ import main
+from secure_fedprompt.server.__main__ import main as server_main
+
+ROOT = Path(__file__).parent.parent
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
+PROGRAMS = {"server": server_main, "client": client.main, "helper": helper.main}
+
+
+def commands() -> Iterator[tuple[str, str]]:
+    for page in PAGES:
+        for block in re.findall(r"```sh\n(.*?)```", page.read_text(), re.DOTALL):
+            for line in block.replace("\\\n", " ").splitlines():
+                words = line.split(" #")[0].strip()
+                for part in words.split(" && "):
+                    if part.startswith(("secure-fedprompt ", "python -m secure_fedprompt")):
+                        yield page.name, part
+
+
+class Parsed(Exception):
+    """The flags were understood."""
+
+
+@pytest.mark.parametrize(("page", "line"), sorted(set(commands())))
+def test_every_command_is_understood(
+    page: str, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parse = argparse.ArgumentParser.parse_args
+
+    def parsed(self: argparse.ArgumentParser, *args: Any) -> None:
+        parse(self, *args)
+        raise Parsed
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parsed)
+    words = shlex.split(line)
+    if words[0] == "python":
+        program, rest = PROGRAMS[words[2].rpartition(".")[2]], words[3:]
+    else:
+        program, rest = main, words[1:]
+    if rest[:1] == ["--help"]:
+        assert program(rest) == 0
+        return
+    with pytest.raises(Parsed):
+        program(rest)
+
+
+def test_there_are_commands() -> None:
+    found = [line for _, line in commands()]
+    assert len(found) > 25
+    assert len({line.split()[1] for line in found}) > 12
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_leads_somewhere(page: Path) -> None:
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if target.startswith("http"):
+            continue
+        path, _, anchor = target.partition("#")
+        found = (page.parent / path).resolve() if path else page
+        assert found.exists(), f"{page.name}: {target}"
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", found.read_text(), re.MULTILINE)
+            names = [re.sub(r"[^a-z0-9 -]", "", h.lower()).replace(" ", "-") for h in headings]
+            assert anchor in names, f"{page.name}: {target}"
+
+
+def test_the_readme_can_be_read_first() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 180
