@@ -373,7 +373,9 @@ def test_a_spent_budget_is_told_to_its_owner_and_to_nobody_else(federation: Any)
         assert word not in told
 
 
-def test_mistakes_are_one_line_and_an_exit_code(federation: Any, tmp_path: Path) -> None:
+def test_mistakes_are_one_line_and_an_exit_code(
+    federation: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Each wrong client is told what is wrong; the server goes on waiting for right ones."""
     f = federation(gather_seconds=LONG)
     f.start(0)
@@ -429,43 +431,20 @@ def test_mistakes_are_one_line_and_an_exit_code(federation: Any, tmp_path: Path)
     told = " ".join(check.stdout.split())
     assert "promptfl under masks, 4 clients, quorum 3: roster, model, classes and policy" in told
     assert "images opened, 32 classes" in told
+    dp = ["--dp-kind", "sample", "--dp-target-epsilon", "1", "--dp-delta"]
     for extra, code, words in (
         (["--generated-classes", "24"], 7, "the server would refuse us: class list of alice"),
         (["--policy-protections", "bfv"], 10, "allows only bfv"),
         (["--method", "fedmgp"], 7, "method of alice is 'fedmgp', the run's is 'promptfl'"),
-        (
-            ["--policy-max-lr", "0.001"],
-            10,
-            "failed run the server plans lr 0.02, but policy.max_lr",
-        ),
-        (
-            [
-                "--dp-kind",
-                "sample",
-                "--dp-noise-multiplier",
-                "0.2",
-                "--dp-target-epsilon",
-                "1",
-                "--dp-delta",
-                "1e-4",
-            ],
-            11,
-            "failed run target_epsilon = 1: ",
-        ),
-        (
-            ["--dp-kind", "sample", "--dp-target-epsilon", "1", "--dp-delta", "0.5"],
-            2,
-            "failed data dp.delta = 0.5: with 201 images it must be below",
-        ),
+        (["--policy-max-lr", "0.001"], 10, "failed run the server plans lr 0.02, but policy.max"),
+        ([*dp, "1e-4", "--dp-noise-multiplier", "0.2"], 11, "failed run target_epsilon = 1: "),
+        ([*dp, "0.5"], 2, "failed data dp.delta = 0.5: with 201 images it must be below"),
         (["--model", "nothing-32"], 2, "failed model model = 'nothing-32'"),
+        (["--key", "nowhere.pem"], 2, "no such file"),
     ):
-        refused = python("secure_fedprompt", "check", *alice[1:], *extra)
-        assert refused.returncode == code, refused.stdout
-        assert words in " ".join(refused.stdout.split())
+        assert main(["check", *alice[1:], *extra]) == code
+        assert words in " ".join(capsys.readouterr().out.split())
     assert "joined alice" not in f.log("server")  # who only asks does not join
-    check = python("secure_fedprompt", "check", *alice[1:], "--key", "nowhere.pem")
-    assert check.returncode == 2
-    assert "no such file" in check.stdout
 
 
 def test_too_few_clients_end_the_run_on_both_sides(federation: Any) -> None:
