@@ -41,12 +41,8 @@ from secure_fedprompt.clients.features import Features, predict
 from secure_fedprompt.clients.methods.base import Method, build
 from secure_fedprompt.clients.training import LocalTrainer, client_seed
 from secure_fedprompt.commands.simulate import simulate_run
-from secure_fedprompt.protocol.settings import (
-    FedMGPSettings,
-    FedOTPSettings,
-    MethodSettings,
-    ServerSettings,
-)
+from secure_fedprompt.protocol.settings import FedMGPSettings, FedOTPSettings, MethodSettings
+from secure_fedprompt.server.settings import ServerSettings
 from secure_fedprompt.server.store import Store
 
 CLIENTS = 10

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from secure_fedprompt.clients.party import Party, Replies
+from secure_fedprompt.clients.party import Party, Replies, refusal
 from secure_fedprompt.clients.rounds.selecting import box_key
 from secure_fedprompt.protocol import masking
 from secure_fedprompt.protocol import messages as m
@@ -20,6 +20,8 @@ from secure_fedprompt.protocol.errors import (
     ProtocolError,
     ReplayError,
     RosterMismatchError,
+    RunFailedError,
+    SecureFedPromptError,
     UnexpectedMessageError,
 )
 from secure_fedprompt.protocol.expand import Purpose
@@ -28,6 +30,7 @@ from secure_fedprompt.protocol.plan import RoundPlan
 from secure_fedprompt.protocol.selection.parties import Evaluator
 from secure_fedprompt.protocol.selection.shares import Keys, share_of
 from secure_fedprompt.protocol.selection.task import Task, session_of
+from secure_fedprompt.protocol.terms import RunTerms
 
 
 @dataclass
@@ -151,3 +154,73 @@ class Helper:
             context = masking.seal_context(plan, party.name, owner.name)
             boxes.append(seal(key, outcomes[owner.name], context))
         return m.HelperOutcome(plan.run, plan.round, b"".join(boxes))
+
+
+class HelperSession:
+    """A helper over a whole run, as a state machine without I/O.
+
+    Attributes:
+        run: its id, once welcomed; over: whether it has ended; helped: selections so far.
+    """
+
+    def __init__(self, party: Party) -> None:
+        self.party, self.run, self.over, self.helped = party, b"", False, 0
+        self._helper, self._nonce, self._opened = Helper(party), party.entropy(32), False
+        self._commitments: tuple[m.Nonce, ...] = ()
+        self._terms: RunTerms | None = None
+
+    def hello(self) -> m.Hello:
+        """The first frame of each connection."""
+        if self._opened and self._terms is None:  # it is known: the next run needs another
+            self._nonce, self._opened, self.run = self.party.entropy(32), False, b""
+        committed = m.commitment(self.party.name, self._nonce)
+        return m.Hello(committed, "", bytes(32), bytes(32), self.party.roster.digest)
+
+    def on(self, message: m.Message) -> Replies:
+        """Take one frame. One that breaks a rule only ends our part in its round.
+
+        Raises:
+            SecureFedPromptError: refused, or the run failed.
+        """
+        match message:
+            case m.Rejoin():
+                return [self.hello()]
+            case m.LogHead():
+                self.party.check_head(message)
+            case m.Refused():
+                raise refusal(message)
+            case m.Welcome():
+                self._welcome(message)
+                return [self.party.ready(self.run, self._nonce)]
+            case m.Terms() if message.run == self.run:
+                self._terms = self.party.check_terms(message, self._commitments)
+                return [m.Accept(self.run, self._terms.digest)]
+            case m.RoundEnd():
+                self._helper.end(message.run, message.round)
+            case m.Finish() if not self.run:
+                raise RunFailedError("the run ended before this helper could take part")
+            case m.Finish() if message.run == self.run:
+                self.over = True
+                if message.reason:
+                    raise RunFailedError(f"server ended the run: {message.reason}")
+                return [m.Leave("Finished", "")]
+            case m.HelperPlan() | m.HelperAnswer() | m.HelperInputs() | m.HelperTables():
+                if message.run != self.run or self._terms is None:
+                    return []
+                try:
+                    if isinstance(message, m.HelperPlan):
+                        self._terms.admit(message.plan)
+                    replies = self._helper.on(message)
+                except SecureFedPromptError as error:
+                    kind = type(error).__name__
+                    return [m.Withdraw(message.run, message.round, kind, m.line(error))]
+                self.helped += sum(isinstance(reply, m.HelperOutcome) for reply in replies)
+                return replies
+        return []
+
+    def _welcome(self, message: m.Welcome) -> None:
+        if message.run != m.run_id(message.server_nonce, message.commitments):
+            raise ReplayError("run id is not the digest of the run's nonces")
+        if self.run not in (b"", message.run):
+            raise ReplayError("welcome to another run: start this helper again to join it")
+        self.run, self._commitments, self._opened = message.run, message.commitments, True

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import msgspec
+
 from secure_fedprompt.clients.data.settings import DataSettings
 from secure_fedprompt.clients.privacy_settings import PrivacySettings
 from secure_fedprompt.protocol.policy import Policy
@@ -83,3 +85,33 @@ class ClientSettings(ModelSettings, frozen=True, forbid_unknown_fields=True, kw_
     private_record: bool = False
     dp: PrivacySettings = PrivacySettings()
     policy: Policy = Policy()
+
+
+class HelperSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The helper's file.
+
+    Attributes:
+        key: own key file.
+        roster: the federation's public roster file, the same everywhere.
+        server: address of the server.
+        min_cohort: smallest cohort to help.
+        patience: seconds without a connection before giving up.
+        state_dir: of the audit log; {name} in it is the helper's.
+        audit: log of frames, in state_dir/audit: "off", "headers" (sizes, digests), or "full".
+            Its shares and the server's open scores together: keep the two logs apart.
+        audit_mb: most megabytes of that log; its oldest parts go first.
+        log: file to append what the terminal shows to (objects, if it ends in .jsonl); or "json",
+            for objects in the place of text on the terminal.
+        log_level: least that is told: "debug", "info", "warning" or "error".
+    """
+
+    key: FilePath = "helper.pem"
+    roster: FilePath = "roster.toml"
+    server: str = "tcp://127.0.0.1:5570"
+    min_cohort: int = 3
+    patience: Seconds = 14400.0
+    state_dir: FilePath = "state/{name}"
+    audit: str = "headers"
+    audit_mb: Positive = 2048
+    log: LogPath = ""
+    log_level: str = "info"

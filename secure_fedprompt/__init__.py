@@ -21,7 +21,7 @@ _PUBLIC = {
     "Roster": "secure_fedprompt.protocol.roster",
     "RoundPlan": "secure_fedprompt.protocol.plan",
     "SecureFedPromptError": "secure_fedprompt.protocol.errors",
-    "ServerSettings": "secure_fedprompt.protocol.settings",
+    "ServerSettings": "secure_fedprompt.server.settings",
     "run_round": "secure_fedprompt.memory",
 }
 __all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604

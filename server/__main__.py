@@ -15,10 +15,10 @@ from secure_fedprompt.host.recorder import recorder
 from secure_fedprompt.protocol import homomorphic
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.errors import ConfigError, PlanError
-from secure_fedprompt.protocol.settings import ServerSettings
 from secure_fedprompt.server.hub import Hub, bound_connections
 from secure_fedprompt.server.planning import check_settings, noise_of
 from secure_fedprompt.server.run import Run
+from secure_fedprompt.server.settings import ServerSettings
 from secure_fedprompt.server.store import BEST, TROUBLE, Store
 
 EXAMPLES = """\

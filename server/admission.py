@@ -10,8 +10,8 @@ from secure_fedprompt.protocol.errors import (
     RunFailedError,
 )
 from secure_fedprompt.protocol.roster import Roster
-from secure_fedprompt.protocol.settings import ServerSettings
 from secure_fedprompt.server.planning import RunState
+from secure_fedprompt.server.settings import ServerSettings
 
 
 def admit(

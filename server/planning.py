@@ -27,8 +27,8 @@ from secure_fedprompt.protocol.plan import (
 from secure_fedprompt.protocol.protections import default_threshold
 from secure_fedprompt.protocol.roster import Roster
 from secure_fedprompt.protocol.selection.task import SCOPES, Selection
-from secure_fedprompt.protocol.settings import ServerSettings
 from secure_fedprompt.protocol.terms import Choice, RunTerms, nonces_digest
+from secure_fedprompt.server.settings import ServerSettings
 
 TENSOR_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.]{0,47}")
 

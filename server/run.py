@@ -40,7 +40,6 @@ from secure_fedprompt.protocol.expand import Purpose
 from secure_fedprompt.protocol.keys import Identity, verify
 from secure_fedprompt.protocol.plan import MAX_ATTEMPTS, NO_KEY, RoundPlan
 from secure_fedprompt.protocol.roster import Roster
-from secure_fedprompt.protocol.settings import ServerSettings
 from secure_fedprompt.server.admission import admit, check
 from secure_fedprompt.server.opening import Pending
 from secure_fedprompt.server.planning import (
@@ -60,6 +59,7 @@ from secure_fedprompt.server.rounds.base import Deadlines, Round, Stage
 from secure_fedprompt.server.rounds.encrypted import EncryptedRound
 from secure_fedprompt.server.rounds.selecting import Outbox
 from secure_fedprompt.server.rounds.start import make_round
+from secure_fedprompt.server.settings import ServerSettings
 
 POLICY = f"withdrew: {PolicyError.__name__}: "  # how the fault of who declined begins
 SAME_HELLO = 5.0  # seconds within which two greetings of one process count as one

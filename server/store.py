@@ -31,10 +31,10 @@ from secure_fedprompt.protocol.errors import ConfigError, PromptFileError
 from secure_fedprompt.protocol.layout import TensorSpec
 from secure_fedprompt.protocol.messages import Nonce
 from secure_fedprompt.protocol.protections import facts_of
-from secure_fedprompt.protocol.settings import ServerSettings
 from secure_fedprompt.protocol.terms import RunTerms
 from secure_fedprompt.server.planning import RunState
 from secure_fedprompt.server.rounds.base import Round
+from secure_fedprompt.server.settings import ServerSettings
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS state (id INTEGER PRIMARY KEY CHECK (id = 1), body TEXT NOT NULL);

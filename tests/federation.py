@@ -11,18 +11,19 @@ from typing import Any
 import numpy as np
 from rounds import OPEN, entropy_from, identity, names, roster
 
+from secure_fedprompt.clients.helper import HelperSession
 from secure_fedprompt.clients.journal import MemoryJournal
 from secure_fedprompt.clients.ledger import Ledger
 from secure_fedprompt.clients.party import Party
 from secure_fedprompt.clients.session import Session, Work
-from secure_fedprompt.helper import HelperSession
 from secure_fedprompt.protocol import errors
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.averaging import Prompt
 from secure_fedprompt.protocol.layout import TensorSpec, Values
 from secure_fedprompt.protocol.policy import Policy
-from secure_fedprompt.protocol.settings import MethodSettings, ServerSettings
+from secure_fedprompt.protocol.settings import MethodSettings
 from secure_fedprompt.server.run import Run
+from secure_fedprompt.server.settings import ServerSettings
 from secure_fedprompt.server.store import Store
 
 

@@ -24,13 +24,9 @@ from secure_fedprompt.commands.simulate import make_trainers
 from secure_fedprompt.memory import run_round
 from secure_fedprompt.prompt_file import read_prompt, write_prompt
 from secure_fedprompt.protocol.errors import ConfigError, PlanError
-from secure_fedprompt.protocol.settings import (
-    ComparatorSettings,
-    FedMGPSettings,
-    MethodSettings,
-    ServerSettings,
-)
+from secure_fedprompt.protocol.settings import ComparatorSettings, FedMGPSettings, MethodSettings
 from secure_fedprompt.server.planning import check_settings
+from secure_fedprompt.server.settings import ServerSettings
 
 NAMES = ("cat", "dog", "red ring")
 STILL = {"zeroshot", "coop"}  # what they upload never changes

@@ -25,8 +25,9 @@ from secure_fedprompt.clients.session import Work
 from secure_fedprompt.clients.training import LocalTrainer
 from secure_fedprompt.protocol.errors import ConfigError, ModelError
 from secure_fedprompt.protocol.selection.shares import integer_keys, order
-from secure_fedprompt.protocol.settings import FedMGPSettings, MethodSettings, ServerSettings
+from secure_fedprompt.protocol.settings import FedMGPSettings, MethodSettings
 from secure_fedprompt.server.planning import check_settings
+from secure_fedprompt.server.settings import ServerSettings
 
 NAMES = ("cat", "dog", "red ring")
 

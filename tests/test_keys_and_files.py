@@ -29,9 +29,10 @@ from secure_fedprompt.protocol import errors
 from secure_fedprompt.protocol.keys import Identity, Member, agree, seal, unseal
 from secure_fedprompt.protocol.layout import TensorSpec
 from secure_fedprompt.protocol.roster import Roster, member_to_toml
-from secure_fedprompt.protocol.settings import MethodSettings, ServerSettings
+from secure_fedprompt.protocol.settings import MethodSettings
 from secure_fedprompt.server.__main__ import main as server_main
 from secure_fedprompt.server.planning import RunState, check_roster, check_settings, terms_of
+from secure_fedprompt.server.settings import ServerSettings
 
 
 def flags(cls: type, words: list[str]) -> argparse.Namespace:

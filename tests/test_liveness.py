@@ -19,8 +19,8 @@ from secure_fedprompt.protocol import errors
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.expand import Purpose
 from secure_fedprompt.protocol.plan import NO_KEY, RoundPlan
-from secure_fedprompt.protocol.settings import ServerSettings
 from secure_fedprompt.server import planning
+from secure_fedprompt.server.settings import ServerSettings
 
 
 def everybody(world: World) -> World:

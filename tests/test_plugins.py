@@ -16,7 +16,8 @@ from secure_fedprompt.clients.settings import ClientSettings
 from secure_fedprompt.host import command, plugins
 from secure_fedprompt.protocol import errors
 from secure_fedprompt.protocol.methods import METHODS, method_facts
-from secure_fedprompt.protocol.settings import MethodSettings, ServerSettings
+from secure_fedprompt.protocol.settings import MethodSettings
+from secure_fedprompt.server.settings import ServerSettings
 
 TRAINER = '''\
 import torch

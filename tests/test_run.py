@@ -17,7 +17,8 @@ from secure_fedprompt.clients.session import Session
 from secure_fedprompt.protocol import errors
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.policy import Policy
-from secure_fedprompt.protocol.settings import MethodSettings, ServerSettings
+from secure_fedprompt.protocol.settings import MethodSettings
+from secure_fedprompt.server.settings import ServerSettings
 from secure_fedprompt.server.store import Store
 
 

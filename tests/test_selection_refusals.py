@@ -31,8 +31,9 @@ from secure_fedprompt.protocol.expand import Purpose
 from secure_fedprompt.protocol.layout import FILLED, Field, TensorSpec
 from secure_fedprompt.protocol.policy import Policy
 from secure_fedprompt.protocol.selection.task import Selection
-from secure_fedprompt.protocol.settings import FedMGPSettings, ServerSettings
+from secure_fedprompt.protocol.settings import FedMGPSettings
 from secure_fedprompt.server.planning import check_settings
+from secure_fedprompt.server.settings import ServerSettings
 
 
 def test_settings_that_do_not_fit_are_refused() -> None:

@@ -303,8 +303,8 @@ def test_noise_is_asked_of_every_sum() -> None:
 
 
 def make_terms(**changes: Any) -> RunTerms:
-    from secure_fedprompt.protocol.settings import ServerSettings
     from secure_fedprompt.server.planning import RunState, terms_of
+    from secure_fedprompt.server.settings import ServerSettings
 
     state = RunState(run=b"r" * 16, model_fingerprint=b"m" * 32, classes_digest=b"c" * 32)
     state.tensors = (TensorSpec("ctx", (2, 3)),)

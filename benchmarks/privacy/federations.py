@@ -42,7 +42,8 @@ from secure_fedprompt.protocol import fixedpoint
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.layout import total_size
 from secure_fedprompt.protocol.plan import RoundPlan
-from secure_fedprompt.protocol.settings import MethodSettings, ServerSettings
+from secure_fedprompt.protocol.settings import MethodSettings
+from secure_fedprompt.server.settings import ServerSettings
 from secure_fedprompt.server.store import Store
 
 Array = NDArray[np.float64]

@@ -34,9 +34,10 @@ from secure_fedprompt.protocol.keys import Identity, Member
 from secure_fedprompt.protocol.policy import Policy
 from secure_fedprompt.protocol.protections import PROTECTIONS
 from secure_fedprompt.protocol.roster import Roster
-from secure_fedprompt.protocol.settings import MethodSettings, ServerSettings
+from secure_fedprompt.protocol.settings import MethodSettings
 from secure_fedprompt.server.planning import RunState
 from secure_fedprompt.server.run import Run
+from secure_fedprompt.server.settings import ServerSettings
 from secure_fedprompt.server.store import Store
 
 # Not a choice here: there are no keys, addresses or waiting.
