@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -136,21 +136,28 @@ def make_updates(plan: RoundPlan, seed: int = 0) -> dict[str, Update]:
     return result
 
 
+def own_words(
+    plan: RoundPlan, updates: Mapping[str, Update], name: str, seed: str = ""
+) -> np.ndarray:
+    """What a client protects: its update, encoded with its own rounding stream."""
+    from secure_fedprompt.protocol.masking import RoundSecrets
+
+    values, weight = updates[name]
+    full = {**values, "weight": np.float64(weight), "contributors": np.float64(1)}
+    vector = fixedpoint.weighted(plan.layout, full, weight=weight, clip=plan.clip)
+    key = RoundSecrets.fresh(entropy_from(f"{seed} {name}")).rounding
+    return fixedpoint.encode(plan.layout, vector, key)
+
+
 def plain_sum(
-    plan: RoundPlan, updates: dict[str, Update], who: Sequence[str], seed: str = ""
+    plan: RoundPlan, updates: Mapping[str, Update], who: Sequence[str], seed: str = ""
 ) -> np.ndarray:
     """The reference: encode each update with the client's own rounding stream and add integers."""
     from secure_fedprompt.protocol import layout as lay
-    from secure_fedprompt.protocol.masking import RoundSecrets
 
     total = np.zeros(lay.total_size(plan.layout), np.int64)
     for name in who:
-        values, weight = updates[name]
-        full = {**values, "weight": np.float64(weight), "contributors": np.float64(1)}
-        vector = fixedpoint.weighted(plan.layout, full, weight=weight, clip=plan.clip)
-        key = RoundSecrets.fresh(entropy_from(f"{seed} {name}")).rounding
-        words = fixedpoint.encode(plan.layout, vector, key)
-        total += fixedpoint.to_integers(plan.layout, words)
+        total += fixedpoint.to_integers(plan.layout, own_words(plan, updates, name, seed))
     return total
 
 

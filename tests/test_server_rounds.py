@@ -180,3 +180,43 @@ def test_a_contributor_count_that_does_not_fit_aborts() -> None:
     outcome = run_round(plan, make_parties(4), make_updates(plan), tap=tap)
     assert outcome.round.stage is Stage.ABORTED
     assert "counts 3 contributors" in outcome.round.reason
+
+
+@pytest.mark.parametrize("doubled", ["its own", "another's"])
+def test_a_key_that_is_used_twice_costs_its_sender_the_round(doubled: str) -> None:
+    plan, first = make_plan(5), dict[str, m.Advert]()
+
+    def tap(sender: str, recipient: str, message: m.Message) -> m.Message:
+        if isinstance(message, m.Advert):
+            first.setdefault(sender, message)
+            if sender == "c005":
+                own = message.seal_key if doubled == "its own" else first["c001"].mask_key
+                return dataclasses.replace(message, mask_key=own)
+        return message
+
+    outcome = run_round(plan, make_parties(5), make_updates(plan), tap=tap)
+    assert outcome.round.stage is Stage.DONE
+    assert "c005: another name, or keys used twice" in outcome.round.faults["c005"]
+
+
+def test_who_comes_back_is_asked_only_while_the_sum_is_opened() -> None:
+    plan, asked = make_plan(5), dict[Stage, list[object]]()
+
+    def tap(sender: str, recipient: str, message: m.Message) -> m.Message:
+        if sender == "c005" and isinstance(message, m.Consistent | m.Reveal):
+            return m.Alive()
+        return message
+
+    rounds: list[MaskedRound] = []
+    real = MaskedRound._begin
+
+    def begin(self: MaskedRound, stage: Stage, names: tuple[str, ...], now: float) -> None:
+        real(self, stage, names, now)
+        if stage in (Stage.CONSISTENCY, Stage.UNMASKING):
+            rounds.append(self)
+            asked[stage] = [] if stage is Stage.UNMASKING else self.back("c005", now)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MaskedRound, "_begin", begin)
+        run_round(plan, make_parties(5), make_updates(plan), tap=tap)
+    assert asked[Stage.CONSISTENCY] == []
