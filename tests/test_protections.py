@@ -7,7 +7,9 @@ import re
 from pathlib import Path
 
 import pytest
+from rounds import make_plan
 
+from secure_fedprompt.protocol.errors import PlanError
 from secure_fedprompt.protocol.protections import PROTECTIONS, facts_of
 
 ROOT = Path(__file__).parent.parent
@@ -93,3 +95,10 @@ def test_nobody_else_tells_protections_apart_by_name() -> None:
                 found.append(f"{path.relative_to(ROOT)}:{node.lineno}: {text}")
     assert len(sources) > 100
     assert found == []
+
+
+def test_a_made_up_method_is_let_into_no_protected_sum() -> None:
+    """Nothing is known of what its sums would tell."""
+    with pytest.raises(PlanError, match="method rot13 shows every client's prompt to the others"):
+        make_plan(4, method="rot13").check()
+    make_plan(4).check()

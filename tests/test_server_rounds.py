@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 from rounds import identity, make_parties, make_plan, make_updates, plain_sum, roster
 
@@ -220,3 +221,19 @@ def test_who_comes_back_is_asked_only_while_the_sum_is_opened() -> None:
         patch.setattr(MaskedRound, "_begin", begin)
         run_round(plan, make_parties(5), make_updates(plan), tap=tap)
     assert asked[Stage.CONSISTENCY] == []
+
+
+def test_infinity_in_the_clear_costs_its_sender_the_round() -> None:
+    plan = make_plan(4, protection="none", quorum=1, threshold=1)
+
+    def tap(sender: str, recipient: str, message: m.Message) -> m.Message:
+        if sender == "c002" and isinstance(message, m.PlainUpload):
+            vector = np.frombuffer(bytes(message.vector), "<f8").copy()
+            vector[0] = np.inf
+            return dataclasses.replace(message, vector=vector.tobytes())
+        return message
+
+    outcome = run_round(plan, make_parties(4), make_updates(plan), tap=tap)
+    assert outcome.round.stage is Stage.DONE, outcome.round.reason
+    assert outcome.round.faults == {"c002": "FieldError: upload holds NaN or infinity"}
+    assert outcome.round.integers is None
