@@ -453,3 +453,30 @@ def test_a_servers_log_head_must_be_signed_by_it(tmp_path: Path, by: str, good: 
         else:
             with pytest.raises(errors.SignatureError, match="server on its log head"):
                 world.sessions[name].on(head)
+
+
+def test_one_more_share_tells_a_bad_one_from_good_ones(tmp_path: Path) -> None:
+    """Four of five answer, one with bad shares: nothing fits until the fifth comes back."""
+    world = World(tmp_path, 5, alive_seconds=12.0, stage_seconds=10.0, gather_seconds=120.0)
+    for name in names(5):
+        world.join(name)
+
+    def tamper(sender: str, recipient: str, message: m.Message) -> m.Message:
+        if isinstance(message, m.UnmaskRequest) and recipient == "c005" and message.round == 1:
+            world.lost.add("c005")
+        if isinstance(message, m.Reveal) and sender == "c001" and message.round == 1:
+            bad = bytes([bytes(message.shares)[0] ^ 1]) + bytes(message.shares)[1:]
+            return dataclasses.replace(message, shares=bad)
+        return message
+
+    world.tamper = tamper
+    world.pump(lambda w, message: w.clock > 40)
+    assert world.run.current is not None
+    assert world.run.current.stage is Stage.UNMASKING
+    world.tamper = lambda sender, recipient, message: message
+    world.reconnect("c005")
+    world.pump()
+    assert world.run.error is None
+    faults = [text for kind, text in world.events if kind == "fault"]
+    assert any("c001: BadShareError: relayed shares that disagree" in text for text in faults)
+    assert world.store.summary()["rounds"][0]["outcome"] == "done"
