@@ -92,9 +92,17 @@ class MemoryJournal:
         """The terms that were accepted last, encoded; empty if none were."""
         return self._runs.get(run.hex(), _Run()).terms
 
-    def other_terms(self, run: bytes) -> bytes:
-        """Terms of the last other run that was taken part in, encoded; empty if there is none."""
-        others = [made for name, made in self._runs.items() if name != run.hex() and made.round > 0]
+    def other_terms(self, run: bytes, start: bytes | None) -> bytes:
+        """Terms of the last other run that was taken part in, encoded; empty if there is none.
+
+        Args:
+            start: only of runs from this starting prompt.
+        """
+        near = {entry.partition(" ")[0] for entry in self._starts.get((start or b"").hex(), set())}
+        others = [
+            made for name, made in self._runs.items()
+            if name != run.hex() and made.round > 0 and (start is None or name in near)
+        ]  # fmt: skip
         return others[-1].terms if others else b""
 
     def bounds_of(self, start: bytes, other_than: bytes) -> set[bytes]:

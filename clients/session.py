@@ -63,6 +63,7 @@ MAX_WITHDRAWN = 3  # rounds in a row
 ROUND_ERRORS = (  # a peer's doing
     SealError, AdvertMismatchError, SurvivorError, SignatureError, HomomorphicError, SelectionError,
 )  # fmt: skip
+ASKS = "its operator has to accept these terms first, as its own log says"
 SEAL_BYTES = 16  # that sealing a prompt adds
 _SAME_START = 1e-5  # initial prompts of two machines may differ by this much
 _NEAR = 1e-4  # prompts that differ by less, in initial standard deviations, count as one
@@ -311,6 +312,8 @@ class Session:
 
     def leave(self, error: SecureFedPromptError) -> m.Leave:
         """The last frame. Only errors about what the server itself sent carry their text."""
+        if isinstance(error, AcceptanceError):  # its text tells of runs of other servers
+            return m.Leave(type(error).__name__, ASKS)
         told = isinstance(error, ProtocolError | MismatchError)
         told = told and not isinstance(error, HomomorphicError)
         return m.Leave(type(error).__name__ if told else "Stopped", m.line(error) if told else "")
@@ -393,16 +396,17 @@ class Session:
         """Refuse other bounds for what this client has contributed before, unless its operator
         accepts them: two sums that are cut off in different places tell what lies between."""
         journal = self.party.journal
-        seen = journal.bounds_of(digest(Purpose.BASE, prompt_bytes(start)), self.run)
+        mine = digest(Purpose.BASE, prompt_bytes(start))
+        seen = journal.bounds_of(mine, self.run)
         if seen and terms.bounds not in seen:
-            self._ask(terms, f"from the same starting prompt{self._changed(terms)}")
+            self._ask(terms, f"from the same starting prompt{self._changed(terms, mine)}")
         if terms.counts and (counted := journal.counts_of(self.run) - {terms.counts}):
             before, now = min(counted).strip("; "), terms.counts.strip("; ")
             self._ask(terms, f"that counted {before} where this one counts {now}")
 
-    def _changed(self, terms: RunTerms) -> str:
-        """What is not as in the last run before this one, if that is still known."""
-        before = self.party.journal.other_terms(self.run)
+    def _changed(self, terms: RunTerms, start: bytes | None) -> str:
+        """What is not as in the last run before this one (from this start), if that is known."""
+        before = self.party.journal.other_terms(self.run, start)
         changed = terms.differences(decode_fields(RunTerms, before)) if before else ""
         return f" with {changed}" if changed else " under other bounds or settings"
 
@@ -512,7 +516,7 @@ class Session:
         prompts = [base, start] if plan.learning_round == 1 else [base]
         tolerance = _NEAR * float(start.std())
         if self.party.journal.note_base(plan, prompts, tolerance, terms.bounds):
-            self._ask(terms, f"from nearly the same prompt{self._changed(terms)}")
+            self._ask(terms, f"from nearly the same prompt{self._changed(terms, None)}")
         return base
 
     def _open(self, plan: RoundPlan) -> bytes:

@@ -215,6 +215,23 @@ def test_training_improves_and_only_the_context_moves(bundled: Backbone) -> None
     assert bundled.fingerprint == before
 
 
+def test_the_training_loss_is_the_mean_over_the_images(bundled: Backbone) -> None:
+    """Whatever the size of the last batch."""
+    from rounds import make_plan
+
+    from secure_fedprompt.clients.session import Work
+
+    train, test = sets.generated_sets(5, ["sketch"], 5, 1, 0)
+    trainer = LocalTrainer(bundled, train, test, seed=0)
+    trainer.prepare(MethodSettings(n_ctx=4, init="a photo of a", lr=1e-9, epochs=1, batch_size=6))
+    trainer.run(Work(make_plan(3, tensors=trainer.tensors()), trainer.initial()))
+    assert trainer.method is not None
+    _, losses = predict(trainer.method, trainer._features["features"][0])
+    assert len(train) == 25
+    assert trainer.figures.first_loss == pytest.approx(losses.mean(), rel=1e-4)
+    assert trainer.figures.first_loss == trainer.figures.last_loss
+
+
 def test_augmentation_draws_new_views_and_is_reproducible(bundled: Backbone) -> None:
     train, test = sets.generated_sets(4, ["photo"], 4, 1, 0)
     one = train.image(0)

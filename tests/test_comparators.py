@@ -333,3 +333,10 @@ def test_every_client_of_a_simulation_has_its_own_seed(
     )
     seeds = {trainer.seed for trainer in make_trainers(settings).values()}
     assert seeds == {client_seed(3, f"client{k:03d}") for k in range(5)}
+
+
+def test_what_another_method_kept_is_refused() -> None:
+    method = make("fedotp")
+    for wrong in ({}, {"own": np.zeros(1, np.float32)}, {"local": 0, "more": 0}):
+        with pytest.raises(ConfigError, match=r"method 'fedotp' keeps \['local'\], found"):
+            method.restore(wrong)  # type: ignore[arg-type]

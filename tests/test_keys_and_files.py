@@ -133,6 +133,15 @@ def test_names_of_methods_are_those_that_exist(words: list[str], says: str) -> N
         command.load(ServerSettings, flags(ServerSettings, words))
 
 
+def test_a_key_of_a_table_is_sent_there(tmp_path: Path) -> None:
+    path = tmp_path / "c.toml"
+    path.write_text("min_cohort = 4")
+    with pytest.raises(
+        errors.ConfigError, match=r"'min_cohort'; it belongs into the table \[policy\]"
+    ):
+        command.load(ClientSettings, flags(ClientSettings, ["--config", str(path)]))
+
+
 def test_files_with_a_method_of_no_name_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "s.toml"
     path.write_text('method = "fedmpg"')

@@ -27,6 +27,7 @@ from secure_fedprompt.clients.journal import FileJournal, MemoryJournal
 from secure_fedprompt.clients.rounds import encrypted
 from secure_fedprompt.clients.rounds import masks as masks_round
 from secure_fedprompt.clients.rounds.start import start
+from secure_fedprompt.clients.session import ASKS
 from secure_fedprompt.memory import run_round
 from secure_fedprompt.protocol import errors, masking
 from secure_fedprompt.protocol import messages as m
@@ -321,6 +322,8 @@ def test_other_bounds_for_the_same_start_need_the_operators_word(tmp_path: Path)
     assert set(world.errors) == set(names(5))
     (error,) = {str(e) for e in world.errors.values()}
     assert "from the same starting prompt with lr = 0.001 (now 0.5): if that is meant" in error
+    leave = world.sessions["c001"].leave(world.errors["c001"])  # a run of another server, perhaps
+    assert leave == m.Leave("AcceptanceError", ASKS)
     assert all(isinstance(e, errors.AcceptanceError) for e in world.errors.values())
     assert not world.store.summary()["rounds"]  # the terms were refused, not a plan
     word = error.split("--accept ")[1]

@@ -70,6 +70,12 @@ def test_demo_learns_and_reports(finished: Path) -> None:
     assert "python -m secure_fedprompt.client --config d/alice/client.toml" in shown
 
 
+def test_every_client_counts_what_it_contributed_to(finished: Path) -> None:
+    for name in ("alice", "bob", "carol", "dave"):
+        result = json.loads((finished / "d" / name / "result.json").read_text())
+        assert (result["format"], result["rounds_done"]) == ("secure-fedprompt/client/1", 3)
+
+
 def test_the_line_that_the_demo_ends_with_works(
     finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -347,6 +347,18 @@ def test_the_accuracy_is_drawn_beside_zero_shot(run: Path) -> None:
     assert "zero-shot 68.8%</text>" in drawn
 
 
+def test_bytes_of_an_attempt_that_a_kill_cut_off_are_with_the_next(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path, n=5)
+    with closing(sqlite3.connect(folder / "run.sqlite")) as db:
+        db.execute("UPDATE rounds SET round = 4 WHERE round = 3")
+        for number, size in ((0, 1), (1, 10), (3, 1000), (9, 100)):
+            db.execute(
+                "INSERT INTO traffic VALUES (?, 'c001', 'up', 'Shares', 1, ?)", (number, size)
+            )
+        db.commit()
+    assert gather(folder, [], [], None).traffic["up"]["Shares"] == [11, 0, 1100]
+
+
 def test_many_bytes_are_megabytes(run: Path) -> None:
     report = gather(run, [], [], None)
     assert "kB up by message" in page(report)

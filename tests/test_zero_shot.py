@@ -82,10 +82,10 @@ def test_the_best_prompt_is_kept_beside_the_last(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("right", "metrics", "warned", "best"),
     [([8, 18, 6], "rounds", True, True), ([8, 18, 6], "final", True, False),
-     ([8, 6, 12], "rounds", False, False)],
+     ([8, 6, 12], "rounds", False, False), ([8, 6, 10], "rounds", None, False)],
 )  # fmt: skip
 def test_a_prompt_worse_than_zero_shot_is_called_so(
-    tmp_path: Path, right: list[float], metrics: str, warned: bool, best: bool
+    tmp_path: Path, right: list[float], metrics: str, warned: bool | None, best: bool
 ) -> None:
     world = federation(tmp_path, right, metrics=metrics)
     console = Console(width=400, record=True)
@@ -93,8 +93,11 @@ def test_a_prompt_worse_than_zero_shot_is_called_so(
         tell(Log("server", console=console), "round", row, world.settings, tmp_path)
     text = console.export_text()
     assert "zero-shot 50.0%, " in text
-    assert ("the prompt is worse than zero-shot" in text) is warned
-    assert (f"the best prompt is {tmp_path / BEST}" in text) is best
+    assert ("the prompt is worse than zero-shot" in text) is bool(warned)
+    assert ("the prompt is no better than zero-shot" in text) is (warned is None)
+    assert (world.store.folder / BEST).exists() is (metrics == "rounds")
+    if warned is not None:
+        assert (f"the best prompt is {tmp_path / BEST}" in text) is best
     show.show_run(console, world.store.summary())
     points = 100 * (right[-1] - 10) / 20
     assert f"zero-shot 50.0% ({points:+.1f} points)" in console.export_text()
