@@ -303,7 +303,8 @@ class Run:
         """What the run waits for, in words."""
         current, here = self.current, len(self.clients)
         if current is None:
-            return f"waiting for clients: {here} of {self.expected} ({', '.join(self.clients)})"
+            names = f" ({', '.join(self.clients)})" if here else ""
+            return f"waiting for clients: {here} of {self.expected}{names}"
         last = current.plan.learning_round > current.plan.rounds
         what = "final evaluation" if last else (
             f"round {current.plan.learning_round}/{current.plan.rounds}"
