@@ -511,6 +511,10 @@ def test_a_clients_own_figures_stay_with_it(
         trainer.figures.images
     )
     assert ("training loss" in told.getvalue()) is (kind == "none")
+    assert "clipped" not in told.getvalue()
+    trainer.clipped = 3
+    narration.sent(log, session_of(plan), Work(plan, trainer.initial()), trainer, 1.0)
+    assert f"warning 3 values clipped to {plan.clip:g}" in told.getvalue()
 
 
 def session_of(plan: RoundPlan) -> Session:
