@@ -75,6 +75,7 @@ class Workload(Protocol):
     model_fingerprint: bytes
     classes_digest: bytes
     weight: float  # n_k
+    resuming: bool  # whether this client has been in the run already; told before ``prepare``
 
     def prepare(self, settings: MethodSettings) -> None:
         """Build the method of the run."""
@@ -338,6 +339,7 @@ class Session:
                 f"run wants method {settings.method!r}, policy.methods allows {', '.join(allowed)}"
             )
         if self.settings is None:
+            self.workload.resuming = self.party.journal.knows(message.run)
             self.workload.prepare(settings)
         self.settings, self.run = settings, message.run
         self._commitments = message.commitments

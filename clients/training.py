@@ -124,6 +124,7 @@ class LocalTrainer:
             )
         self._zero_shot_hits: int | None = None
         self._counted: Values = {}  # metrics of the round under way
+        self.resuming = False
         self.local_metrics = False  # whether ``figures`` are wanted where no round counts them
         self.figures = Figures()
         self.clipped = 0  # update values beyond the plan's clip in the last round
@@ -142,7 +143,7 @@ class LocalTrainer:
             if self.method.fine_tunes:
                 raise ConfigError(f"dp.kind = 'sample': {settings.method} trains outside of rounds")
             self.method.private_parts()  # refused before anything is encoded
-            if self.dp.noise_multiplier:
+            if self.dp.noise_multiplier and not self.resuming:  # within a run nobody is told
                 rate, steps = steps_of(len(self._sets[0]), settings.batch_size, settings.epochs)
                 self.ledger.check_room(Steps(self.dp.noise_multiplier, rate, steps), self.dp)
         self.method.sit(*self.seat)

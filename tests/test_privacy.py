@@ -412,6 +412,11 @@ def test_noise_that_exceeds_the_budget_is_said_before_a_run_is_joined(
     with pytest.raises(BudgetError, match=r"target_epsilon = 2: .* this round would make it"):
         private_client(bundled, tmp_path, "promptfl", noise_multiplier=0.5, target_epsilon=2.0)
     private_client(bundled, tmp_path / "b", "promptfl", noise_multiplier=5.0, target_epsilon=9.0)
+    train, test = sets.generated_sets(4, ["sketch"], 4, 2, 0)
+    dp = PrivacySettings(kind="sample", noise_multiplier=0.5, target_epsilon=2.0)
+    again = LocalTrainer(bundled, train, test, 0, dp=dp)
+    again.resuming = True  # to leave now would tell the server what is spent
+    again.prepare(settings_of("promptfl", epochs=2))
 
 
 @pytest.mark.parametrize(
