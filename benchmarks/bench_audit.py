@@ -26,6 +26,7 @@ from secure_fedprompt.host.recorder import Recorder
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.keys import Identity, Member
 from secure_fedprompt.protocol.roster import Roster
+from secure_fedprompt.protocol.transport import Frame
 from secure_fedprompt.server.rounds.base import Deadlines
 from secure_fedprompt.server.rounds.masks import MaskedRound
 
@@ -48,16 +49,15 @@ def measure(n: int, dim: int, mode: str, repeat: int) -> dict[str, object]:
             server, metered.parties_of(keys), values, 64.0,
             passed=lambda *frame: seen.append(frame),  # noqa: B023
         )  # fmt: skip
-        messages = [m.CATALOGUE.decode(frame) for _, _, frame in seen]  # done anyway
+        messages = [Frame.read(frame) for _, _, frame in seen]  # done anyway
         with tempfile.TemporaryDirectory() as folder:
             member = roster.by_name["server"]
             log = Recorder(Path(folder), mode, 1 << 31, own, member, roster)
             begin = time.process_time()
-            for (sender, recipient, frame), message in zip(seen, messages, strict=True):
-                if isinstance(message, m.RoundEnd):
-                    head = log.head(message)
-                    log.record("out", recipient, head, m.CATALOGUE.encode(head))
-                log.record("in" if sender else "out", sender or recipient, message, frame)
+            for (sender, recipient, _), frame in zip(seen, messages, strict=True):
+                if isinstance(frame.message, m.RoundEnd):
+                    log.sent(recipient, Frame.of(log.head(frame.message)))
+                log.got(sender, frame) if sender else log.sent(recipient, frame)
             log_s.append(time.process_time() - begin)
             log.close()
             size = sum(path.stat().st_size for path in Path(folder).iterdir())

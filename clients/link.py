@@ -11,23 +11,22 @@ import contextlib
 import socket
 import time
 from collections.abc import Callable
-from typing import Protocol
 
 import zmq
 from zmq.utils import z85
 from zmq.utils.monitor import recv_monitor_message
 
-from secure_fedprompt.host.recorder import Recorder
 from secure_fedprompt.protocol import chunks
-from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.address import Address
 from secure_fedprompt.protocol.errors import (
+    CodecError,
     ConfigError,
     NotOnRosterError,
     UnreachableError,
     WrongServerKeyError,
 )
 from secure_fedprompt.protocol.keys import Identity, fingerprint
+from secure_fedprompt.protocol.transport import Frame
 
 _HANDSHAKE_TRIES = 3
 _MISSED = 5.0  # seconds without a connection until somebody is told
@@ -40,23 +39,14 @@ def _families(where: Address) -> set[int]:
     return set()
 
 
-class Link(Protocol):
-    """What a client needs of a connection."""
-
-    def send(self, message: m.Message) -> None: ...
-
-    def receive(self, timeout: float) -> m.Message | None: ...
-
-
 class CurveLink:
-    """A connection to one server.
+    """A connection to one server; a ``transport.Link``.
 
     Args:
         address: tcp://HOST:PORT.
         server_key: the server's CURVE public key, 32 bytes, from the roster.
         identity: our keys.
         patience: seconds without a connection after which ``receive`` gives up.
-        recorder: keeps the audit log, if there is one.
         notice: told when a connection is missed, and when it is back.
 
     Attributes:
@@ -69,14 +59,12 @@ class CurveLink:
         server_key: bytes,
         identity: Identity,
         patience: float = 60.0,
-        recorder: Recorder | None = None,
         notice: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.address, self.patience, self._notice = address, patience, notice
         self._told = False  # that there is no connection
         self._key = fingerprint(identity.curve_public())
         self._where = Address.parse("server", address)
-        self._recorder = recorder
         self.connections = 0
         self._broken = 0
         self._down_since: float | None = time.monotonic()
@@ -117,40 +105,31 @@ class CurveLink:
             self._poller.poll(200)
             self._watch()
 
-    def send(self, message: m.Message) -> None:
+    def send(self, frame: Frame) -> None:
         """Queue a frame; while the link is down it is dropped, since the round goes on anyway."""
-        frame = m.CATALOGUE.encode(message)
-        if self._recorder is not None:  # first, or a kill in between would hide a frame
-            self._recorder.record("out", self._recorder.server, message, frame)
         with contextlib.suppress(zmq.Again):
-            for chunk in chunks.split(frame):
+            for chunk in chunks.split(frame.data):
                 self._socket.send(chunk, zmq.NOBLOCK, copy=False)
 
-    def receive(self, timeout: float) -> m.Message | None:
+    def receive(self, timeout: float) -> Frame | None:
         """The next frame, or None after ``timeout`` seconds.
 
         Raises:
-            CodecError: the server sent something else than a message.
             LinkError: no connection for ``patience`` seconds, or refused on reconnection.
         """
         self._poller.poll(int(timeout * 1000))
         self._watch()
-        frame: bytes | memoryview | None = None
-        while frame is None:
+        data: bytes | memoryview | None = None
+        while data is None:
             try:
                 chunk = self._socket.recv(zmq.NOBLOCK, copy=False)
             except zmq.Again:
                 return None
-            frame = self._coming.add(chunk.buffer)
-        message: m.Message | None = None
-        try:
-            message = m.CATALOGUE.decode(frame)
-        finally:
-            if self._recorder is not None:
-                self._recorder.record("in", self._recorder.server, message, frame)
-        if self._recorder is not None and isinstance(message, m.RoundEnd | m.Finish):
-            self.send(self._recorder.head(message))
-        return message
+            try:
+                data = self._coming.add(chunk.buffer)
+            except CodecError as error:
+                return Frame(chunk.buffer, None, error)
+        return Frame.read(data)
 
     def _watch(self) -> None:
         while self._monitor.poll(0):

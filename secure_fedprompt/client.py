@@ -17,6 +17,7 @@ import numpy as np
 from secure_fedprompt import narration
 from secure_fedprompt.audit import private
 from secure_fedprompt.clients.accounting import epsilon
+from secure_fedprompt.clients.conversation import Conversation
 from secure_fedprompt.clients.journal import FileJournal
 from secure_fedprompt.clients.ledger import NAME, Ledger
 from secure_fedprompt.clients.link import CurveLink
@@ -25,10 +26,12 @@ from secure_fedprompt.clients.session import Session, Work
 from secure_fedprompt.host import command
 from secure_fedprompt.host.files import whoami
 from secure_fedprompt.host.log import Bars, Log
+from secure_fedprompt.host.recorded import RecordedLink
 from secure_fedprompt.host.recorder import recorder
 from secure_fedprompt.pace import Pace
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.errors import DataError, SecureFedPromptError, UpdateError
+from secure_fedprompt.protocol.transport import Link
 
 if TYPE_CHECKING:
     from secure_fedprompt.clients.data.sets import ImageSet
@@ -42,8 +45,6 @@ EXAMPLES = """\
       --model ViT-B-16 --pretrained openai --policy-min-cohort 5
   # test keys, roster, data, model and the server without joining a run
   secure-fedprompt check --config client.toml"""
-ALIVE_SECONDS = 2.0
-GREETING = 5.0  # seconds that an answer to Hello may take before a Rejoin is believed
 T = TypeVar("T")
 
 
@@ -144,7 +145,7 @@ def _take_part(settings: ClientSettings, json_path: str | None, log: Log) -> int
         if frames is not None:
             stack.callback(frames.close)
         link = CurveLink(
-            settings.server, server.curve, identity, settings.patience, frames,
+            settings.server, server.curve, identity, settings.patience,
             lambda text: log.warning("link", text),
         )  # fmt: skip
         stack.callback(link.close)
@@ -163,7 +164,8 @@ def _take_part(settings: ClientSettings, json_path: str | None, log: Log) -> int
             )
             session = Session(party, trainer, settings.method, settings.accept)
             record = state_dir if settings.private_record else None
-            loop(link, session, trainer, log, record, settings.patience)
+            watched = RecordedLink(link, frames) if frames else link
+            loop(watched, session, trainer, log, record, settings.patience)
         path, run = save(session, trainer, state_dir), session.run.hex()
         rounds = len({u.learning_round for u in ledger.uploads if u.run == run})
         words = f"run {run[:8]} is finished; prompt in {path}"
@@ -178,7 +180,7 @@ def _take_part(settings: ClientSettings, json_path: str | None, log: Log) -> int
 
 
 def loop(
-    link: CurveLink,
+    link: Link,
     session: Session,
     trainer: LocalTrainer,
     log: Log,
@@ -194,22 +196,19 @@ def loop(
     Raises:
         SecureFedPromptError: refused, disconnected, declined for too long, or the run failed.
     """
-    connections, alive_at, greeted, told = 0, 0.0, 0.0, 0
+    server, told = Conversation(link, session.hello), 0
     pace, declined_at = Pace(trainer.hold_seconds), math.inf
     job: tuple[Work, Future[Result]] | None = None
     welcome: Future[list[m.Message]] | None = None
     with ThreadPoolExecutor(1) as pool:
         try:
             while not session.over:
-                if link.connections != connections and welcome is None:
-                    connections, greeted = link.connections, time.monotonic()
-                    link.send(session.hello())
-                if (now := time.monotonic()) - alive_at > ALIVE_SECONDS:
-                    link.send(m.Alive())
-                    alive_at = now
+                if welcome is None:
+                    server.greet()
+                server.live()
                 message, replies = None, list[m.Message]()
                 if welcome is None:
-                    message = next_frame(link, 0.02 if job else 0.2, greeted)
+                    message = server.receive(0.02 if job else 0.2)
                 elif welcome.done():
                     replies, welcome = outcome(welcome), None
                 else:
@@ -221,6 +220,7 @@ def loop(
                     replies += react(session, message, log)
                     if isinstance(message, m.Plan) and session.terms is not None:
                         pace.begin(message.plan, session.terms.upload_after, time.monotonic())
+                now = time.monotonic()
                 declined_at = min(declined_at, now) if session.declined else math.inf
                 if session.declined and now - declined_at > patience:
                     raise session.declined
@@ -230,14 +230,13 @@ def loop(
                 if job is not None and job[1].done():
                     (work, future), job = job, None
                     replies += settle(session, trainer, log, record, pace, work, future)
-                for reply in pace.due(replies, time.monotonic()):
-                    link.send(reply)
-            link.send(m.Leave("Finished", ""))
+                server.send(pace.due(replies, time.monotonic()))
+            server.send([m.Leave("Finished", "")])
         except SecureFedPromptError as error:
-            link.send(session.leave(error))
+            server.send([session.leave(error)])
             raise
         except KeyboardInterrupt:
-            link.send(m.Leave("Stopped", ""))
+            server.send([m.Leave("Stopped", "")])
             raise
         finally:
             trainer.cancelled.set()  # the pool waits for its thread
@@ -296,13 +295,6 @@ def fail(
     )
     log.error("failed", words, error=type(error).__name__)
     return session.failed(work, error)
-
-
-def next_frame(link: CurveLink, timeout: float, greeted: float) -> m.Message | None:
-    """The next frame, without a Rejoin that crossed our greeting."""
-    message = link.receive(timeout)
-    crossed = isinstance(message, m.Rejoin) and time.monotonic() - greeted < GREETING
-    return None if crossed else message
 
 
 def outcome(future: Future[T]) -> T:

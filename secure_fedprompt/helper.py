@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from pathlib import Path
 
+from secure_fedprompt.clients.conversation import Conversation
 from secure_fedprompt.clients.helper import HelperSession
 from secure_fedprompt.clients.journal import MemoryJournal
 from secure_fedprompt.clients.link import CurveLink
@@ -20,16 +20,17 @@ from secure_fedprompt.clients.settings import HelperSettings
 from secure_fedprompt.host import command
 from secure_fedprompt.host.files import whoami
 from secure_fedprompt.host.log import Log
+from secure_fedprompt.host.recorded import RecordedLink
 from secure_fedprompt.host.recorder import recorder
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.policy import Policy
+from secure_fedprompt.protocol.transport import Link
 
 EXAMPLES = """\
   secure-fedprompt keygen --name notary --role helper
   python -m secure_fedprompt.helper --key notary.pem --roster roster.toml \\
       --server tcp://192.0.2.10:5570
   # the server's file then says: selection = "secure", helper = "notary" """
-ALIVE_SECONDS = 2.0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -62,14 +63,14 @@ def _help_out(settings: HelperSettings, json_path: str | None, log: Log) -> int:
     folder = Path(settings.state_dir.replace("{name}", me.name))
     frames = recorder(folder, settings.audit, settings.audit_mb, identity, me, roster)
     link = CurveLink(
-        settings.server, server.curve, identity, settings.patience, frames,
+        settings.server, server.curve, identity, settings.patience,
         lambda text: log.warning("link", text),
     )  # fmt: skip
     try:
         link.connect()
         log.info("connected", f"{me.name} connected to {settings.server}, helps with selections")
         session = HelperSession(party)
-        loop(link, session, log)
+        loop(RecordedLink(link, frames) if frames else link, session, log)
         run, helped = session.run.hex(), session.helped
         log.info("finished", f"run {run[:8]} is finished; {helped} selections", run=run)
         result = {"name": me.name, "run": run, "selections": helped}
@@ -81,23 +82,19 @@ def _help_out(settings: HelperSettings, json_path: str | None, log: Log) -> int:
     return 0
 
 
-def loop(link: CurveLink, session: HelperSession, log: Log) -> None:
-    """Move frames between socket and session until the run ends.
+def loop(link: Link, session: HelperSession, log: Log) -> None:
+    """Move frames between link and session until the run ends.
 
     Raises:
         SecureFedPromptError
     """
-    connections, alive_at = 0, 0.0
+    server = Conversation(link, session.hello)
     while not session.over:
-        if link.connections != connections:
-            connections = link.connections
-            link.send(session.hello())
-        if (now := time.monotonic()) - alive_at > ALIVE_SECONDS:
-            link.send(m.Alive())
-            alive_at = now
-        message = link.receive(0.2)
+        server.greet()
+        server.live()
+        message = server.receive(0.2)
         for reply in session.on(message) if message else ():
-            link.send(reply)
+            server.send([reply])
             if isinstance(reply, m.HelperOutcome):
                 log.info(
                     "selection", f"round {reply.round}: selection evaluated", round=reply.round

@@ -1,9 +1,13 @@
-"""A whole round in memory: the same state machines as on the network, and the tests' oracle."""
+"""A federation in one process: the machines of the programs, joined by a queue instead of sockets.
+
+``Network`` is the only driver: ``run_round`` runs a single round with it, ``simulate`` and the
+tests whole runs. Time is a number, and jumps when everybody has spoken.
+"""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from secure_fedprompt.clients.party import Party, Replies
@@ -13,13 +17,110 @@ from secure_fedprompt.clients.rounds.start import start
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.errors import SecureFedPromptError
 from secure_fedprompt.protocol.layout import Values
-from secure_fedprompt.protocol.messages import CATALOGUE
 from secure_fedprompt.protocol.plan import RoundPlan
+from secure_fedprompt.protocol.transport import Frame, Hub, Link
 from secure_fedprompt.server.rounds.base import Deadlines, Round, Stage
 from secure_fedprompt.server.rounds.start import make_round
+from secure_fedprompt.server.serve import Machine, hear, post
 
 NEXT_PROMPT = b"the next prompt: a whole run computes it"
+SERVER = ""  # its name in a network
 Tap = Callable[[str, str, m.Message], m.Message | None]
+Answer = Callable[[m.Message], Replies]
+
+
+class MemoryLink:
+    """A member's end of a network; a ``transport.Link``."""
+
+    connections = 1
+
+    def __init__(self, network: Network, name: str) -> None:
+        self._network, self.name = network, name
+
+    def send(self, frame: Frame) -> None:
+        self._network.queue.append((self.name, SERVER, frame))
+
+    def receive(self, timeout: float) -> Frame | None:
+        taken = self._network.take(self.name)
+        return taken[1] if taken else None
+
+
+class MemoryHub:
+    """The server's end of a network; a ``transport.Hub``."""
+
+    def __init__(self, network: Network) -> None:
+        self._network = network
+
+    def poll(self, timeout: float) -> Iterator[tuple[str, Frame]]:
+        """One frame at a time: what it sets off comes after those that are under way."""
+        if (taken := self._network.take(SERVER)) is not None:
+            yield taken
+
+    def reaches(self, name: str) -> bool:
+        return True
+
+    def send(self, name: str, frame: Frame) -> bool:
+        self._network.queue.append((SERVER, name, frame))
+        return True
+
+
+class Network:
+    """Frames in the order in which they were sent, and who takes them.
+
+    Args:
+        tap: sees each frame before delivery; returns it, a replacement, or None to lose it.
+        wait: called when all frames are delivered, with the time; returns the next one.
+
+    Attributes:
+        queue: frames under way as (sender, recipient, frame); the server's name is empty.
+        hub: the server's end; another one around it may take its place.
+        members: what takes each member's messages, and answers.
+        clock: seconds.
+        stopped: set to leave ``run`` before the end.
+    """
+
+    def __init__(
+        self,
+        tap: Callable[[str, str, Frame], Frame | None] = lambda sender, recipient, frame: frame,
+        wait: Callable[[float], float] = lambda clock: clock + 1.0,
+    ) -> None:
+        self.queue: deque[tuple[str, str, Frame]] = deque()
+        self.hub: Hub = MemoryHub(self)
+        self.links: dict[str, Link] = {}
+        self.members: dict[str, Answer] = {}
+        self.clock, self.stopped = 0.0, False
+        self._tap, self._wait = tap, wait
+
+    def join(self, name: str, member: Answer) -> None:
+        """Have a member take its frames."""
+        self.links[name], self.members[name] = MemoryLink(self, name), member
+
+    def send(self, name: str, message: m.Message) -> None:
+        """Have a member send a message that answers none."""
+        self.links[name].send(Frame.of(message))
+
+    def take(self, recipient: str) -> tuple[str, Frame] | None:
+        """The next frame with its sender, if it is this recipient's and not lost."""
+        if not self.queue or self.queue[0][1] != recipient:
+            return None
+        sender, _, sent = self.queue.popleft()
+        frame = self._tap(sender, recipient, sent)
+        return None if frame is None else (sender, Frame.read(frame.data))
+
+    def run(self, server: Machine) -> None:
+        """Deliver frames until the server is done and all are delivered, or something stops it."""
+        while (not server.over or self.queue) and not self.stopped:
+            if not self.queue:
+                self.clock = self._wait(self.clock)
+                post(self.hub, server, server.tick(self.clock), self._now)
+            elif (recipient := self.queue[0][1]) == SERVER:
+                post(self.hub, server, hear(self.hub, server, 0.0, self._now), self._now)
+            elif (frame := self.links[recipient].receive(0.0)) is not None:
+                for reply in self.members[recipient](frame.opened()):
+                    self.send(recipient, reply)
+
+    def _now(self) -> float:
+        return self.clock
 
 
 @dataclass
@@ -34,7 +135,7 @@ class Outcome:
     """
 
     round: Round
-    frames: list[tuple[str, str, bytes]] = field(default_factory=list)
+    frames: list[tuple[str, str, bytes | memoryview]] = field(default_factory=list)
     errors: dict[str, Exception] = field(default_factory=dict)
     opened: dict[str, Opening] = field(default_factory=dict)
 
@@ -53,63 +154,78 @@ def run_round(
         parties: the clients, with their entropy and journals.
         updates: per client the values and the weight it uploads.
         dropouts: clients that vanish, with the stage in which their message never arrives.
-        tap: sees each frame before delivery; returns it, a replacement, or None to lose it.
+        tap: sees each message before delivery; returns it, a replacement, or None to lose it.
 
     Returns:
         the server's round, all frames and the clients' errors.
     """
-    dropouts = dict(dropouts or {})
+    vanish = dict(dropouts or {})
     any_party = next(iter(parties.values()))
     run_keys = {name: party.ready(plan.run) for name, party in parties.items()}
     server = make_round(plan, b"", any_party.roster, Deadlines(stage=1, training=1), run_keys)
-    outcome, states = Outcome(server), dict[str, State]()
-    clock = 0.0
-    queue: deque[tuple[str, str, m.Message]] = deque(("", *out) for out in server.start(clock))
-    while not server.over or queue:
-        if not queue:  # everybody left has spoken: the deadline passes
-            clock = server.deadline
-            queue.extend(("", *out) for out in server.tick(clock))
-            continue
-        sender, recipient, original = queue.popleft()
-        if sender and dropouts.get(sender) == server.stage:
-            continue
-        message = tap(sender, recipient, original)
+    outcome = Outcome(server)
+
+    def tapped(sender: str, recipient: str, frame: Frame) -> Frame | None:
+        if sender and vanish.get(sender) == server.stage:
+            return None
+        message = tap(sender, recipient, frame.opened())
         if message is None:
-            continue
-        frame = CATALOGUE.encode(message)
-        outcome.frames.append((sender, recipient, frame))
-        message = CATALOGUE.decode(frame)
-        if not recipient:
-            queue.extend(("", *out) for out in server.on(sender, message, clock))
-            continue
-        try:
-            replies = _deliver(outcome, states, parties[recipient], message, updates)
-        except SecureFedPromptError as error:
-            outcome.errors.setdefault(recipient, error)
-            queue.extend(("", *out) for out in server.lost(recipient, clock))
-            continue
-        queue.extend((recipient, "", reply) for reply in replies)
+            return None
+        frame = Frame.of(message)
+        outcome.frames.append((sender, recipient, frame.data))
+        return frame
+
+    network = Network(tapped, lambda clock: server.deadline)
+    clients = {name: RoundClient(party, updates[name]) for name, party in parties.items()}
+
+    def member(name: str) -> Answer:
+        def on(message: m.Message) -> Replies:
+            try:
+                return clients[name].on(message)
+            except SecureFedPromptError as error:
+                outcome.errors.setdefault(name, error)
+                post(network.hub, server, server.gone(name, network.clock), lambda: network.clock)
+                return []
+
+        return on
+
+    for name in parties:
+        network.join(name, member(name))
+    post(network.hub, server, server.start(network.clock), lambda: network.clock)
+    network.run(server)
+    outcome.opened = {name: c.opened for name, c in clients.items() if c.opened is not None}
     return outcome
 
 
-def _deliver(
-    outcome: Outcome,
-    states: dict[str, State],
-    party: Party,
-    message: m.Message,
-    updates: Mapping[str, tuple[Values, float]],
-) -> Replies:
-    name = party.name
-    if isinstance(message, m.Plan):
-        states[name], replies = start(party, message.plan)
-    elif isinstance(message, m.RoundEnd):
-        return []
-    else:
-        states[name], replies = states[name].on(message)
-    if isinstance(state := states[name], Ready):
-        states[name], uploads = state.upload(*updates[name])
-        replies = replies + uploads
-    if isinstance(state, Opening):
-        outcome.opened[name] = state
-        states[name], replies = state.report(NEXT_PROMPT if state.plan.training else b"")
-    return replies
+class RoundClient:
+    """A client in a single round, which has its update at hand.
+
+    Attributes:
+        opened: what it decrypted, or None.
+    """
+
+    def __init__(self, party: Party, update: tuple[Values, float]) -> None:
+        self.party, self.update = party, update
+        self.state: State | None = None
+        self.opened: Opening | None = None
+
+    def on(self, message: m.Message) -> Replies:
+        """Take one frame.
+
+        Raises:
+            SecureFedPromptError: this client refuses.
+        """
+        if isinstance(message, m.RoundEnd):
+            return []
+        if isinstance(message, m.Plan):
+            self.state, replies = start(self.party, message.plan)
+        else:
+            assert self.state is not None
+            self.state, replies = self.state.on(message)
+        if isinstance(state := self.state, Ready):
+            self.state, uploads = state.upload(*self.update)
+            replies = replies + uploads
+        if isinstance(state, Opening):
+            self.opened = state
+            self.state, replies = state.report(NEXT_PROMPT if state.plan.training else b"")
+        return replies

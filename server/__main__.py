@@ -11,13 +11,16 @@ from typing import Any
 
 from secure_fedprompt.host import command, files
 from secure_fedprompt.host.log import Log
+from secure_fedprompt.host.recorded import RecordedHub
 from secure_fedprompt.host.recorder import recorder
 from secure_fedprompt.protocol import homomorphic
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.errors import ConfigError, PlanError
-from secure_fedprompt.server.hub import Hub, bound_connections
+from secure_fedprompt.protocol.transport import Hub
+from secure_fedprompt.server.hub import CurveHub, bound_connections
 from secure_fedprompt.server.planning import check_settings, noise_of
 from secure_fedprompt.server.run import Run
+from secure_fedprompt.server.serve import CountedHub, hear, post
 from secure_fedprompt.server.settings import ServerSettings
 from secure_fedprompt.server.store import BEST, TROUBLE, Store
 
@@ -90,12 +93,16 @@ def _serve(settings: ServerSettings, json_path: str | None, log: Log) -> int:
         if frames is not None:
             stack.callback(frames.close)
         bound_connections(len(roster.members))
-        hub = Hub(settings.bind, identity, roster, denied, count, frames)
-        stack.callback(hub.close)
+        socket = CurveHub(
+            settings.bind, identity, roster, denied, frames.sent if frames else lambda *_: None
+        )
+        stack.callback(socket.close)
+        counted = CountedHub(socket, count)
+        hub: Hub = RecordedHub(counted, frames) if frames else counted
         where = "resuming" if state.run else "waiting for"
         log.info(
-            "started", f"{me.name} on {hub.address}, {where} {run.expected} clients; run folder "
-            f"{folder}", address=hub.address, run_dir=str(folder),
+            "started", f"{me.name} on {socket.address}, {where} {run.expected} clients; run folder "
+            f"{folder}", address=socket.address, run_dir=str(folder),
         )  # fmt: skip
         loop(hub, run, log)
         if run.error:
@@ -110,24 +117,19 @@ def _serve(settings: ServerSettings, json_path: str | None, log: Log) -> int:
 
 
 def loop(hub: Hub, run: Run, log: Log) -> None:
-    """Move frames between the socket and the state machine until the run is over."""
+    """Move frames between the hub and the state machine until the run is over."""
     while not run.over:
-        out = [o for name, msg in hub.poll(0.05) for o in run.on(name, msg, time.monotonic())]
-        out += run.tick(time.monotonic())
+        out = hear(hub, run, 0.05, time.monotonic) + run.tick(time.monotonic())
         log.doing(run.doing)
-        while out:
-            name, message = out.pop(0)
-            if not hub.send(name, message):
-                out += run.gone(name, time.monotonic())
+        post(hub, run, out, time.monotonic)
     # Closing a socket under a peer that is busy could cost it the last frame: wait for goodbyes.
     present, until = set(run.everybody()), time.monotonic() + GOODBYE_SECONDS
     while present and time.monotonic() < until:
-        for name, message in hub.poll(0.05):
-            if isinstance(message, m.Leave):
+        for name, frame in hub.poll(0.05):
+            if isinstance(frame.heard(), m.Leave):
                 present.discard(name)
-            elif isinstance(message, m.Hello):  # came back just now
-                for _, last in run.farewell(name):
-                    hub.send(name, last)
+            elif isinstance(frame.message, m.Hello):  # came back just now
+                post(hub, run, run.farewell(name), time.monotonic)
 
 
 def warn(log: Log, settings: ServerSettings, clients: int) -> None:

@@ -13,7 +13,6 @@ import zmq
 from zmq.auth.thread import ThreadAuthenticator
 from zmq.utils import z85
 
-from secure_fedprompt.host.recorder import Recorder
 from secure_fedprompt.protocol import chunks
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.address import Address
@@ -27,12 +26,12 @@ from secure_fedprompt.protocol.errors import (
 )
 from secure_fedprompt.protocol.keys import Identity, fingerprint
 from secure_fedprompt.protocol.roster import Roster
+from secure_fedprompt.protocol.transport import Frame
 from secure_fedprompt.server.routes import Heard, Routes
 
 DOMAIN = "secure-fedprompt"
 TWO = "two processes use this key at the same time, the later one must end: each has its own"
 CONNECTIONS = 4096  # open files: as many strangers can hold a chunk each until they have to leave
-Counter = Callable[[str, str, str, int], None]
 
 
 def bound_connections(members: int) -> None:
@@ -63,15 +62,14 @@ class _Admission:
         return known
 
 
-class Hub:
-    """Frames from and to authenticated members.
+class CurveHub:
+    """Frames from and to authenticated members; a ``transport.Hub``.
 
     Args:
         bind: ZeroMQ address; port ``*`` picks a free one, see ``address``.
         identity, roster: the server's key and who may connect.
         denied: called, from the authenticator's thread, with the fingerprint of a refused key.
-        count: called for each frame with peer, "up" or "down", message type and bytes.
-        recorder: keeps the audit log, if there is one.
+        own: called with each frame that the hub sends of its own accord, before it is sent.
 
     Raises:
         PortInUseError: the address is taken; ConfigError: it is not an address.
@@ -83,15 +81,14 @@ class Hub:
         identity: Identity,
         roster: Roster,
         denied: Callable[[str], None] = lambda key: None,
-        count: Counter = lambda peer, direction, kind, size: None,
-        recorder: Recorder | None = None,
+        own: Callable[[str, Frame], None] = lambda name, frame: None,
     ) -> None:
         where = Address.parse("bind", bind)
         self._names = {z85.encode(member.curve).decode(): member.name for member in roster.members}
         self._routes = Routes()
         self._coming: dict[str, Assembler] = {}
         self._hosts: dict[str, str] = {}
-        self._count, self._recorder = count, recorder
+        self._own = own
         self.context = zmq.Context()
         self._zap = ThreadAuthenticator(self.context)
         self._zap.start()
@@ -118,8 +115,8 @@ class Hub:
             raise ConfigError(f"bind = {bind!r}: {error}; write tcp://ADDRESS:PORT") from None
         self.address = self._socket.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
 
-    def poll(self, timeout: float) -> Iterator[tuple[str, m.Message]]:
-        """Frames that arrive within ``timeout`` seconds; malformed ones come as ``Leave``."""
+    def poll(self, timeout: float) -> Iterator[tuple[str, Frame]]:
+        """Frames that arrive within ``timeout`` seconds."""
         if not self._socket.poll(int(timeout * 1000)):
             return
         for _ in range(256):
@@ -136,51 +133,45 @@ class Hub:
             elif heard is Heard.TWICE:
                 hosts = f"{_host(parts[1])} and {self._hosts[name]}"
                 if self._refuse_rival(name, route):
-                    yield name, m.Leave(KeyInUseError.__name__, f"{TWO} (at {hosts})")
+                    yield name, Frame(b"", None, KeyInUseError(f"{TWO} (at {hosts})"))
                 self._hosts[name] = _host(parts[1])
             if heard in (Heard.STALE, Heard.TWICE):
                 continue
-            frame: bytes | memoryview = parts[1].buffer
-            decoded: m.Message | None = None
+            if len(parts) != 2:
+                whole = b"".join(part.buffer for part in parts[1:])
+                error = TrailingBytesError(f"a frame of {len(parts) - 1} parts")
+                yield name, Frame(whole, None, error)
+                continue
             try:
-                if len(parts) != 2:
-                    frame = b"".join(part.buffer for part in parts[1:])
-                    raise TrailingBytesError(f"a frame of {len(parts) - 1} parts")
-                whole = self._coming[name].add(parts[1].buffer)
-                if whole is None:
-                    continue
-                frame = whole
-                message = decoded = m.CATALOGUE.decode(frame)
-            except CodecError as error:
-                message = m.Leave(type(error).__name__, m.line(f"malformed frame: {error}"))
-            if self._recorder is not None:
-                self._recorder.record("in", name, decoded, frame)
-            self._count(name, "up", type(message).__name__, len(frame))
-            yield name, message
+                data = self._coming[name].add(parts[1].buffer)
+            except CodecError as refusal:
+                yield name, Frame(parts[1].buffer, None, refusal)
+                continue
+            if data is not None:
+                yield name, Frame.read(data)
+
+    def reaches(self, name: str) -> bool:
+        return self._routes.of(name) is not None
 
     def _refuse_rival(self, name: str, route: bytes) -> bool:
         """Give a member back to the process that had it first, and tell the other one, if it is
         still there."""
-        told = self.send(name, m.Refused(KeyInUseError.__name__, f"{name}: {TWO}"))
+        frame = Frame.of(m.Refused(KeyInUseError.__name__, f"{name}: {TWO}"))
+        self._own(name, frame)
+        told = self.send(name, frame)
         self._routes.settle(name, route)
         return told
 
-    def send(self, name: str, message: m.Message) -> bool:
+    def send(self, name: str, frame: Frame) -> bool:
         """Queue a frame; False if the member is not connected or does not keep up."""
         route = self._routes.of(name)
         if route is None:
             return False
-        if self._recorder is not None and isinstance(message, m.RoundEnd | m.Finish):
-            self.send(name, self._recorder.head(message))
-        frame = m.CATALOGUE.encode(message)
-        if self._recorder is not None:  # first, or a kill in between would hide a frame
-            self._recorder.record("out", name, message, frame)
         try:
-            for chunk in chunks.split(frame):
+            for chunk in chunks.split(frame.data):
                 self._socket.send_multipart([route, chunk], zmq.NOBLOCK, copy=False)
         except zmq.ZMQError:
             return False
-        self._count(name, "down", type(message).__name__, len(frame))
         return True
 
     def close(self) -> None:

@@ -57,8 +57,8 @@ from secure_fedprompt.server.planning import (
 )
 from secure_fedprompt.server.rounds.base import Deadlines, Round, Stage
 from secure_fedprompt.server.rounds.encrypted import EncryptedRound
-from secure_fedprompt.server.rounds.selecting import Outbox
 from secure_fedprompt.server.rounds.start import make_round
+from secure_fedprompt.server.serve import Outbox
 from secure_fedprompt.server.settings import ServerSettings
 
 POLICY = f"withdrew: {PolicyError.__name__}: "  # how the fault of who declined begins
@@ -290,7 +290,7 @@ class Run:
             if left and left.accepted and short:  # it may come back
                 self.gather_until = max(self.gather_until, now + self.settings.gather_seconds)
             return []
-        out = self.current.lost(name, now)
+        out = self.current.gone(name, now)
         self._register(self.current)
         return self._after(out, now)
 

@@ -22,6 +22,7 @@ from secure_fedprompt.protocol import fixedpoint
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.averaging import Prompt
 from secure_fedprompt.protocol.layout import TensorSpec, Values
+from secure_fedprompt.protocol.transport import Frame
 
 Tap = Callable[[str, str, m.Message], m.Message]
 WIDTH = 160  # values of an update: enough to test for uniformity
@@ -87,9 +88,8 @@ def federate(
         return message
 
     def passed(sender: str, recipient: str, message: m.Message) -> None:
-        frame = m.CATALOGUE.encode(message)
-        logs[sender].record("out", recipient, message, frame)
-        logs[recipient].record("in", sender, message, frame)
+        logs[sender].sent(recipient, Frame.of(message))
+        logs[recipient].got(sender, Frame.of(message))
 
     world.tamper = record
     world.clock = start  # another one makes other nonces, hence another run

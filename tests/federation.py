@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,15 +15,18 @@ from rounds import OPEN, entropy_from, identity, names, roster
 from secure_fedprompt.clients.helper import HelperSession
 from secure_fedprompt.clients.journal import MemoryJournal
 from secure_fedprompt.clients.ledger import Ledger
-from secure_fedprompt.clients.party import Party
+from secure_fedprompt.clients.party import Party, Replies
 from secure_fedprompt.clients.session import Session, Work
+from secure_fedprompt.memory import Network
 from secure_fedprompt.protocol import errors
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.averaging import Prompt
 from secure_fedprompt.protocol.layout import TensorSpec, Values
 from secure_fedprompt.protocol.policy import Policy
 from secure_fedprompt.protocol.settings import MethodSettings
+from secure_fedprompt.protocol.transport import Frame
 from secure_fedprompt.server.run import Run
+from secure_fedprompt.server.serve import Outbox
 from secure_fedprompt.server.settings import ServerSettings
 from secure_fedprompt.server.store import Store
 
@@ -70,16 +74,47 @@ class World:
                                  "weights": "samples", "metrics": "rounds"}  # fmt: skip
         self.settings = ServerSettings(**{**given, **changes})
         self.roster, self.folder, self.n, self.policy = roster(n, *helpers), folder, n, policy
-        self.clock, self.lost, self.errors = 0.0, set[str](), dict[str, Exception]()
+        self.lost, self.errors = set[str](), dict[str, Exception]()
         self.toys: dict[str, Any] = {n: Toy(i / 10, 10.0 + i) for i, n in enumerate(names(n))}
         self.sessions: dict[str, Any] = {}
         self.journals = {name: MemoryJournal() for name in (*names(n), *helpers)}
         self.ledgers = {name: Ledger() for name in self.journals}
-        self.queue: deque[tuple[str, str, m.Message]] = deque()
+        self.network = Network(self.tap, self.wait)
         self.latest = 20_000.0  # when a run that goes on is stuck, seconds
         self.withdraws = False  # whether clients withdraw from rounds, as the program does
         self.tamper: Any = lambda sender, recipient, message: message
         self.start_server()
+
+    @property
+    def clock(self) -> float:
+        return self.network.clock
+
+    @clock.setter
+    def clock(self, now: float) -> None:
+        self.network.clock = now
+
+    @property
+    def queue(self) -> deque[tuple[str, str, Frame]]:
+        """Frames under way."""
+        return self.network.queue
+
+    def send(self, name: str, message: m.Message) -> None:
+        """Have a client send this."""
+        self.network.send(name, message)
+
+    def lose(self, name: str) -> None:
+        """The server loses a connection."""
+        self.post(self.run.gone(name, self.clock))
+
+    def forget(self, name: str) -> None:
+        """Lose what is under way to and from a client."""
+        kept = [frame for frame in self.queue if name not in frame[:2]]
+        self.network.queue = deque(kept)
+
+    def post(self, out: Outbox) -> None:
+        """Have the server send these."""
+        for name, message in out:
+            self.network.hub.send(name, Frame.of(message))
 
     def start_server(self) -> None:
         self.store = Store(self.folder, self.settings)
@@ -104,52 +139,53 @@ class World:
         )  # fmt: skip
         self.lost.discard(name)
         if name in self.sessions:  # frames of the old connection are gone
-            self.queue = deque(q for q in self.queue if name not in q[:2])
+            self.forget(name)
         helps = name not in self.toys
         self.sessions[name] = HelperSession(party) if helps else Session(party, self.toys[name])
         message = dataclasses.replace(self.sessions[name].hello(), **hello)
-        self.queue.append((name, "", message))
+        self.network.join(name, functools.partial(self.answer, name))
+        self.network.send(name, message)
 
     def reconnect(self, name: str) -> None:
         """The same process connects again."""
         self.lost.discard(name)
-        self.queue.append((name, "", self.sessions[name].hello()))
+        self.network.send(name, self.sessions[name].hello())
 
     def pump(self, until: Any = lambda world, message: False) -> None:
         """Deliver until the run is over, nothing moves, or ``until`` says stop."""
-        idle = 0
-        while not self.run.over or self.queue:
-            if not self.queue:
-                idle += 1
-                if idle > 50:
-                    raise AssertionError("nothing moves any more")
-                self.clock += 5
-                if self.clock > self.latest:
-                    raise AssertionError("this goes on for ever")
-                for name in set(self.sessions) - self.lost:
-                    self.queue.append((name, "", m.Alive()))
-                self.queue.extend(("", *out) for out in self.run.tick(self.clock))
-                continue
-            sender, recipient, message = self.queue.popleft()
-            message = self.tamper(sender, recipient, message)
-            if not isinstance(message, m.Alive):
-                idle = 0
-            if until(self, message):
-                return
-            if sender in self.lost or recipient in self.lost:
-                continue
-            message = m.CATALOGUE.decode(m.CATALOGUE.encode(message))
-            if sender:
-                self.queue.extend(("", *out) for out in self.run.on(sender, message, self.clock))
-                continue
-            session = self.sessions[recipient]
-            try:
-                replies = session.on(message)
-                while getattr(session, "work", None) is not None:
-                    replies += self._train(session, self.toys[recipient])
-            except errors.SecureFedPromptError as error:
-                replies = self._refusal(recipient, error)
-            self.queue.extend((recipient, "", reply) for reply in replies)
+        self.idle, self.until, self.network.stopped = 0, until, False
+        self.network.run(self.run)
+
+    def tap(self, sender: str, recipient: str, frame: Frame) -> Frame | None:
+        """Tamper with a frame, lose it, or stop at it."""
+        message = self.tamper(sender, recipient, frame.opened())
+        if not isinstance(message, m.Alive):
+            self.idle = 0
+        if self.until(self, message):
+            self.network.stopped = True
+            return None
+        if sender in self.lost or recipient in self.lost:
+            return None
+        return Frame.of(message)
+
+    def wait(self, clock: float) -> float:
+        """All that are there say so; time passes."""
+        self.idle += 1
+        assert self.idle <= 50, "nothing moves any more"
+        assert clock + 5 <= self.latest, "this goes on for ever"
+        for name in set(self.sessions) - self.lost:
+            self.network.send(name, m.Alive())
+        return clock + 5
+
+    def answer(self, name: str, message: m.Message) -> Replies:
+        session = self.sessions[name]
+        try:
+            replies: Replies = session.on(message)
+            while getattr(session, "work", None) is not None:
+                replies += self._train(session, self.toys[name])
+        except errors.SecureFedPromptError as error:
+            replies = self._refusal(name, error)
+        return replies
 
     def _train(self, session: Any, toy: Any) -> list[m.Message]:
         work = session.work

@@ -27,6 +27,7 @@ from secure_fedprompt.audit.findings import CHECKS, Level
 from secure_fedprompt.host.recorder import Recorder
 from secure_fedprompt.protocol import homomorphic
 from secure_fedprompt.protocol import messages as m
+from secure_fedprompt.protocol.transport import Frame
 
 
 @pytest.mark.parametrize("protection", ["masks", "bfv", "ckks"])
@@ -164,14 +165,9 @@ def test_a_type_outside_the_catalogue_shows(tmp_path: Path) -> None:
     log = Recorder(
         tmp_path / "audit", "full", 1 << 20, identity("server"), known.by_name["server"], known
     )
-    log.record("in", VICTIM, m.Rejoin(), m.CATALOGUE.encode(m.Rejoin()))
-    log.record(
-        "out",
-        VICTIM,
-        m.RoundEnd(b"r" * 16, 1, ""),
-        m.CATALOGUE.encode(m.RoundEnd(b"r" * 16, 1, "")),
-    )
-    log.record("in", VICTIM, None, b"\x04\xffcovert")
+    log.got(VICTIM, Frame.of(m.Rejoin()))
+    log.sent(VICTIM, Frame.of(m.RoundEnd(b"r" * 16, 1, "")))
+    log.got(VICTIM, Frame.read(b"\x04\xffcovert"))
     log.close()
     (read_,) = read({"server": tmp_path}, "server")
     result = summary.audit(read_, [], "", None)

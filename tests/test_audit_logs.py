@@ -29,6 +29,7 @@ from secure_fedprompt.protocol import errors, homomorphic
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.codec import encode_fields
 from secure_fedprompt.protocol.selection.task import Selection
+from secure_fedprompt.protocol.transport import Frame
 
 # -- logs that were touched ------------------------------------------------------------------------
 
@@ -381,8 +382,8 @@ def test_who_only_asks_leaves_no_trace_that_contradicts(
     again = Recorder(folders["server"] / "audit", "full", 1 << 30, identity("server"), member,
                      roster(4))  # fmt: skip
     probe = m.Probe("", bytes(32), bytes(32), roster(4).digest)
-    for way, message in (("in", probe), ("out", m.Probed("", "", b"{}", "masks", 4, 3, 1))):
-        again.record(way, VICTIM, message, m.CATALOGUE.encode(message))
+    again.got(VICTIM, Frame.of(probe))
+    again.sent(VICTIM, Frame.of(m.Probed("", "", b"{}", "masks", 4, 3, 1)))
     again.close()
     log, other = read(folders, "server", VICTIM)
     result = summary.audit(log, [other], "", None)

@@ -32,7 +32,7 @@ def second_round(world: World, message: m.Message) -> bool:
 
 def loses(world: World, name: str) -> None:
     world.lost.add(name)
-    world.queue.extend(("", *out) for out in world.run.gone(name, world.clock))
+    world.lose(name)
 
 
 def test_clients_wait_for_the_one_that_is_missing(tmp_path: Path) -> None:

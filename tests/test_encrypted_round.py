@@ -288,7 +288,7 @@ def test_a_client_that_withdraws_while_others_get_the_key_is_not_waited_for() ->
     assert server.stage is Stage.KEYING
     assert "c002" in server.faults
     assert not server.involves("c002")
-    assert server.lost("c004", 0.0) == []
+    assert server.gone("c004", 0.0) == []
     state, _ = start(parties["c001"], plan)
     _, replies = state.on(request)
     server.on("c001", replies[0], 0.0)

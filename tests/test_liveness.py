@@ -52,7 +52,7 @@ def test_a_regular_graph_needs_as_many_clients_as_one_can_be_planned_for(tmp_pat
     assert world.run.needed == fewest
     everybody(world)
     world.pump(lambda w, message: isinstance(message, m.RoundEnd))
-    world.queue.extend(("", *out) for out in world.run.gone("c007", world.clock))
+    world.lose("c007")
     world.lost.add("c007")
     world.pump()
     assert world.run.error is None, world.run.error
@@ -108,7 +108,7 @@ def test_one_client_cannot_take_the_run_key_of_another_that_is_away(tmp_path: Pa
         world.run.clients["c005"].ready, seal_key=key  # type: ignore[type-var]
     )  # fmt: skip
     signature = identity("c005").sign(Purpose.RUN_KEY, stolen.body(world.roster.digest))
-    world.queue.append(("c005", "", dataclasses.replace(stolen, signature=signature)))
+    world.send("c005", dataclasses.replace(stolen, signature=signature))
     world.reconnect("c001")
     world.pump()
     assert world.run.error is None, world.run.error
@@ -284,7 +284,7 @@ def test_a_sum_that_too_few_could_open_is_not_begun(tmp_path: Path) -> None:
     while world.queue:
         world.pump(lambda w, message: not w.queue)
     for name in ("c002", "c003"):
-        world.queue.extend(("", *out) for out in world.run.gone(name, world.clock))
+        world.lose(name)
     world.pump(lambda w, message: isinstance(message, m.RoundEnd))
     first = world.store.summary()["rounds"][0]
     assert first["outcome"] == "aborted"

@@ -22,12 +22,14 @@ from secure_fedprompt.audit.findings import Level
 from secure_fedprompt.audit.log import Log
 from secure_fedprompt.audit.promises import check_promises
 from secure_fedprompt.clients.link import CurveLink
+from secure_fedprompt.host.recorded import RecordedHub, RecordedLink
 from secure_fedprompt.host.recorder import Recorder, recorder
 from secure_fedprompt.protocol import errors
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.keys import Member
 from secure_fedprompt.protocol.roster import Roster
-from secure_fedprompt.server.hub import Hub
+from secure_fedprompt.protocol.transport import Frame
+from secure_fedprompt.server.hub import CurveHub
 
 RUN = b"r" * 16
 
@@ -39,7 +41,7 @@ def made(folder: Path, mode: str = "full", limit: int = 1 << 24, name: str = "c0
 
 def put(log: Recorder, *messages: m.Message, way: str = "out") -> None:
     for message in messages:
-        log.record(way, "server", message, m.CATALOGUE.encode(message))
+        (log.got if way == "in" else log.sent)("server", Frame.of(message))
 
 
 def killed(log: Recorder) -> None:
@@ -313,21 +315,25 @@ def test_off_keeps_nothing(tmp_path: Path) -> None:
 def test_heads_cross_real_sockets_and_tie_both_logs(tmp_path: Path) -> None:
     ends = {name: made(tmp_path / name, "headers", name=name) for name in ("server", "c001")}
     finish = m.Finish(RUN, b"", "")
-    server = Hub("tcp://127.0.0.1:*", identity("server"), roster(3), recorder=ends["server"])
-    with closing(server) as hub:
+    server = CurveHub("tcp://127.0.0.1:*", identity("server"), roster(3))
+    with closing(server):
+        hub = RecordedHub(server, ends["server"])
+        assert not hub.send("c001", Frame.of(finish))  # nobody there: nothing is recorded
         key = identity("server").curve_public()
-        with closing(CurveLink(hub.address, key, identity("c001"), 20.0, ends["c001"])) as link:
-            link.connect()
-            link.send(m.Alive())
-            got = _until(lambda: list(hub.poll(0.05)))
-            assert got == [("c001", m.Alive())]
+        with closing(CurveLink(server.address, key, identity("c001"), 20.0)) as client:
+            client.connect()
+            link = RecordedLink(client, ends["c001"])
+            link.send(Frame.of(m.Alive()))
+            ((name, frame),) = _until(lambda: list(hub.poll(0.05)))
+            assert (name, frame.message) == ("c001", m.Alive())
             for message in (m.RoundEnd(RUN, 1, ""), finish):
-                assert hub.send("c001", message)
-                first = _until(lambda: link.receive(0.05))
+                assert hub.send("c001", Frame.of(message))
+                first = _until(lambda: link.receive(0.05)).message
                 assert isinstance(first, m.LogHead)
-                second = _until(lambda: link.receive(0.05))
+                second = _until(lambda: link.receive(0.05)).message
                 assert second == message
-                ((_, answer),) = _until(lambda: list(hub.poll(0.05)))
+                ((_, frame),) = _until(lambda: list(hub.poll(0.05)))
+                answer = frame.message
                 assert isinstance(answer, m.LogHead)
                 assert answer.round == first.round == getattr(message, "round", 0)
     for log in ends.values():
@@ -429,8 +435,7 @@ def test_a_frame_of_a_run_is_from_its_own_members(tmp_path: Path) -> None:
     for run, known in ((b"a" * 16, roster(4)), (b"b" * 16, roster(3))):
         log = Recorder(tmp_path, "full", 1 << 24, identity("server"), server, known)
         for name in ("c001", "c004"):
-            message = m.MaskedUpload(run, 1, bytes(8))
-            log.record("in", name, message, m.CATALOGUE.encode(message))
+            log.got(name, Frame.of(m.MaskedUpload(run, 1, bytes(8))))
         log.close()
     read = Log.read(tmp_path)
     found = {

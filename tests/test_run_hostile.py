@@ -393,7 +393,7 @@ def test_a_peers_bad_box_costs_a_round_and_not_the_run(tmp_path: Path) -> None:
         world.join(name)
     world.pump(lambda w, message: isinstance(message, m.Plan))
     session = world.sessions["c001"]
-    plan = next(x for _, to, x in [*world.queue, ("", "c001", None)] if isinstance(x, m.Plan))
+    plan = next(x.message for _, _, x in world.queue if isinstance(x.message, m.Plan))
 
     def begin(number: int) -> None:
         again = dataclasses.replace(plan.plan, round=number, attempt=number)
@@ -431,7 +431,7 @@ def test_a_log_head_must_be_signed_by_its_sender(tmp_path: Path, by: str, good: 
     def until(world: World, message: m.Message) -> bool:
         if isinstance(message, m.Advert) and not sent:
             sent.append(True)
-            world.queue.append(("c002", "", signed_head("c002", by, world.run.state.run)))
+            world.send("c002", signed_head("c002", by, world.run.state.run))
         return False
 
     world.pump(until)

@@ -188,7 +188,7 @@ def test_a_helper_whose_own_keys_come_too_late_still_helps(tmp_path: Path) -> No
             return m.Alive()
         if isinstance(message, m.HelperTables) and len(kept) == 1:
             kept.append(None)
-            world.queue.append(("c001", "", kept[0]))
+            world.send("c001", kept[0])
         return message
 
     world.tamper = late

@@ -127,7 +127,7 @@ def test_a_lost_client_is_not_waited_for_again() -> None:
     for name, party in make_parties(4).items():
         states[name], (advert,) = start(party, plan)
         if name == "c003":
-            server.lost("c004", 0.0)
+            server.gone("c004", 0.0)
         server.on(name, advert, 0.0)
     assert server.stage is Stage.SHARING
     assert server.waiting == {"c001", "c002", "c003"}

@@ -29,31 +29,31 @@ from zmq.utils import z85
 from secure_fedprompt.clients import link as link_module
 from secure_fedprompt.clients.link import CurveLink
 from secure_fedprompt.clients.party import refusal
-from secure_fedprompt.clients.rounds.base import Ready, State
-from secure_fedprompt.clients.rounds.encrypted import Opening
-from secure_fedprompt.clients.rounds.start import start
+from secure_fedprompt.memory import RoundClient
 from secure_fedprompt.protocol import chunks, errors
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.address import Address
 from secure_fedprompt.protocol.codec import VERSION
 from secure_fedprompt.protocol.keys import Identity
+from secure_fedprompt.protocol.transport import Frame
 from secure_fedprompt.server import routes
-from secure_fedprompt.server.hub import CONNECTIONS, TWO, Hub, bound_connections
+from secure_fedprompt.server.hub import CONNECTIONS, TWO, CurveHub, bound_connections
 from secure_fedprompt.server.rounds.base import Deadlines, Stage
 from secure_fedprompt.server.rounds.start import make_round
 from secure_fedprompt.server.routes import Heard, Routes
+from secure_fedprompt.server.serve import hear, post
 
 PATIENCE = 20.0
 
 
 @pytest.fixture
-def hub() -> Iterator[Hub]:
-    with closing(Hub("tcp://127.0.0.1:*", identity("server"), roster(4))) as made:
+def hub() -> Iterator[CurveHub]:
+    with closing(CurveHub("tcp://127.0.0.1:*", identity("server"), roster(4))) as made:
         yield made
 
 
 @pytest.fixture
-def connect(hub: Hub) -> Iterator[Callable[..., CurveLink]]:
+def connect(hub: CurveHub) -> Iterator[Callable[..., CurveLink]]:
     """Open links that are closed at the end."""
     with ExitStack() as stack:
 
@@ -64,26 +64,36 @@ def connect(hub: Hub) -> Iterator[Callable[..., CurveLink]]:
         yield make
 
 
-def collect(hub: Hub, count: int) -> list[tuple[str, m.Message]]:
+def collect(hub: CurveHub, count: int) -> list[tuple[str, m.Message]]:
     got: list[tuple[str, m.Message]] = []
     deadline = time.monotonic() + PATIENCE
     while len(got) < count and time.monotonic() < deadline:
-        got += hub.poll(0.05)
+        got += [(name, frame.heard()) for name, frame in hub.poll(0.05)]
     return got
 
 
-def test_the_sender_is_the_authenticated_key(hub: Hub, connect: Callable[..., CurveLink]) -> None:
+def heard(link: CurveLink) -> m.Message:
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        if (frame := link.receive(0.05)) is not None:
+            return frame.opened()
+    raise AssertionError("nothing came")
+
+
+def test_the_sender_is_the_authenticated_key(
+    hub: CurveHub, connect: Callable[..., CurveLink]
+) -> None:
     for name in names(2):
         link = connect(identity(name))
         link.connect()
-        link.send(m.Alive())
+        link.send(Frame.of(m.Alive()))
         assert collect(hub, 1) == [(name, m.Alive())]
-        assert hub.send(name, m.RoundEnd(bytes(16), 1, name))
-        assert link.receive(PATIENCE) == m.RoundEnd(bytes(16), 1, name)
-    assert not hub.send("c004", m.Alive())
+        assert hub.send(name, Frame.of(m.RoundEnd(bytes(16), 1, name)))
+        assert heard(link) == m.RoundEnd(bytes(16), 1, name)
+    assert not hub.send("c004", Frame.of(m.Alive()))
 
 
-def test_a_chosen_routing_id_gives_no_other_name(hub: Hub) -> None:
+def test_a_chosen_routing_id_gives_no_other_name(hub: CurveHub) -> None:
     """c002 connects under the routing id that c001 has; it still speaks as c002."""
     context = zmq.Context()
     opened = []
@@ -122,19 +132,19 @@ def test_unreachable() -> None:
             link.connect()
 
 
-def test_port_in_use_and_bad_addresses(hub: Hub) -> None:
+def test_port_in_use_and_bad_addresses(hub: CurveHub) -> None:
     with pytest.raises(errors.PortInUseError, match="stop the other server"):
-        Hub(hub.address, identity("server"), roster(4))
+        CurveHub(hub.address, identity("server"), roster(4))
     with pytest.raises(errors.ConfigError, match="bind = 'nonsense': write tcp://HOST:PORT"):
-        Hub("nonsense", identity("server"), roster(4))
+        CurveHub("nonsense", identity("server"), roster(4))
     with pytest.raises(errors.ConfigError, match="port 80000 is not between 1 and 65535"):
-        Hub("tcp://127.0.0.1:80000", identity("server"), roster(4))
+        CurveHub("tcp://127.0.0.1:80000", identity("server"), roster(4))
     with pytest.raises(errors.ConfigError, match="tcp://HOST:PORT"):
         CurveLink("nonsense", identity("server").curve_public(), identity("c001"))
 
 
 def test_malformed_frames_are_reported_with_their_sender(
-    hub: Hub, connect: Callable[..., CurveLink]
+    hub: CurveHub, connect: Callable[..., CurveLink]
 ) -> None:
     link = connect(identity("c003"))
     link.connect()
@@ -148,28 +158,27 @@ def test_malformed_frames_are_reported_with_their_sender(
         link._socket.send_multipart(parts)
         ((sender, message),) = collect(hub, 1)
         assert (sender, message.error) == ("c003", error)
-    link.send(m.Alive())
+    link.send(Frame.of(m.Alive()))
     assert collect(hub, 1) == [("c003", m.Alive())]
 
 
 def test_large_frames_cross_in_chunks_both_ways(
-    hub: Hub, connect: Callable[..., CurveLink]
+    hub: CurveHub, connect: Callable[..., CurveLink]
 ) -> None:
     link = connect(identity("c003"))
     link.connect()
     large = m.MaskedUpload(bytes(16), 1, np.random.default_rng(0).bytes(5 * chunks.CHUNK + 17))
-    link.send(large)
-    link.send(m.Alive())
+    link.send(Frame.of(large))
+    link.send(Frame.of(m.Alive()))
     (_, first), (_, second) = collect(hub, 2)
     assert (bytes(first.vector), second) == (large.vector, m.Alive())
-    assert hub.send("c003", large)
-    received = link.receive(PATIENCE)
-    while received is None:
-        received = link.receive(PATIENCE)
+    assert hub.send("c003", Frame.of(large))
+    received = heard(link)
+    assert isinstance(received, m.MaskedUpload)
     assert bytes(received.vector) == large.vector
 
 
-def test_strangers_make_the_server_hold_no_more_than_a_chunk(hub: Hub) -> None:
+def test_strangers_make_the_server_hold_no_more_than_a_chunk(hub: CurveHub) -> None:
     """It is the announced size that a socket allocates, before anybody has shown a key."""
     port = int(hub.address.rsplit(":", 1)[1])
     greeting = b"\xff" + bytes(8) + b"\x7f\x03\x00" + b"CURVE".ljust(20, b"\0") + bytes(32)
@@ -238,7 +247,7 @@ def test_a_frame_without_an_end_is_refused_before_it_fills_the_memory(
         assembler.add(memoryview(b"\3" + bytes(chunks.CHUNK + 1)))
 
 
-def test_unencrypted_peers_get_nothing(hub: Hub) -> None:
+def test_unencrypted_peers_get_nothing(hub: CurveHub) -> None:
     with zmq.Context() as context, context.socket(zmq.DEALER) as plain:
         plain.linger = 0
         plain.connect(hub.address)
@@ -247,23 +256,23 @@ def test_unencrypted_peers_get_nothing(hub: Hub) -> None:
 
 
 def test_a_link_that_comes_back_counts_a_new_connection() -> None:
-    first = Hub("tcp://127.0.0.1:*", identity("server"), roster(4))
+    first = CurveHub("tcp://127.0.0.1:*", identity("server"), roster(4))
     address = first.address
     link = CurveLink(address, identity("server").curve_public(), identity("c001"), PATIENCE)
     with closing(link):
         link.connect()
         first.close()
-        with closing(Hub(address, identity("server"), roster(4))) as second:
+        with closing(CurveHub(address, identity("server"), roster(4))) as second:
             deadline = time.monotonic() + PATIENCE
             while link.connections < 2 and time.monotonic() < deadline:
                 link.receive(0.1)
-            link.send(m.Alive())
+            link.send(Frame.of(m.Alive()))
             assert collect(second, 1) == [("c001", m.Alive())]
 
 
 @pytest.mark.parametrize("protection", ["masks", "bfv", "ckks"])
 def test_a_round_of_random_vectors_over_sockets(
-    hub: Hub, connect: Callable[..., CurveLink], protection: str
+    hub: CurveHub, connect: Callable[..., CurveLink], protection: str
 ) -> None:
     plan = make_plan(4) if protection == "masks" else make_encrypted_plan(4, protection)
     updates = make_updates(plan)
@@ -271,34 +280,20 @@ def test_a_round_of_random_vectors_over_sockets(
     links = {name: connect(identity(name)) for name in names(4)}
     for link in links.values():
         link.connect()
-        link.send(m.Alive())
+        link.send(Frame.of(m.Alive()))
     collect(hub, 4)
     run_keys = {name: party.ready(plan.run) for name, party in parties.items()}
     server = make_round(plan, b"", roster(4), Deadlines(), run_keys)
-    opened: list[np.ndarray] = []
-    states: dict[str, State] = {}
-    out = server.start(0.0)
+    clients = {name: RoundClient(party, updates[name]) for name, party in parties.items()}
+    post(hub, server, server.start(0.0), lambda: 0.0)
     deadline = time.monotonic() + PATIENCE
     while not server.over and time.monotonic() < deadline:
-        for name, message in out:
-            assert hub.send(name, message)
         for name, link in links.items():
-            message = link.receive(0.01)
-            if message is None:
-                continue
-            if isinstance(message, m.Plan):
-                states[name], replies = start(parties[name], message.plan)
-            else:
-                states[name], replies = states[name].on(message)
-            if isinstance(state := states[name], Ready):
-                states[name], uploads = state.upload(*updates[name])
-                replies = replies + uploads
-            if isinstance(state, Opening):
-                opened.append(state.integers)
-                states[name], replies = state.report(b"prompt")
-            for reply in replies:
-                link.send(reply)
-        out = [o for name, msg in hub.poll(0.01) for o in server.on(name, msg, 0.0)]
+            if (frame := link.receive(0.01)) is not None:
+                for reply in clients[name].on(frame.opened()):
+                    link.send(Frame.of(reply))
+        post(hub, server, hear(hub, server, 0.01, lambda: 0.0), lambda: 0.0)
+    opened = [client.opened.integers for client in clients.values() if client.opened]
     assert server.stage is Stage.DONE, server.reason
     if protection == "masks":
         assert server.integers is not None
@@ -333,14 +328,14 @@ def test_servers_and_clients_speak_ipv6() -> None:
     if not socket.has_ipv6:
         pytest.skip("this machine has no IPv6")
     try:
-        served = Hub("tcp://[::1]:*", identity("server"), roster(4))
+        served = CurveHub("tcp://[::1]:*", identity("server"), roster(4))
     except errors.ConfigError:
         pytest.skip("this machine has no IPv6 loopback")
     with closing(served):
         key = identity("server").curve_public()
         with closing(CurveLink(served.address, key, identity("c001"), 10.0)) as link:
             link.connect()
-            link.send(m.Alive())
+            link.send(Frame.of(m.Alive()))
             assert [name for name, _ in served.poll(10.0)] == ["c001"]
 
 
@@ -360,13 +355,13 @@ def test_a_missing_connection_is_told_once_and_its_return_too() -> None:
     key = identity("server").curve_public()
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(link_module, "_MISSED", 0.3)
-        link = CurveLink(address, key, identity("c001"), 60.0, None, told.append)
+        link = CurveLink(address, key, identity("c001"), 60.0, told.append)
         with closing(link):
             until = time.monotonic() + 20
             while not told:
                 assert time.monotonic() < until
                 link.receive(0.1)
-            with closing(Hub(address, identity("server"), roster(4))):
+            with closing(CurveHub(address, identity("server"), roster(4))):
                 link.connect()
                 link.receive(0.5)
             while len(told) < 3:  # lost once more
@@ -377,26 +372,29 @@ def test_a_missing_connection_is_told_once_and_its_return_too() -> None:
 
 
 def test_two_machines_with_one_key_are_noticed_and_named(
-    hub: Hub, connect: Callable[..., CurveLink], monkeypatch: pytest.MonkeyPatch
+    hub: CurveHub, connect: Callable[..., CurveLink], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(routes, "SPACING", 0.0)
+    sent: list[tuple[str, Frame]] = []
+    monkeypatch.setattr(hub, "_own", lambda name, frame: sent.append((name, frame)))
     first, copy = connect(identity("c001")), connect(identity("c001"))
     for link in (first, copy):
         link.connect()
-        link.send(m.Alive())
+        link.send(Frame.of(m.Alive()))
         assert collect(hub, 1) == [("c001", m.Alive())]
     for _ in range(routes.SIGHTINGS):
-        first.send(m.Alive())
+        first.send(Frame.of(m.Alive()))
     ((name, left),) = collect(hub, 1)
     assert (name, left) == ("c001", m.Leave("KeyInUseError", f"{TWO} (at 127.0.0.1 and 127.0.0.1)"))
-    told = copy.receive(PATIENCE)
+    told = heard(copy)
     assert isinstance(told, m.Refused)
     assert isinstance(refusal(told), errors.KeyInUseError)
-    copy.send(m.Alive())  # it should have ended: not heard any more
-    first.send(m.RoundEnd(bytes(16), 1, "first"))
+    assert [(name, frame.message) for name, frame in sent] == [("c001", told)]  # for the audit log
+    copy.send(Frame.of(m.Alive()))  # it should have ended: not heard any more
+    first.send(Frame.of(m.RoundEnd(bytes(16), 1, "first")))
     assert collect(hub, 1) == [("c001", m.RoundEnd(bytes(16), 1, "first"))]
-    assert hub.send("c001", m.Alive())
-    assert first.receive(PATIENCE) == m.Alive()
+    assert hub.send("c001", Frame.of(m.Alive()))
+    assert heard(first) == m.Alive()
 
 
 def test_what_a_lost_connection_left_behind_is_dropped() -> None:
@@ -422,24 +420,24 @@ def test_what_a_lost_connection_left_behind_is_dropped() -> None:
 
 
 def test_a_visitor_with_the_same_key_that_has_gone_costs_nothing(
-    hub: Hub, monkeypatch: pytest.MonkeyPatch
+    hub: CurveHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """``check`` from another machine: its connection is gone when the client is heard again."""
     monkeypatch.setattr(routes, "SPACING", 0.0)
     key = identity("server").curve_public()
     with closing(CurveLink(hub.address, key, identity("c001"), 5.0)) as first:
         first.connect()
-        first.send(m.Alive())
+        first.send(Frame.of(m.Alive()))
         collect(hub, 1)
         with closing(CurveLink(hub.address, key, identity("c001"), 5.0)) as visitor:
             visitor.connect()
-            visitor.send(m.Alive())
+            visitor.send(Frame.of(m.Alive()))
             collect(hub, 1)
         until = time.monotonic() + PATIENCE
-        while hub.send("c001", m.Alive()) and time.monotonic() < until:
+        while hub.send("c001", Frame.of(m.Alive())) and time.monotonic() < until:
             collect(hub, 0)
             list(hub.poll(0.05))
         for _ in range(routes.SIGHTINGS):
-            first.send(m.Alive())
-        first.send(m.RoundEnd(bytes(16), 1, "first"))
+            first.send(Frame.of(m.Alive()))
+        first.send(Frame.of(m.RoundEnd(bytes(16), 1, "first")))
         assert collect(hub, 1) == [("c001", m.RoundEnd(bytes(16), 1, "first"))]

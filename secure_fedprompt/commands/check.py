@@ -20,9 +20,9 @@ from secure_fedprompt.protocol.errors import (
 )
 from secure_fedprompt.protocol.keys import Identity
 from secure_fedprompt.protocol.settings import MethodSettings
+from secure_fedprompt.protocol.transport import Frame, Link
 
 if TYPE_CHECKING:
-    from secure_fedprompt.clients.link import CurveLink
     from secure_fedprompt.clients.settings import ClientSettings
     from secure_fedprompt.clients.training import LocalTrainer
     from secure_fedprompt.host.log import Log
@@ -63,20 +63,20 @@ def _in_use(journal: Path) -> bool:
     return False
 
 
-def _ask(
-    link: CurveLink, settings: ClientSettings, trainer: LocalTrainer, roster_digest: bytes
-) -> str:
+def _ask(link: Link, settings: ClientSettings, trainer: LocalTrainer, roster_digest: bytes) -> str:
     """Whether the server would have this client, and this client the server's terms.
 
     Raises:
         MismatchError, PolicyError: why not. UnreachableError: no answer.
     """
-    link.send(m.Probe(
+    link.send(Frame.of(m.Probe(
         settings.method, trainer.model_fingerprint, trainer.classes_digest, roster_digest,
-    ))  # fmt: skip
-    until = time.monotonic() + _ANSWER
-    while not isinstance(found := link.receive(0.5), m.Probed):
-        if time.monotonic() > until:
+    )))  # fmt: skip
+    until, found = time.monotonic() + _ANSWER, None
+    while not isinstance(found, m.Probed):
+        frame = link.receive(0.5)
+        found = frame.opened() if frame else None
+        if found is None and time.monotonic() > until:
             raise UnreachableError(f"server {settings.server} does not answer: is it as new as we?")
     if found.error:
         raise MismatchError(f"the server would refuse us: {found.reason}")

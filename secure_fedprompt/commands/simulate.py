@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import tempfile
-from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,14 @@ from secure_fedprompt import show
 from secure_fedprompt.clients.data.loading import load_shares
 from secure_fedprompt.clients.features import Features
 from secure_fedprompt.clients.journal import MemoryJournal
-from secure_fedprompt.clients.party import Party
-from secure_fedprompt.clients.session import Session, Work
+from secure_fedprompt.clients.party import Party, Replies
+from secure_fedprompt.clients.session import Session
 from secure_fedprompt.clients.settings import ClientSettings
 from secure_fedprompt.clients.training import LocalTrainer, client_seed
 from secure_fedprompt.host import command
+from secure_fedprompt.host.recorded import RecordedHub
 from secure_fedprompt.host.recorder import recorder
+from secure_fedprompt.memory import Answer, Network
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.errors import ConfigError, UpdateError
 from secure_fedprompt.protocol.keys import Identity, Member
@@ -35,8 +37,10 @@ from secure_fedprompt.protocol.policy import Policy
 from secure_fedprompt.protocol.protections import PROTECTIONS
 from secure_fedprompt.protocol.roster import Roster
 from secure_fedprompt.protocol.settings import MethodSettings
+from secure_fedprompt.protocol.transport import Frame
 from secure_fedprompt.server.planning import RunState
 from secure_fedprompt.server.run import Run
+from secure_fedprompt.server.serve import CountedHub
 from secure_fedprompt.server.settings import ServerSettings
 from secure_fedprompt.server.store import Store
 
@@ -152,11 +156,38 @@ def make_trainers(
     }
 
 
-def _train(session: Session, trainer: LocalTrainer, work: Work) -> list[m.Message]:
-    try:
-        return session.trained(work, trainer.run(work))
-    except UpdateError as error:
-        return session.failed(work, error)
+def _taking_part(session: Session, trainer: LocalTrainer) -> Answer:
+    """A client that trains at once."""
+
+    def on(message: m.Message) -> Replies:
+        replies = session.on(message)
+        if (work := session.work) is None:
+            return replies
+        try:
+            return replies + session.trained(work, trainer.run(work))
+        except UpdateError as error:
+            return replies + session.failed(work, error)
+
+    return on
+
+
+def _vanishing(
+    names: list[str], dropout: float, rng: np.random.Generator
+) -> Callable[[str, str, Frame], Frame | None]:
+    """Loses what a share of the clients send, in each round from a random message on."""
+    left: dict[str, int] = {}
+
+    def tap(sender: str, recipient: str, frame: Frame) -> Frame | None:
+        nonlocal left
+        plan = frame.message.plan if isinstance(frame.message, m.Plan) else None
+        if plan is not None and recipient == plan.cohort[0]:
+            gone = rng.choice(names, round(dropout * len(names)), replace=False)
+            left = {str(name): int(rng.integers(0, 5)) for name in gone}
+        if sender in left:
+            left[sender] -= 1
+        return None if left.get(sender, 0) < 0 else frame
+
+    return tap
 
 
 def simulate_run(
@@ -192,41 +223,17 @@ def simulate_run(
     run = Run(server, roster, store, os.urandom, RunState(), 0.0, identities["server"])
     member, mode, limit = roster.by_name["server"], settings.audit, settings.audit_mb
     log = recorder(store.folder, mode, limit, identities["server"], member, roster)
-    rng, clock = np.random.default_rng(settings.seed), 0.0
-    vanish: dict[str, int] = {}
-    queue: deque[tuple[str, str, m.Message]] = deque(
-        (name, "", session.hello()) for name, session in sessions.items()
+    network = Network(
+        _vanishing(list(sessions), dropout, np.random.default_rng(settings.seed)),
+        lambda clock: max(clock + 1.0, run.current.deadline if run.current else run.gather_until),
     )
-    while not run.over or queue:
-        if not queue:  # everybody has spoken: time passes
-            clock = max(clock + 1.0, run.current.deadline if run.current else run.gather_until)
-            queue.extend(("", *out) for out in run.tick(clock))
-            continue
-        sender, recipient, message = queue.popleft()
-        frame = m.CATALOGUE.encode(message)
-        kind = type(message).__name__
-        if sender:
-            left = vanish.get(sender)
-            if left == 0:
-                continue
-            if left is not None:
-                vanish[sender] = left - 1
-            store.count(run.state.round, sender, "up", kind, len(frame))
-            if log is not None:
-                log.record("in", sender, message, frame)
-            queue.extend(("", *out) for out in run.on(sender, m.CATALOGUE.decode(frame), clock))
-            continue
-        store.count(run.state.round, recipient, "down", kind, len(frame))
-        if log is not None:
-            log.record("out", recipient, message, frame)
-        if isinstance(message, m.Plan) and recipient == message.plan.cohort[0]:
-            gone = rng.choice(list(sessions), round(dropout * len(sessions)), replace=False)
-            vanish = {str(name): int(rng.integers(0, 5)) for name in gone}
-        session = sessions[recipient]
-        replies = session.on(m.CATALOGUE.decode(frame))
-        if session.work is not None:
-            replies += _train(session, trainers[recipient], session.work)
-        queue.extend((recipient, "", reply) for reply in replies)
+    count = lambda *frame: store.count(run.state.round, *frame)  # noqa: E731
+    counted = CountedHub(network.hub, count)
+    network.hub = RecordedHub(counted, log) if log else counted
+    for name, session in sessions.items():
+        network.join(name, _taking_part(session, trainers[name]))
+        network.send(name, session.hello())
+    network.run(run)
     if log is not None:
         log.close()
     if run.error:

@@ -37,6 +37,7 @@ from secure_fedprompt.protocol.errors import ConfigError
 from secure_fedprompt.protocol.expand import Purpose
 from secure_fedprompt.protocol.keys import Identity, Member
 from secure_fedprompt.protocol.roster import Roster
+from secure_fedprompt.protocol.transport import Frame
 
 FORMAT = "secure-fedprompt/audit/2"
 START = bytes(32)
@@ -132,8 +133,16 @@ class Recorder:
         if not self._begun:
             self._begun = self._held()
 
-    def record(self, way: str, peer: str, message: m.Message | None, frame: Any) -> None:
-        """Append one frame, ``way`` "in" or "out"; ``message`` is None if it does not decode."""
+    def got(self, peer: str, frame: Frame) -> None:
+        """Append a frame that came from a peer."""
+        self._record("in", peer, frame)
+
+    def sent(self, peer: str, frame: Frame) -> None:
+        """Append a frame that is about to be sent."""
+        self._record("out", peer, frame)
+
+    def _record(self, way: str, peer: str, whole: Frame) -> None:
+        message, frame = whole.message, whole.data
         run, number = run_and_round(message) if message is not None else (b"", 0)
         kind = type(message).__name__ if message is not None else MALFORMED
         if frame is not self._last[0]:

@@ -31,7 +31,8 @@ from secure_fedprompt.protocol.plan import RoundPlan
 from secure_fedprompt.protocol.roster import Roster
 from secure_fedprompt.protocol.shamir import Entropy
 from secure_fedprompt.server.opening import Pending
-from secure_fedprompt.server.rounds.selecting import Outbox, Selector
+from secure_fedprompt.server.rounds.selecting import Selector
+from secure_fedprompt.server.serve import Outbox
 
 
 class Stage(StrEnum):
@@ -212,7 +213,7 @@ class Round(ABC):
             self.faults[sender] = f"withdrew: {message.error}: {message.reason}"
             if self.stage is Stage.COLLECTING and self._selector is not None:
                 self._outcome_refused |= message.error in OUTCOME_ERRORS
-            return self.lost(sender, now)
+            return self.gone(sender, now)
         if self.stage is Stage.EVALUATING:
             return []  # the helper's frames are above; what others sent is late
         if sender not in self.waiting:
@@ -221,7 +222,7 @@ class Round(ABC):
             self._accept(sender, message)
         except ProtocolError as error:
             self.faults[sender] = f"{type(error).__name__}: {error}"
-            return self.lost(sender, now)
+            return self.gone(sender, now)
         self.waiting.discard(sender)
         if self._short and self._suffices(now):
             self.waiting = set()
@@ -232,7 +233,7 @@ class Round(ABC):
         dealer = message.dealer
         if self.stage not in UPLOADING or not self._is_dealer(dealer, sender):
             self.faults[sender] = f"complains about {dealer!r}, who sent it no box"
-            return self.lost(sender, now)
+            return self.gone(sender, now)
         if isinstance(message, m.Complaint):
             if (evidence := self._evidence(dealer)) is not None:
                 return [(sender, evidence)]
@@ -270,11 +271,11 @@ class Round(ABC):
             out = self._selector.on(message)
         except ProtocolError as error:
             self.faults[sender] = f"{type(error).__name__}: {error}"
-            return self.lost(sender, now)
+            return self.gone(sender, now)
         for name in self._selector.refused:
             if name not in self._gone:
                 self.faults[name] = "SealError: the helper could not open its shares"
-                out += self.lost(name, now)
+                out += self.gone(name, now)
         if self._selector.outcomes is not None:
             self.waiting = set()
         return out + self._settle(now)
@@ -283,7 +284,7 @@ class Round(ABC):
         """A frame of this round from a client that has answered this stage."""
         return []
 
-    def lost(self, sender: str, now: float) -> Outbox:
+    def gone(self, sender: str, now: float) -> Outbox:
         """A client is gone for the rest of this round."""
         self._gone.add(sender)
         self.waiting.discard(sender)

@@ -28,7 +28,7 @@ from secure_fedprompt.protocol.packing import Packing
 from secure_fedprompt.protocol.plan import NO_KEY
 from secure_fedprompt.server.opening import Pending, grant_is_bad
 from secure_fedprompt.server.rounds.base import LONG_AGO, Round, Stage
-from secure_fedprompt.server.rounds.selecting import Outbox
+from secure_fedprompt.server.serve import Outbox
 
 
 @dataclass
@@ -111,7 +111,7 @@ class EncryptedRound(Round):
     def _judge(self, sender: str, message: m.Complaint | m.Accusation, now: float) -> Outbox:
         if isinstance(message, m.Complaint):
             self.faults[sender] = "a complaint without a proof"
-            return self.lost(sender, now)
+            return self.gone(sender, now)
         return super()._judge(sender, message, now)
 
     def _box_is_bad(self, sender: str, accusation: m.Accusation) -> bool:
@@ -174,9 +174,9 @@ class EncryptedRound(Round):
             self.burnt = True  # more clients than a round can do without hold another prompt key
         return super()._abort(reason)
 
-    def lost(self, sender: str, now: float) -> Outbox:
+    def gone(self, sender: str, now: float) -> Outbox:
         self.holders.discard(sender)
-        return super().lost(sender, now)
+        return super().gone(sender, now)
 
     def _check(self, sender: str, message: m.Message) -> None:
         plan, identity = self.plan, self.roster.identity_of(sender)

@@ -26,8 +26,8 @@ from secure_fedprompt.protocol.expand import Purpose
 from secure_fedprompt.protocol.keys import agree, verify
 from secure_fedprompt.server.opening import Pending, share_box_is_bad, signed_boxes
 from secure_fedprompt.server.rounds.base import LONG_AGO, Round, Stage
-from secure_fedprompt.server.rounds.selecting import Outbox
 from secure_fedprompt.server.rounds.unmasking import MaskedSum, masks_to_remove
+from secure_fedprompt.server.serve import Outbox
 
 
 class MaskedRound(Round):

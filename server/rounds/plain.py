@@ -12,7 +12,7 @@ from secure_fedprompt.protocol.layout import Vector, total_size
 from secure_fedprompt.protocol.plan import RoundPlan
 from secure_fedprompt.server.opening import Pending
 from secure_fedprompt.server.rounds.base import Round, Stage
-from secure_fedprompt.server.rounds.selecting import Outbox
+from secure_fedprompt.server.serve import Outbox
 
 
 class PlainSum:

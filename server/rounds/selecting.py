@@ -17,8 +17,7 @@ from secure_fedprompt.protocol.selection.parties import Garbler
 from secure_fedprompt.protocol.selection.shares import Keys
 from secure_fedprompt.protocol.selection.task import Task, session_of
 from secure_fedprompt.protocol.shamir import Entropy
-
-Outbox = list[tuple[str, m.Message]]
+from secure_fedprompt.server.serve import Outbox
 
 
 class Selector:
