@@ -18,10 +18,9 @@ from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.errors import ConfigError, PlanError
 from secure_fedprompt.protocol.transport import Hub
 from secure_fedprompt.server.hub import CurveHub, bound_connections
-from secure_fedprompt.server.planning import check_settings, noise_of
 from secure_fedprompt.server.run import Run
 from secure_fedprompt.server.serve import CountedHub, hear, post
-from secure_fedprompt.server.settings import ServerSettings
+from secure_fedprompt.server.settings import ServerSettings, check_settings, noise_of
 from secure_fedprompt.server.store import BEST, TROUBLE, Store
 
 EXAMPLES = """\

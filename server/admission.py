@@ -8,10 +8,11 @@ from secure_fedprompt.protocol.errors import (
     NotOnRosterError,
     RosterMismatchError,
     RunFailedError,
+    SecureFedPromptError,
 )
 from secure_fedprompt.protocol.roster import Roster
 from secure_fedprompt.server.planning import RunState
-from secure_fedprompt.server.settings import ServerSettings
+from secure_fedprompt.server.settings import ServerSettings, quorum_of
 
 
 def admit(
@@ -77,3 +78,21 @@ def check(
             f"run's{first} has {state.classes_digest.hex()[:16]}: name the same classes in the "
             "same order; classes_digest in the server's file says which list is right"
         )
+
+
+def probed(
+    state: RunState, settings: ServerSettings, roster: Roster, sender: str, probe: m.Probe
+) -> m.Probed:
+    """Whether a client could join: nothing changes by it."""
+    error, reason = "", ""
+    try:
+        check(state, settings, roster, sender, probe)
+    except SecureFedPromptError as refusal:
+        error, reason = type(refusal).__name__, m.line(refusal)
+    clients = len(roster.with_role("client"))
+    pinned = settings.model_fingerprint and settings.classes_digest
+    compared = bool(state.model_fingerprint or pinned)
+    return m.Probed(
+        error, reason, settings.method_settings().to_bytes(), settings.protection,
+        clients, quorum_of(settings, clients), int(compared),
+    )  # fmt: skip

@@ -6,7 +6,19 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from secure_fedprompt.protocol.protections import Protection, facts_of
+from secure_fedprompt.protocol import masking
+from secure_fedprompt.protocol.client_noise import NONE as NO_NOISE
+from secure_fedprompt.protocol.client_noise import Noise
+from secure_fedprompt.protocol.errors import ConfigError, PlanError
+from secure_fedprompt.protocol.fixedpoint import size_layout
+from secure_fedprompt.protocol.layout import TensorSpec
+from secure_fedprompt.protocol.methods import method_facts
+from secure_fedprompt.protocol.plan import (
+    noise_colluders,
+)
+from secure_fedprompt.protocol.protections import Protection, default_threshold, facts_of
+from secure_fedprompt.protocol.roster import Roster
+from secure_fedprompt.protocol.selection.task import SCOPES, Selection
 from secure_fedprompt.protocol.settings import (
     Count,
     Digits,
@@ -133,3 +145,168 @@ class ServerSettings(MethodSettings, frozen=True, forbid_unknown_fields=True, kw
     def method_settings(self) -> MethodSettings:
         names = MethodSettings.__struct_fields__
         return MethodSettings(**{name: getattr(self, name) for name in names})
+
+
+def quorum_of(settings: ServerSettings, clients: int) -> int:
+    """Updates that a sum needs, of so many clients of the run."""
+    if not settings.facts.hides:
+        return settings.min_clients
+    return max(settings.threshold, settings.facts.least(clients))
+
+
+def fewest_of(settings: ServerSettings, clients: int) -> int:
+    """The smallest cohort that a round can be planned for.
+
+    Raises:
+        PlanError: there is none.
+    """
+    quorum = quorum_of(settings, clients)
+    if settings.graph != "regular" or not settings.facts.masked:
+        return quorum
+    for n in range(quorum, clients + 1):
+        try:
+            masking.choose_degree(
+                n, dropout=settings.max_dropout,
+                corruption=min(settings.max_corruption * clients / n, 0.99),
+            )  # fmt: skip
+        except PlanError:
+            continue
+        return n
+    raise PlanError(
+        f"no k-regular graph of {clients} clients or fewer tolerates {settings.max_dropout:.0%} "
+        f'dropout and {settings.max_corruption:.0%} collusion: use graph = "complete"'
+    )
+
+
+def noise_of(settings: ServerSettings, clients: int) -> Noise:
+    """The noise of a run with so many clients.
+
+    Raises:
+        ConfigError: nobody's noise would count.
+    """
+    if not settings.dp_noise:
+        return NO_NOISE
+    quorum = quorum_of(settings, clients)
+    colluders = noise_colluders(settings.dp_colluders, clients, quorum)
+    if colluders >= quorum:
+        raise ConfigError(
+            f"dp_colluders = {colluders}: a sum may have only {quorum} clients, so "
+            "nobody's noise would count; lower it, or raise threshold or min_clients"
+        )
+    return Noise(settings.dp_clip, settings.dp_noise, quorum - colluders)
+
+
+def check_roster(settings: ServerSettings, roster: Roster) -> None:
+    """Refuse what no run with this roster can have: thresholds, rings and selections that do not
+    fit its number of clients, a helper that is not on it, and noise of nobody.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    listed = len(roster.with_role("client"))
+    if settings.clients > listed:
+        raise ConfigError(f"clients = {settings.clients}: the roster has {listed}")
+    n = listed  # whoever is on the roster could be in some cohort: quorums must meet in all of it
+    least, quorum = default_threshold(n), quorum_of(settings, n)
+    if settings.facts.hides and 0 < settings.threshold < least:
+        raise ConfigError(
+            f"threshold = {settings.threshold}: a sum of {n} clients needs at least "
+            f"floor(2n/3) + 1 = {least}"
+        )
+    if quorum > n:
+        key = "threshold" if settings.facts.hides else "min_clients"
+        raise ConfigError(f"{key} = {getattr(settings, key)}: the run has {n} clients")
+    noise = noise_of(settings, n)
+    try:
+        size_layout(
+            (TensorSpec("prompt", (1,)),), n, clip=settings.clip,
+            max_weight=weight_of(settings), max_seen=settings.max_seen,
+            ring_bits=settings.ring_bits, metrics=settings.metrics != "off", noise=noise.room,
+        )  # fmt: skip
+        fewest_of(settings, n)
+    except PlanError as error:
+        raise ConfigError(f"no round can be planned for {n} clients: {error}") from None
+    if settings.selection != "secure":
+        return
+    names = {member.name for member in roster.members if member.role in ("client", "helper")}
+    if settings.helper and settings.helper not in names:
+        raise ConfigError(
+            f"helper = {settings.helper!r}: no client or helper of this name is on the roster"
+        )
+    clients = settings.clients or len(roster.with_role("client"))
+    try:
+        selection_of(settings, clients, settings.helper or "elected").check(clients)
+    except PlanError as error:
+        raise ConfigError(f"selection = 'secure' with {clients} clients: {error}") from None
+
+
+def selection_of(settings: ServerSettings, clients: int, helper: str) -> Selection:
+    """What plans under these settings select, with a helper of this name."""
+    o = settings.fedmgp
+    modalities = 2 if o.modality == "both" else 1
+    federation = settings.selection_scope == "federation"
+    keep = min(settings.selection_keep or o.slots * clients, o.groups * clients)
+    return Selection(
+        scope=1 + SCOPES.index(settings.selection_scope),
+        modalities=modalities,
+        groups=o.groups,
+        slots=o.slots,
+        keep=keep if federation else 0,
+        fillers=settings.selection_fillers if federation else 0,
+        helper=helper,
+        helper_key=bytes(32),
+        helper_signature=bytes(64),
+    )
+
+
+def check_settings(settings: ServerSettings) -> None:
+    """Refuse settings that no run can have.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    settings.check()
+    method = method_facts(settings.method)
+    if not method.weighted and settings.weights != "uniform":
+        raise ConfigError(
+            f"weights = {settings.weights!r}: {settings.method} averages without weights; "
+            "set weights = 'uniform'"
+        )
+    if settings.selection == "secure":
+        if not method.grouped or settings.fedmgp.rule != "similarity":
+            raise ConfigError(
+                f"selection = 'secure': {settings.method} with rule {settings.fedmgp.rule!r} "
+                "compares no keys; use method = 'fedmgp' and fedmgp.rule = 'similarity'"
+            )
+    elif settings.selection_scope != "client" or settings.selection_keep or settings.helper:
+        raise ConfigError(
+            f"selection = {settings.selection!r}: selection_scope, selection_keep and helper need "
+            "selection = 'secure'"
+        )
+    if settings.selection_keep and settings.selection_scope != "federation":
+        raise ConfigError(
+            f"selection_keep = {settings.selection_keep}: needs selection_scope = 'federation'"
+        )
+    if settings.dp_noise:
+        wrong = {
+            "protection": not settings.facts.hides,
+            "weights": settings.weights != "uniform",
+            "metrics": settings.metrics != "off",
+            "selection_scope": settings.selection_scope == "federation",
+            "graph": settings.graph == "regular",
+        }
+        for key in (key for key, is_wrong in wrong.items() if is_wrong):
+            raise ConfigError(
+                f"{key} = {getattr(settings, key)!r}: dp_noise needs a protected sum on the "
+                "complete graph, weights = 'uniform', metrics = 'off' and no counts of slots"
+            )
+    if settings.facts.hides and not method.hidden:
+        raise ConfigError(
+            f"protection = {settings.protection!r}: {settings.method} shows every client's prompt "
+            "to the others; only 'none' is honest, for comparisons"
+        )
+
+
+def weight_of(settings: ServerSettings) -> int:
+    """W_max."""
+    return 1 if settings.weights == "uniform" else settings.max_weight

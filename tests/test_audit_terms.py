@@ -40,8 +40,7 @@ ROWS = {
 
 @pytest.mark.parametrize("n", ROWS)
 def test_the_rows_as_literals(n: int) -> None:
-    from secure_fedprompt.server.planning import quorum_of
-    from secure_fedprompt.server.settings import ServerSettings
+    from secure_fedprompt.server.settings import ServerSettings, quorum_of
 
     quorum, masks, pooled = ROWS[n]
     assert quorum_of(ServerSettings(), n) == quorum

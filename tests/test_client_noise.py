@@ -26,8 +26,7 @@ from secure_fedprompt.protocol.client_noise import Noise
 from secure_fedprompt.protocol.errors import ConfigError, PlanError, PolicyError
 from secure_fedprompt.protocol.layout import Field, TensorSpec
 from secure_fedprompt.protocol.policy import Policy
-from secure_fedprompt.server.planning import check_settings, noise_of
-from secure_fedprompt.server.settings import ServerSettings
+from secure_fedprompt.server.settings import ServerSettings, check_settings, noise_of
 
 NOISE = Noise(1.0, 0.5, 3)
 

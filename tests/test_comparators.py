@@ -25,8 +25,7 @@ from secure_fedprompt.memory import run_round
 from secure_fedprompt.prompt_file import read_prompt, write_prompt
 from secure_fedprompt.protocol.errors import ConfigError, PlanError
 from secure_fedprompt.protocol.settings import ComparatorSettings, FedMGPSettings, MethodSettings
-from secure_fedprompt.server.planning import check_settings
-from secure_fedprompt.server.settings import ServerSettings
+from secure_fedprompt.server.settings import ServerSettings, check_settings
 
 NAMES = ("cat", "dog", "red ring")
 STILL = {"zeroshot", "coop"}  # what they upload never changes

@@ -26,8 +26,7 @@ from secure_fedprompt.clients.training import LocalTrainer
 from secure_fedprompt.protocol.errors import ConfigError, ModelError
 from secure_fedprompt.protocol.selection.shares import integer_keys, order
 from secure_fedprompt.protocol.settings import FedMGPSettings, MethodSettings
-from secure_fedprompt.server.planning import check_settings
-from secure_fedprompt.server.settings import ServerSettings
+from secure_fedprompt.server.settings import ServerSettings, check_settings
 
 NAMES = ("cat", "dog", "red ring")
 

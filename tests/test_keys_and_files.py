@@ -31,8 +31,8 @@ from secure_fedprompt.protocol.layout import TensorSpec
 from secure_fedprompt.protocol.roster import Roster, member_to_toml
 from secure_fedprompt.protocol.settings import MethodSettings
 from secure_fedprompt.server.__main__ import main as server_main
-from secure_fedprompt.server.planning import RunState, check_roster, check_settings, terms_of
-from secure_fedprompt.server.settings import ServerSettings
+from secure_fedprompt.server.planning import RunState, terms_of
+from secure_fedprompt.server.settings import ServerSettings, check_roster, check_settings
 
 
 def flags(cls: type, words: list[str]) -> argparse.Namespace:

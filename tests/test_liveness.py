@@ -19,8 +19,7 @@ from secure_fedprompt.protocol import errors
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.expand import Purpose
 from secure_fedprompt.protocol.plan import NO_KEY, RoundPlan
-from secure_fedprompt.server import planning
-from secure_fedprompt.server.settings import ServerSettings
+from secure_fedprompt.server.settings import ServerSettings, fewest_of, quorum_of
 
 
 def everybody(world: World) -> World:
@@ -46,8 +45,8 @@ def bend(world: World, change: Callable[[str, m.Message], m.Message | None]) -> 
 
 def test_a_regular_graph_needs_as_many_clients_as_one_can_be_planned_for(tmp_path: Path) -> None:
     settings = ServerSettings(graph="regular")
-    fewest = planning.fewest_of(settings, 60)
-    assert planning.quorum_of(settings, 60) < fewest < 60
+    fewest = fewest_of(settings, 60)
+    assert quorum_of(settings, 60) < fewest < 60
     world = World(tmp_path, 60, graph="regular", rounds=2, alive_seconds=1e9, gather_seconds=10.0)
     assert world.run.needed == fewest
     everybody(world)

@@ -32,8 +32,7 @@ from secure_fedprompt.protocol.layout import FILLED, Field, TensorSpec
 from secure_fedprompt.protocol.policy import Policy
 from secure_fedprompt.protocol.selection.task import Selection
 from secure_fedprompt.protocol.settings import FedMGPSettings
-from secure_fedprompt.server.planning import check_settings
-from secure_fedprompt.server.settings import ServerSettings
+from secure_fedprompt.server.settings import ServerSettings, check_settings
 
 
 def test_settings_that_do_not_fit_are_refused() -> None:

@@ -30,8 +30,7 @@ from secure_fedprompt.protocol.methods import method_facts
 from secure_fedprompt.protocol.protections import PROTECTIONS, facts_of
 from secure_fedprompt.protocol.roster import Roster
 from secure_fedprompt.protocol.settings import CHOICES
-from secure_fedprompt.server.planning import check_settings
-from secure_fedprompt.server.settings import ServerSettings
+from secure_fedprompt.server.settings import ServerSettings, check_settings
 
 NAMES = ("alice", "bob", "carol", "dave", "erin", "frank", "grace", "heidi")
 METHODS: dict[str, dict[str, Any]] = {

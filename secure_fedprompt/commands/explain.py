@@ -18,8 +18,13 @@ from secure_fedprompt.protocol.layout import Layout, TensorSpec, total_size
 from secure_fedprompt.protocol.packing import Packing
 from secure_fedprompt.protocol.protections import default_threshold, tolerated_colluders
 from secure_fedprompt.protocol.selection.task import Task
-from secure_fedprompt.server.planning import check_settings, noise_of, quorum_of, selection_of
-from secure_fedprompt.server.settings import ServerSettings
+from secure_fedprompt.server.settings import (
+    ServerSettings,
+    check_settings,
+    noise_of,
+    quorum_of,
+    selection_of,
+)
 
 _USED = {"protection", "clients", "clip", "weights", "max_weight", "max_seen", "ring_bits",
          "metrics", "flood_bits", "threshold", "method", "selection", "selection_scope",
