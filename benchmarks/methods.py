@@ -146,21 +146,20 @@ class Bench:
         }  # fmt: skip
         with tempfile.TemporaryDirectory() as folder:
             store = Store(Path(folder), server)
-            state, _ = simulate_run(server, store, trainers)
+            done = simulate_run(server, store, trainers)
             store.close()
-        assert state.prompt is not None
+        assert done.state.prompt is not None
         scores: list[dict[str, float]] = []
-        for trainer, share in zip(trainers.values(), shares, strict=True):
-            trainer.finish(state.prompt, b"")
-            assert trainer.method is not None
-            labels, guesses = guess(trainer.method, tests.subset(share.test))
+        for learner, share in zip(done.learners.values(), shares, strict=True):
+            learner.finish(done.state.prompt, b"")
+            labels, guesses = guess(learner.method, tests.subset(share.test))
             row = {
                 "local": metrics.accuracy(labels, guesses),
                 "f1": metrics.macro_f1(labels, guesses),
             }
             if split == "base/novel":
-                row["base"] = metrics.accuracy(*guess(trainer.method, tests))
-                row["novel"] = self.novel(trainer, method, needs)
+                row["base"] = metrics.accuracy(*guess(learner.method, tests))
+                row["novel"] = self.novel(learner.method, method, needs)
             scores.append(row)
         found = {k: float(np.mean([row[k] for row in scores])) for k in scores[0]}
         if split == "base/novel":  # of means over clients, as the papers have it
@@ -168,14 +167,13 @@ class Bench:
             found["cm"] = metrics.combined_mean(found["local"], found["base"], found["novel"])
         return found
 
-    def novel(self, trainer: LocalTrainer, settings: MethodSettings, needs: str) -> float:
+    def novel(self, trained: Method, settings: MethodSettings, needs: str) -> float:
         """The same prompts on names and images that no client has seen."""
         images = self.whole[1].half("novel")
         features = self.features("novel", images, needs, 0)
-        assert trainer.method is not None
         method = build(settings, self.backbone, images.class_names)
-        method.load(trainer.method.state())
-        method.restore(trainer.method.private())
+        method.load(trained.state())
+        method.restore(trained.private())
         return metrics.accuracy(*guess(method, features))
 
 

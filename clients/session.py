@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from dataclasses import dataclass
-from typing import Any, Protocol
 
 import numpy as np
 
 from secure_fedprompt.clients.helper import Helper
+from secure_fedprompt.clients.joining import Joining
 from secure_fedprompt.clients.ledger import Upload
 from secure_fedprompt.clients.party import Party, Replies, refusal
 from secure_fedprompt.clients.rounds.base import Ready, Revealed, State
@@ -21,18 +20,26 @@ from secure_fedprompt.clients.rounds.encrypted import Opening, Reported, Sent
 from secure_fedprompt.clients.rounds.masks import Agreed
 from secure_fedprompt.clients.rounds.selecting import share_keys
 from secure_fedprompt.clients.rounds.start import start
+from secure_fedprompt.clients.work import (
+    L_co,
+    Made,
+    Place,
+    Update,
+    Work,
+    Workload,
+    choice_bytes,
+    nothing,
+    place_of,
+)
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.averaging import Prompt, averaged, metrics_of, prompt_bytes
-from secure_fedprompt.protocol.codec import decode_fields, encode_fields
 from secure_fedprompt.protocol.errors import (
-    AcceptanceError,
     AdvertMismatchError,
     FieldError,
     HomomorphicError,
     IsolationError,
     MismatchError,
     PolicyError,
-    ProtocolError,
     ReplayError,
     RunFailedError,
     SealError,
@@ -44,70 +51,25 @@ from secure_fedprompt.protocol.errors import (
     UpdateError,
 )
 from secure_fedprompt.protocol.expand import Purpose, digest
-from secure_fedprompt.protocol.layout import (
-    CLIPPED,
-    CONTRIBUTORS,
-    FILLED,
-    WEIGHT,
-    TensorSpec,
-    Values,
-)
 from secure_fedprompt.protocol.plan import RoundPlan
 from secure_fedprompt.protocol.policy import check_isolation
 from secure_fedprompt.protocol.selection.shares import Keys
-from secure_fedprompt.protocol.selection.task import Choice
-from secure_fedprompt.protocol.settings import MethodSettings
-from secure_fedprompt.protocol.terms import RunTerms
 
 MAX_WITHDRAWN = 3  # rounds in a row
 ROUND_ERRORS = (  # a peer's doing
     SealError, AdvertMismatchError, SurvivorError, SignatureError, HomomorphicError, SelectionError,
 )  # fmt: skip
-ASKS = "its operator has to accept these terms first, as its own log says"
 SEAL_BYTES = 16  # that sealing a prompt adds
-_SAME_START = 1e-5  # initial prompts of two machines may differ by this much
 _NEAR = 1e-4  # prompts that differ by less, in initial standard deviations, count as one
 
 
-class Workload(Protocol):
-    """The private side of a client: model, data and method."""
-
-    model_fingerprint: bytes
-    classes_digest: bytes
-    weight: float  # n_k
-    resuming: bool  # whether this client has been in the run already; told before ``prepare``
-
-    def prepare(self, settings: MethodSettings) -> None:
-        """Build the method of the run."""
-
-    def tensors(self) -> tuple[TensorSpec, ...]:
-        """What is uploaded."""
-
-    def initial(self) -> Prompt:
-        """The starting prompt, flat float32, from settings and model alone."""
-
-
-@dataclass(frozen=True)
-class Work:
-    """A round that waits for an update, or for selection keys.
-
-    Attributes:
-        choice: of server and helper, where they select, once they have.
-    """
-
-    plan: RoundPlan
-    base: Prompt
-    choice: Choice | None = None
-
-
-class Session:
+class Session(Joining[L_co]):
     """One client in one run.
 
     Attributes:
         work: the round to train for, or None.
         final: the last global prompt, once the run has ended well.
         history: aggregate metrics by learning round, where clients and not the server open sums.
-        terms: of the run, once accepted.
         declined: why the last plan was refused, until another one is taken up.
         failed_because: the first reason why training failed, for this client's own user.
     """
@@ -115,30 +77,18 @@ class Session:
     def __init__(
         self,
         party: Party,
-        workload: Workload,
+        workload: Workload[L_co],
         method: str = "",
         accept: Collection[str] = (),
         exempt: bool = False,
     ) -> None:
-        """
-        Args:
-            accept: first hex digits of terms that the operator accepts by name.
-            exempt: simulation: every client is one's own.
-        """
-        self.party, self.workload, self.method = party, workload, method
-        self._accept, self._exempt = accept, exempt
-        self._nonce, self._opened_nonce = party.entropy(32), False
+        super().__init__(party, workload, method, accept, exempt)
         self._greetings = -1  # since the last plan of this process, but for the first
         self._planned = False
-        self._greeting = False  # until we are welcomed
-        self._commitments: tuple[m.Nonce, ...] = ()
-        self.run = b""
-        self.settings: MethodSettings | None = None
-        self.terms: RunTerms | None = None
         self._parked: State | None = None  # an opening that a reconnection interrupted
         self._resumed = False  # whether the round under way is such an opening
-        self._kept: _Result | None = None  # of training, for another attempt
-        self._failing: _Place | None = None  # where training failed
+        self._kept: Made | None = None  # of training, for another attempt
+        self._failing: Place | None = None  # where training failed
         self.round: State | None = None
         self.work: Work | None = None
         self.history: dict[int, dict[str, float]] = {}
@@ -160,19 +110,10 @@ class Session:
         if isinstance(self.round, Agreed | Revealed | Sent | Reported):
             self._parked = self.round
         self.round = self.work = self._entered = None
-        self._resumed, self._greeting = False, True
+        self._resumed = False
         self._greetings += 1
         self._helper.reset()
-        if self._opened_nonce and self.terms is None:  # it is known: the next run needs another
-            self._nonce, self._opened_nonce, self.run = self.party.entropy(32), False, b""
-        w = self.workload
-        return m.Hello(
-            m.commitment(self.party.name, self._nonce),
-            self.method,
-            w.model_fingerprint,
-            w.classes_digest,
-            self.party.roster.digest,
-        )
+        return super().hello()
 
     def on(self, message: m.Message) -> Replies:
         """Take one frame.
@@ -214,34 +155,34 @@ class Session:
         self.round, replies = self.round.on(message)
         return self._ready(replies)
 
-    def trained(self, work: Work, result: tuple[Values, float] | Keys) -> Replies:
+    def trained(self, work: Work, result: Update | Keys) -> Replies:
         """Send the result of ``work``, an update or selection keys.
 
         If its round has ended, it is kept for another attempt. An update that cannot be sent
         becomes a zero one.
         """
         plan, state = work.plan, self.round
-        if not isinstance(result, tuple) or not plan.selecting:
-            self._kept = _Result(_place(plan), result)
+        if not isinstance(result, Update) or not plan.selecting:
+            self._kept = Made(place_of(plan), result)
         if not isinstance(state, Ready) or state.plan is not plan:
             now = self.work  # of another attempt, perhaps: it need not train again
-            if now is None or not isinstance(state, Ready) or _place(now.plan) != _place(plan):
+            if now is None or not isinstance(state, Ready) or place_of(now.plan) != place_of(plan):
                 return []
             self.work = None
             return self._again(state, now)
         self.work = None
-        if not isinstance(result, tuple):
+        if not isinstance(result, Update):
             self.round, replies = share_keys(state, result)
             return replies
         try:
-            if self._failing != _place(plan):
+            if self._failing != place_of(plan):
                 self._count(plan)
             data = state.encode(*result)
         except UpdateError as error:
             self.failed_because = self.failed_because or error
-            data = state.encode(*self._nothing(work))
+            data = state.encode(*nothing(work, self.workload.weight))
         self._withdrawn = 0
-        self.party.journal.keep_vector(plan, _choice_bytes(work.choice) + data)
+        self.party.journal.keep_vector(plan, choice_bytes(work.choice) + data)
         self.round, replies = state.send(data)
         return replies
 
@@ -262,27 +203,12 @@ class Session:
         """
         self.failed_because = self.failed_because or error
         plan = work.plan
-        self._failing = _place(plan)
+        self._failing = place_of(plan)
         if plan.selecting and work.choice is None:
             shape = plan.selection.modalities, plan.selection.groups
             drawn = self.party.entropy(4 * shape[0] * shape[1])
             return self.trained(work, np.frombuffer(drawn, "<u4").astype(np.uint32).reshape(shape))
-        return self.trained(work, self._nothing(work))
-
-    def _nothing(self, work: Work) -> tuple[dict[str, Any], float]:
-        """A zero update at this client's usual weight."""
-        values: dict[str, Any] = {}
-        for field in work.plan.layout:
-            if field.name in (WEIGHT, CONTRIBUTORS, CLIPPED):
-                continue
-            values[field.name] = np.zeros(field.shape)
-            if field.name.startswith(FILLED):
-                assert work.choice is not None
-                tensors = [f.name for f in work.plan.layout if f.update]
-                chosen = work.choice[tensors.index(field.name.removeprefix(FILLED))]
-                filled = np.arange(field.size) < len(chosen)
-                values[field.name] = filled.astype(np.float64)
-        return values, 1.0 if work.plan.uniform else self.workload.weight
+        return self.trained(work, nothing(work, self.workload.weight))
 
     def _help(self, message: m.Message) -> Replies:
         """A frame for the helper that this client was elected to be."""
@@ -311,107 +237,6 @@ class Session:
         reason = "" if isinstance(error, HomomorphicError | SelectionError) else m.line(error)
         return [m.Withdraw(plan.run, plan.round, type(error).__name__, reason)]
 
-    def leave(self, error: SecureFedPromptError) -> m.Leave:
-        """The last frame. Only errors about what the server itself sent carry their text."""
-        if isinstance(error, AcceptanceError):  # its text tells of runs of other servers
-            return m.Leave(type(error).__name__, ASKS)
-        told = isinstance(error, ProtocolError | MismatchError)
-        told = told and not isinstance(error, HomomorphicError)
-        return m.Leave(type(error).__name__ if told else "Stopped", m.line(error) if told else "")
-
-    def _welcome(self, message: m.Welcome) -> Replies:
-        if message.run != m.run_id(message.server_nonce, message.commitments):
-            raise ReplayError("run id is not the digest of the run's nonces")
-        own = m.Nonce(self.party.name, m.commitment(self.party.name, self._nonce))
-        ours = own in message.commitments
-        if not (ours or self.party.journal.knows(message.run) or self.party.policy.allow_late_join):
-            raise PolicyError(
-                "run began without this client's nonce, and policy.allow_late_join is false"
-            )
-        if self.run not in (b"", message.run):
-            raise ReplayError("welcome to another run: start this client again to join it")
-        settings = MethodSettings.from_bytes(message.settings)
-        if self.settings not in (None, settings):
-            raise MismatchError("the run's settings changed: start this client again")
-        allowed = self.party.policy.methods
-        if allowed and settings.method not in allowed:
-            raise PolicyError(
-                f"run wants method {settings.method!r}, policy.methods allows {', '.join(allowed)}"
-            )
-        if self.settings is None:
-            self.workload.resuming = self.party.journal.knows(message.run)
-            self.workload.prepare(settings)
-        self.settings, self.run = settings, message.run
-        self._commitments = message.commitments
-        self._opened_nonce, self._greeting = True, False
-        ready = self.party.ready(self.run, self._nonce)
-        if not message.need_initial:
-            return [ready]
-        vector = prompt_bytes(self.workload.initial())
-        return [m.Initial(self.run, self.workload.tensors(), vector), ready]
-
-    def _terms(self, message: m.Terms) -> Replies:
-        """Judge the terms of the run, once."""
-        settings, journal = self.settings, self.party.journal
-        if self._greeting:
-            return []  # crossed our greeting: it is of a connection that has ended
-        if settings is None or message.run != self.run or message.terms.run != self.run:
-            raise UnexpectedMessageError("terms of a run that did not welcome us")
-        terms = self.party.check_terms(message, self._commitments)
-        accept = m.Accept(self.run, terms.digest)
-        if self.terms is not None and terms.digest == self.terms.digest:
-            return [accept]
-        expected: dict[str, tuple[str | bytes, str | bytes]] = {
-            "settings": (bytes(terms.settings), settings.to_bytes()),
-            "model": (terms.model_fingerprint, self.workload.model_fingerprint),
-            "classes": (terms.classes_digest, self.workload.classes_digest),
-        }
-        for what, (theirs, ours) in expected.items():
-            if theirs != ours:
-                raise MismatchError(f"terms' {what} is {_show(theirs)}, ours is {_show(ours)}")
-        start = self.workload.initial()
-        try:
-            given = self._floats(message.start)
-            same = np.allclose(given, start, rtol=0, atol=_SAME_START)
-        except SecureFedPromptError:
-            same = False
-        if not same or terms.tensors != self.workload.tensors():
-            return [m.Contest(self.run, terms.digest)]
-        before = journal.terms_of(self.run)
-        if before and before != encode_fields(terms):
-            terms.succeed(decode_fields(RunTerms, before))
-        self.party.policy.check_terms(terms, self.party.roster_clients)
-        self._check_budget(terms)
-        self._check_seen(terms, start)
-        if before != encode_fields(terms):
-            journal.accept_terms(terms, digest(Purpose.BASE, prompt_bytes(start)))
-        self.terms = terms
-        return [accept]
-
-    def _check_budget(self, terms: RunTerms) -> None:
-        """Refuse a run that this client's budget does not last for."""
-        ledger, run = self.party.ledger, terms.run.hex()
-        own = ledger.rho(lambda other: other == run)
-        self.party.policy.check_budget(terms, ledger.rho(lambda other: other != run), own)
-
-    def _check_seen(self, terms: RunTerms, start: Prompt) -> None:
-        """Refuse other bounds for what this client has contributed before, unless its operator
-        accepts them: two sums that are cut off in different places tell what lies between."""
-        journal = self.party.journal
-        mine = digest(Purpose.BASE, prompt_bytes(start))
-        seen = journal.bounds_of(mine, self.run)
-        if seen and terms.bounds not in seen:
-            self._ask(terms, f"from the same starting prompt{self._changed(terms, mine)}")
-        if terms.counts and (counted := journal.counts_of(self.run) - {terms.counts}):
-            before, now = min(counted).strip("; "), terms.counts.strip("; ")
-            self._ask(terms, f"that counted {before} where this one counts {now}")
-
-    def _changed(self, terms: RunTerms, start: bytes | None) -> str:
-        """What is not as in the last run before this one (from this start), if that is known."""
-        before = self.party.journal.other_terms(self.run, start)
-        changed = terms.differences(decode_fields(RunTerms, before)) if before else ""
-        return f" with {changed}" if changed else " under other bounds or settings"
-
     def _check_cohort(self, plan: RoundPlan) -> None:
         """Decline, before anything is trained, a cohort whose sum no client would help to open."""
         c = plan.facts.tolerated(bool(plan.degree), plan.members, plan.quorum)
@@ -422,15 +247,6 @@ class Session:
                 f"{error}; begin from another prompt (other words in init, or another seed), or "
                 "with the clients of that run"
             ) from None
-
-    def _ask(self, terms: RunTerms, what: str) -> None:
-        """Ask the operator's word for terms, unless it was given."""
-        word = terms.digest.hex()
-        if not self._exempt and not any(given and word.startswith(given) for given in self._accept):
-            raise AcceptanceError(
-                f"this client took part in a run {what}: if that is meant, start it again with "
-                f"--accept {word[:16]}"
-            )
 
     def _plan(self, message: m.Plan) -> Replies:
         plan, terms = message.plan, self.terms
@@ -494,26 +310,12 @@ class Session:
             self.history[self._opened[0]] = self._opened[1]
         self._opened = None
 
-    def _floats(self, data: bytes | memoryview) -> Prompt:
-        """A global prompt in the clear.
-
-        Raises:
-            MismatchError, FieldError
-        """
-        size = sum(tensor.size for tensor in self.workload.tensors())
-        if len(data) != 4 * size:
-            raise MismatchError(f"global prompt has {len(data)} bytes, our method {4 * size}")
-        base = np.frombuffer(data, "<f4").astype(np.float32)
-        if not np.isfinite(base).all():
-            raise FieldError("global prompt holds NaN or infinity")
-        return base
-
     def _prompt(self, plan: RoundPlan, data: bytes) -> Prompt:
         """The global prompt in the clear, checked as far as it can be, and remembered."""
         base = self._floats(data)
         if self._agreed and self._agreed[0] == plan.learning_round and self._agreed[1] != data:
             raise MismatchError("global prompt is not the one that the last sum gives")
-        start, terms = self.workload.initial(), self.terms
+        start, terms = self.learner.initial(), self.terms
         assert terms is not None
         prompts = [base, start] if plan.learning_round == 1 else [base]
         tolerance = _NEAR * float(start.std())
@@ -555,23 +357,22 @@ class Session:
 
     def _again(self, state: Ready, work: Work) -> Replies:
         """What was made for an aborted attempt is sent again, bit by bit; else there is work."""
-        plan, kept = work.plan, self._kept
-        waits = plan.selecting and work.choice is None
-        mine = kept is not None and kept.place == _place(plan)
-        if waits and mine and not isinstance(kept.result, tuple):  # type: ignore[union-attr]
-            self.round, replies = share_keys(state, kept.result)  # type: ignore[union-attr]
+        plan, waits = work.plan, work.plan.selecting and work.choice is None
+        kept = self._kept.result if self._kept and self._kept.place == place_of(plan) else None
+        if waits and kept is not None and not isinstance(kept, Update):
+            self.round, replies = share_keys(state, kept)
             return replies
         stored = None if waits else self.party.journal.vector(plan)
-        chosen = _choice_bytes(work.choice)
+        chosen = choice_bytes(work.choice)
         if stored is not None and stored.startswith(chosen):
             self._withdrawn = 0
             self.round, replies = state.send(stored[len(chosen) :])
             return replies
         self.work = work
-        if not waits and self._failing == _place(plan):
-            return self.trained(work, self._nothing(work))
-        if not waits and mine and isinstance(kept.result, tuple):  # type: ignore[union-attr]
-            return self.trained(work, kept.result)  # type: ignore[union-attr]
+        if not waits and self._failing == place_of(plan):
+            return self.trained(work, nothing(work, self.workload.weight))
+        if not waits and isinstance(kept, Update):
+            return self.trained(work, kept)
         return []
 
     def _finish(self, message: m.Finish) -> Replies:
@@ -584,7 +385,7 @@ class Session:
         self.party.journal.forget(self.run)
         if message.reason:
             raise RunFailedError(f"server ended the run: {message.reason}")
-        size, data = sum(t.size for t in self.workload.tensors()), bytes(message.vector)
+        size, data = sum(t.size for t in self.learner.tensors()), bytes(message.vector)
         if self._sealed and (cohort := self.party.keyring.cohort):
             assert self.terms is not None
             last = self.terms.rounds + 1  # the round that the final prompt would be the start of
@@ -601,30 +402,3 @@ class Session:
             raise FieldError("final prompt holds NaN or infinity")
         self.final = final
         return []
-
-
-_Place = tuple[bytes, int, bytes]
-
-
-def _place(plan: RoundPlan) -> _Place:
-    """What all attempts at a learning round have in common."""
-    return plan.run, plan.learning_round, plan.base_digest
-
-
-@dataclass(frozen=True, repr=False)
-class _Result:
-    """What training gave."""
-
-    place: _Place
-    result: tuple[Values, float] | Keys
-
-
-def _choice_bytes(choice: Choice | None) -> bytes:
-    """A prefix that tells for which outcome of a selection a vector was made."""
-    if choice is None:
-        return b""
-    return digest(Purpose.SELECTION, *(part.astype("<i8").tobytes() for part in choice))
-
-
-def _show(value: str | bytes) -> str:
-    return value.hex()[:16] if isinstance(value, bytes) else repr(value)

@@ -13,7 +13,7 @@ n * m. It is read back as a signed residue, which is exact as long as n * m <= 2
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -149,10 +149,9 @@ def weighted(layout: Layout, values: Values, *, weight: float, clip: float) -> V
     if not np.isfinite(vector).all():
         at = int(np.flatnonzero(~np.isfinite(vector))[0])
         raise UpdateError(f"update value {at} is {vector[at]}: lower the learning rate")
-    clipped, at = 0, 0
-    for field in layout:
-        part = vector[at : at + field.size]
-        at += field.size
+    clipped = 0
+    for field, place in lay.slices(layout):
+        part = vector[place]
         if field.update:
             clipped += int(np.count_nonzero(np.abs(part) > clip))
             np.clip(part, -clip, clip, out=part)
@@ -174,24 +173,28 @@ def encode(layout: Layout, vector: Vector, rounding_key: bytes) -> Words:
     # 20 bits, centred: |value| < 2^31 keeps the addition exact, so that it never carries a value
     # past its bound.
     draws = np.frombuffer(keystream(rounding_key, 4 * len(vector)), "<u4")
-    words, begin = np.empty(len(vector), np.uint32), 0
-    for field in layout:
-        for at in range(begin, begin + field.size, _CHUNK):
-            here = slice(at, min(at + _CHUNK, begin + field.size))
+    words = np.empty(len(vector), np.uint32)
+    for field, place in lay.slices(layout):
+        for at in range(place.start, place.stop, _CHUNK):
+            here = slice(at, min(at + _CHUNK, place.stop))
             scaled = vector[here] * 2.0**field.frac
             scaled += (draws[here] >> np.uint32(12)) * 2.0**-20 + 2.0**-21
             words[here] = np.floor(scaled, out=scaled).astype(np.int32).view(np.uint32)
-        begin += field.size
     return words
 
 
 def to_wire(layout: Layout, words: Words) -> bytes:
     """Ring words packed field by field at each field's width."""
-    parts, at = [], 0
-    for field in layout:
-        parts.append(pack(words[at : at + field.size], field.bits))
-        at += field.size
-    return b"".join(parts)
+    return b"".join(pack(words[part], field.bits) for field, part in lay.slices(layout))
+
+
+def from_wire(layout: Layout, data: bytes | memoryview) -> Iterator[tuple[Field, slice, Words]]:
+    """Each field with its place in the vector and its words, as ``to_wire`` packed them."""
+    view, byte = memoryview(data), 0
+    for field, place in lay.slices(layout):
+        size = packed_size(field.size, field.bits)
+        yield field, place, unpack(view[byte : byte + size], field.size, field.bits)
+        byte += size
 
 
 def wire_size(layout: Layout) -> int:
@@ -206,25 +209,13 @@ def add_wire(layout: Layout, data: bytes | memoryview, total: Words) -> None:
     """
     if len(data) != wire_size(layout):
         raise FieldError(f"upload of {len(data)} bytes, the layout has {wire_size(layout)}")
-    view, byte, parts = memoryview(data), 0, list[Words]()
-    for field in layout:
-        size = packed_size(field.size, field.bits)
-        parts.append(unpack(view[byte : byte + size], field.size, field.bits))
-        byte += size
-    at = 0
-    for words in parts:
-        part = total[at : at + len(words)]
-        np.add(part, words, out=part)
-        at += len(words)
+    for _, place, words in list(from_wire(layout, data)):
+        total[place] += words
 
 
 def to_integers(layout: Layout, words: Words) -> NDArray[np.int64]:
     """Each field's residues as signed integers."""
-    parts, at = [], 0
-    for field in layout:
-        parts.append(signed(words[at : at + field.size], field.bits))
-        at += field.size
-    return np.concatenate(parts)
+    return np.concatenate([signed(words[part], field.bits) for field, part in lay.slices(layout)])
 
 
 def decode(layout: Layout, integers: NDArray[np.int64]) -> Vector:

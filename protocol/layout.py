@@ -8,9 +8,9 @@ client contributes to a round is in this vector, so everything is under the same
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,6 +67,22 @@ class Field:
 Layout = tuple[Field, ...]
 
 
+class _Sized(Protocol):
+    @property
+    def size(self) -> int: ...
+
+
+S = TypeVar("S", bound=_Sized)
+
+
+def slices(parts: Iterable[S]) -> Iterator[tuple[S, slice]]:
+    """Each field or tensor with its place in the flat vector."""
+    at = 0
+    for part in parts:
+        yield part, slice(at, at + part.size)
+        at += part.size
+
+
 def total_size(layout: Layout) -> int:
     return sum(field.size for field in layout)
 
@@ -96,8 +112,4 @@ def unflatten(layout: Layout, vector: Vector) -> dict[str, Vector]:
     """Inverse of ``flatten``; the tensors are views of ``vector``."""
     if vector.shape != (total_size(layout),):
         raise FieldError(f"vector of shape {vector.shape}, layout has {total_size(layout)} values")
-    result, at = {}, 0
-    for field in layout:
-        result[field.name] = vector[at : at + field.size].reshape(field.shape)
-        at += field.size
-    return result
+    return {field.name: vector[part].reshape(field.shape) for field, part in slices(layout)}

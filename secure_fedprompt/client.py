@@ -22,7 +22,8 @@ from secure_fedprompt.clients.journal import FileJournal
 from secure_fedprompt.clients.ledger import NAME, Ledger
 from secure_fedprompt.clients.link import CurveLink
 from secure_fedprompt.clients.party import Party
-from secure_fedprompt.clients.session import Session, Work
+from secure_fedprompt.clients.session import Session
+from secure_fedprompt.clients.work import Update, Work
 from secure_fedprompt.host import command
 from secure_fedprompt.host.files import whoami
 from secure_fedprompt.host.log import Bars, Log
@@ -35,8 +36,12 @@ from secure_fedprompt.protocol.transport import Link
 
 if TYPE_CHECKING:
     from secure_fedprompt.clients.data.sets import ImageSet
+    from secure_fedprompt.clients.learning import LocalLearner
     from secure_fedprompt.clients.settings import ClientSettings
-    from secure_fedprompt.clients.training import LocalTrainer, Result, Values
+    from secure_fedprompt.clients.training import LocalTrainer
+    from secure_fedprompt.protocol.selection.shares import Keys
+
+    Client = Session[LocalLearner]
 
 EXAMPLES = """\
   python -m secure_fedprompt.client --config client.toml
@@ -166,7 +171,7 @@ def _take_part(settings: ClientSettings, json_path: str | None, log: Log) -> int
             record = state_dir if settings.private_record else None
             watched = RecordedLink(link, frames) if frames else link
             loop(watched, session, trainer, log, record, settings.patience)
-        path, run = save(session, trainer, state_dir), session.run.hex()
+        path, run = save(session, state_dir), session.run.hex()
         rounds = len({u.learning_round for u in ledger.uploads if u.run == run})
         words = f"run {run[:8]} is finished; prompt in {path}"
         log.info("finished", words, run=run, rounds=rounds, prompt=str(path))
@@ -181,7 +186,7 @@ def _take_part(settings: ClientSettings, json_path: str | None, log: Log) -> int
 
 def loop(
     link: Link,
-    session: Session,
+    session: Client,
     trainer: LocalTrainer,
     log: Log,
     record: Path | None = None,
@@ -198,7 +203,7 @@ def loop(
     """
     server, told = Conversation(link, session.hello), 0
     pace, declined_at = Pace(trainer.hold_seconds), math.inf
-    job: tuple[Work, Future[Result]] | None = None
+    job: tuple[Work, Future[Update | Keys]] | None = None
     welcome: Future[list[m.Message]] | None = None
     with ThreadPoolExecutor(1) as pool:
         try:
@@ -226,7 +231,7 @@ def loop(
                     raise session.declined
                 told = narration.sums(log, session, told)
                 if job is None and session.work is not None:
-                    job = session.work, pool.submit(trained, trainer, session.work, log)
+                    job = session.work, pool.submit(trained, session.learner, session.work, log)
                 if job is not None and job[1].done():
                     (work, future), job = job, None
                     replies += settle(session, trainer, log, record, pace, work, future)
@@ -242,24 +247,23 @@ def loop(
             trainer.cancelled.set()  # the pool waits for its thread
 
 
-def trained(trainer: LocalTrainer, work: Work, log: Log) -> Result:
+def trained(learner: LocalLearner, work: Work, log: Log) -> Update | Keys:
     """Train, and count what was spent: an accountant takes longer than frames may wait."""
     narration.begun(log, work)
-    result = trainer.run(work)
-    if trainer.dp.kind == "sample":
-        dp = trainer.dp
-        trainer.spent = epsilon(trainer.ledger.history, dp.delta, dp.accountant)
+    result, client = learner.run(work), learner.client
+    if client.dp.kind == "sample":
+        learner.spent = epsilon(client.ledger.history, client.dp.delta, client.dp.accountant)
     return result
 
 
 def settle(
-    session: Session,
+    session: Client,
     trainer: LocalTrainer,
     log: Log,
     record: Path | None,
     pace: Pace,
     work: Work,
-    future: Future[Result],
+    future: Future[Update | Keys],
 ) -> list[m.Message]:
     """What follows from training: an upload, or one that looks like it.
 
@@ -273,16 +277,16 @@ def settle(
         return fail(log, session, work, error, trainer)
     sent = session.trained(work, result)
     pace.trained(work.plan, time.monotonic())
-    if sent and isinstance(result, tuple):
-        narration.sent(log, session, work, trainer, result[1])
+    if sent and isinstance(result, Update):
+        narration.sent(log, session, work, result.weight)
         if record is not None:
-            keep_private(record, session, work, trainer, result)
+            keep_private(record, session, work, result)
     return sent
 
 
 def fail(
     log: Log,
-    session: Session,
+    session: Client,
     work: Work,
     error: SecureFedPromptError,
     trainer: LocalTrainer,
@@ -312,7 +316,7 @@ def outcome(future: Future[T]) -> T:
         raise UpdateError(f"local training failed: {line}") from error
 
 
-def react(session: Session, message: m.Message, log: Log) -> list[m.Message]:
+def react(session: Client, message: m.Message, log: Log) -> list[m.Message]:
     """The answer to a frame; an error of one round only ends our part in that round."""
     if isinstance(message, m.RoundEnd) and message.reason:
         words = f"round {message.round} aborted: {message.reason}"
@@ -330,18 +334,16 @@ def react(session: Session, message: m.Message, log: Log) -> list[m.Message]:
     return replies
 
 
-def keep_private(
-    folder: Path, session: Session, work: Work, trainer: LocalTrainer, result: tuple[Values, float]
-) -> None:
+def keep_private(folder: Path, session: Client, work: Work, update: Update) -> None:
     """What went into an upload, for ``audit --secrets``."""
     path = folder / f"private-record-{session.run.hex()[:8]}.jsonl"
-    values, weight = result
+    values, learner = update.values, session.learner
     if not path.exists():
-        train, test = trainer.image_counts
+        train, test = learner.client.image_counts
         counts = {"training images": train, "test images": test}
-        private.write_head(path, session.party.name, trainer.class_names, counts)
-    tensors = {t.name: values[t.name] for t in trainer.tensors() if t.name in values}
-    weighted = {f"weighted {k}": np.asarray(v) * weight for k, v in tensors.items()}
+        private.write_head(path, session.party.name, learner.client.class_names, counts)
+    tensors = {t.name: values[t.name] for t in learner.tensors() if t.name in values}
+    weighted = {f"weighted {k}": np.asarray(v) * update.weight for k, v in tensors.items()}
     counters = {k: v for k, v in values.items() if k not in tensors}
     prompt = {}
     if tensors:
@@ -351,14 +353,14 @@ def keep_private(
     private.write_round(path, work.plan.round, found)
 
 
-def save(session: Session, trainer: LocalTrainer, folder: Path) -> Path:
+def save(session: Client, folder: Path) -> Path:
     """Write the final global prompt beside the journal."""
     from secure_fedprompt.prompt_file import write_prompt
 
     assert session.final is not None
-    trainer.finish(session.final, session.run)
+    session.learner.finish(session.final, session.run)
     path = folder / f"prompt-{session.run.hex()[:8]}.safetensors"
-    write_prompt(path, trainer)
+    write_prompt(path, session.learner)
     return path
 
 

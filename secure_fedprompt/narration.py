@@ -9,8 +9,9 @@ from secure_fedprompt.protocol import client_noise
 from secure_fedprompt.protocol.plan import RoundPlan
 
 if TYPE_CHECKING:
-    from secure_fedprompt.clients.session import Session, Work
-    from secure_fedprompt.clients.training import Figures, LocalTrainer
+    from secure_fedprompt.clients.learning import Figures, LocalLearner
+    from secure_fedprompt.clients.session import Session
+    from secure_fedprompt.clients.work import Work
     from secure_fedprompt.host.log import Log
     from secure_fedprompt.protocol.terms import RunTerms
 
@@ -43,31 +44,31 @@ def begun(log: Log, work: Work) -> None:
         log.debug("round", f"{round_of(plan)}: {doing}", learning_round=plan.learning_round)
 
 
-def sent(log: Log, session: Session, work: Work, trainer: LocalTrainer, weight: float) -> None:
+def sent(log: Log, session: Session[LocalLearner], work: Work, weight: float) -> None:
     """An upload, what it says, and what this client's own images say."""
-    plan = work.plan
+    plan, learner = work.plan, session.learner
+    dp = learner.client.dp
     shield = "UNPROTECTED" if not plan.facts.hides else f"under {plan.protection}"
     if weight > plan.max_weight:
         log.warning(
             "sent", f"our {weight:g} images count as the plan's max_weight {plan.max_weight}"
         )
-    if trainer.clipped:
-        log.warning("sent", f"{trainer.clipped} values clipped to {plan.clip:g}")
-    counts = "counts" if trainer.dp.kind == "none" else "zeros in the place of counts (dp)"
-    what = f"update of norm {trainer.norms[-1]:.2g}" if plan.training else counts
+    if learner.clipped:
+        log.warning("sent", f"{learner.clipped} values clipped to {plan.clip:g}")
+    counts = "counts" if dp.kind == "none" else "zeros in the place of counts (dp)"
+    what = f"update of norm {learner.norms[-1]:.2g}" if plan.training else counts
     weighs = "" if plan.uniform else f" for {weight:g} images"
     words = f"{round_of(plan)}: {what}{weighs} sent {shield}"
     at = plan.learning_round
     log.info("sent", words, learning_round=at, protection=plan.protection, weight=weight)
-    if said := _figures(trainer.figures):
-        log.info("local", f"  {said}", learning_round=at, **asdict(trainer.figures))
-    if trainer.dp.kind == "sample" and plan.training:
-        dp = trainer.dp
+    if said := _figures(learner.figures):
+        log.info("local", f"  {said}", learning_round=at, **asdict(learner.figures))
+    if dp.kind == "sample" and plan.training:
         log.info(
             "epsilon",
-            f"  privacy: epsilon {trainer.spent:.4g} ({dp.accountant}) at delta {dp.delta:g} "
-            f"spent so far, noise multiplier {trainer.sigma:.3g}",
-            learning_round=at, epsilon=trainer.spent, delta=dp.delta, accountant=dp.accountant,
+            f"  privacy: epsilon {learner.spent:.4g} ({dp.accountant}) at delta {dp.delta:g} "
+            f"spent so far, noise multiplier {learner.sigma:.3g}",
+            learning_round=at, epsilon=learner.spent, delta=dp.delta, accountant=dp.accountant,
         )  # fmt: skip
     if plan.noise.used:
         delta = session.party.policy.client_delta
@@ -93,7 +94,7 @@ def _figures(own: Figures) -> str:
     return "; ".join(parts)
 
 
-def sums(log: Log, session: Session, told: int) -> int:
+def sums(log: Log, session: Session[LocalLearner], told: int) -> int:
     """What newly opened sums say: under encryption only clients can. Returns how many are told."""
     for number in sorted(session.history)[told:]:
         metrics = session.history[number]

@@ -14,8 +14,8 @@ from safetensors.numpy import save_file
 
 from secure_fedprompt.clients.backbone import Backbone
 from secure_fedprompt.clients.data.loading import classes_digest
+from secure_fedprompt.clients.learning import LocalLearner
 from secure_fedprompt.clients.methods.base import Method, build
-from secure_fedprompt.clients.training import LocalTrainer
 from secure_fedprompt.protocol.errors import PromptFileError
 from secure_fedprompt.protocol.settings import MethodSettings
 
@@ -79,21 +79,19 @@ class PromptFile:
         return method
 
 
-def write_prompt(path: Path, trainer: LocalTrainer) -> None:
-    """The trainer's current prompt, with class names."""
-    assert trainer.method is not None
-    assert trainer.settings is not None
+def write_prompt(path: Path, learner: LocalLearner) -> None:
+    """The learner's current prompt, with class names."""
     metadata = {
         "format": FORMAT,
-        "method": trainer.settings.method,
-        "settings": trainer.settings.to_bytes().decode(),
-        "model_fingerprint": trainer.model_fingerprint.hex(),
-        "classes_digest": trainer.classes_digest.hex(),
-        "class_names": json.dumps(trainer.class_names),
-        "layout": json.dumps([asdict(t) for t in trainer.method.uploaded()]),
+        "method": learner.settings.method,
+        "settings": learner.settings.to_bytes().decode(),
+        "model_fingerprint": learner.client.model_fingerprint.hex(),
+        "classes_digest": learner.client.classes_digest.hex(),
+        "class_names": json.dumps(learner.client.class_names),
+        "layout": json.dumps([asdict(t) for t in learner.method.uploaded()]),
     }
-    private = {f"private.{name}": values for name, values in trainer.method.private().items()}
-    save_file({**trainer.method.state(), **private}, path, metadata)
+    private = {f"private.{name}": values for name, values in learner.method.private().items()}
+    save_file({**learner.method.state(), **private}, path, metadata)
 
 
 def read_prompt(where: Path) -> PromptFile:

@@ -28,7 +28,7 @@ from safetensors.numpy import save_file
 from secure_fedprompt.protocol.averaging import Prompt
 from secure_fedprompt.protocol.codec import decode_fields, encode_fields
 from secure_fedprompt.protocol.errors import ConfigError, PromptFileError
-from secure_fedprompt.protocol.layout import TensorSpec
+from secure_fedprompt.protocol.layout import TensorSpec, slices
 from secure_fedprompt.protocol.messages import Nonce
 from secure_fedprompt.protocol.protections import facts_of
 from secure_fedprompt.protocol.terms import RunTerms
@@ -263,12 +263,11 @@ class Store:
             "learning_round": str(number),
         }
         assert state.prompt is not None
-        tensors, at = dict[str, NDArray[Any]](), 0
+        tensors = dict[str, NDArray[Any]]()
         if state.sealed:
             tensors["sealed"] = np.frombuffer(state.sealed, np.uint8)
-        for spec in () if state.sealed else state.tensors:
-            tensors[spec.name] = state.prompt[at : at + spec.size].reshape(spec.shape).copy()
-            at += spec.size
+        for spec, part in slices(() if state.sealed else state.tensors):
+            tensors[spec.name] = state.prompt[part].reshape(spec.shape).copy()
         partial = path.with_suffix(".partial")
         save_file(tensors, partial, metadata)
         partial.replace(path)

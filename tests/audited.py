@@ -16,12 +16,12 @@ from rounds import identity, names
 from secure_fedprompt.audit import summary
 from secure_fedprompt.audit.findings import Level
 from secure_fedprompt.audit.log import Log
-from secure_fedprompt.clients.session import Work
+from secure_fedprompt.clients.work import Update, Work
 from secure_fedprompt.host.recorder import Recorder, link
 from secure_fedprompt.protocol import fixedpoint
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.averaging import Prompt
-from secure_fedprompt.protocol.layout import TensorSpec, Values
+from secure_fedprompt.protocol.layout import TensorSpec
 from secure_fedprompt.protocol.transport import Frame
 
 Tap = Callable[[str, str, m.Message], m.Message]
@@ -37,7 +37,7 @@ class Wide(Toy):
     def initial(self) -> Prompt:
         return np.full(WIDTH, 0.5, np.float32)
 
-    def run(self, work: Work) -> tuple[Values, float]:
+    def run(self, work: Work) -> Update:
         counted = {field.name for field in work.plan.layout}
         values: dict[str, Any] = {
             k: np.float64(4) for k in ("seen", "correct", "loss") if k in counted
@@ -47,7 +47,7 @@ class Wide(Toy):
                 0, 0.01, WIDTH
             )
             values["ctx"] = (0.1 * (self.target - work.base) + noise).reshape(10, -1)
-        return values, 1.0 if work.plan.uniform else self.weight
+        return Update(values, 1.0 if work.plan.uniform else self.weight)
 
 
 def untouched(sender: str, recipient: str, message: m.Message) -> m.Message:

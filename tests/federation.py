@@ -7,7 +7,7 @@ import functools
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from rounds import OPEN, entropy_from, identity, names, roster
@@ -16,12 +16,13 @@ from secure_fedprompt.clients.helper import HelperSession
 from secure_fedprompt.clients.journal import MemoryJournal
 from secure_fedprompt.clients.ledger import Ledger
 from secure_fedprompt.clients.party import Party, Replies
-from secure_fedprompt.clients.session import Session, Work
+from secure_fedprompt.clients.session import Session
+from secure_fedprompt.clients.work import Update, Work
 from secure_fedprompt.memory import Network
 from secure_fedprompt.protocol import errors
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.averaging import Prompt
-from secure_fedprompt.protocol.layout import TensorSpec, Values
+from secure_fedprompt.protocol.layout import TensorSpec
 from secure_fedprompt.protocol.policy import Policy
 from secure_fedprompt.protocol.settings import MethodSettings
 from secure_fedprompt.protocol.transport import Frame
@@ -39,8 +40,9 @@ class Toy:
     def __init__(self, target: float, weight: float) -> None:
         self.target, self.weight = target, weight
 
-    def prepare(self, settings: MethodSettings) -> None:
+    def prepare(self, settings: MethodSettings) -> Self:
         self.settings = settings
+        return self
 
     def tensors(self) -> tuple[TensorSpec, ...]:
         return (TensorSpec("ctx", (2, 3)), TensorSpec("extra", (4,)))
@@ -48,7 +50,7 @@ class Toy:
     def initial(self) -> Prompt:
         return np.full(10, 0.5, np.float32)
 
-    def run(self, work: Work) -> tuple[Values, float]:
+    def run(self, work: Work) -> Update:
         counted = {field.name for field in work.plan.layout}
         values: dict[str, Any] = {
             k: np.float64(4) for k in ("seen", "correct", "loss") if k in counted
@@ -56,7 +58,7 @@ class Toy:
         if work.plan.training:
             step = 0.5 * (self.target - work.base) + 1e-6 * work.plan.round
             values |= {"ctx": step[:6].reshape(2, 3), "extra": step[6:]}
-        return values, self.weight
+        return Update(values, self.weight)
 
 
 class World:

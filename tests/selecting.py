@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from federation import World
 from rounds import names
 
-from secure_fedprompt.clients.session import Work
+from secure_fedprompt.clients.work import Update, Work
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.averaging import Prompt
 from secure_fedprompt.protocol.layout import FILLED, TensorSpec
@@ -37,8 +37,9 @@ class Grouped:
         self.choices: list[Any] = []
         self.trained = 0
 
-    def prepare(self, settings: MethodSettings) -> None:
+    def prepare(self, settings: MethodSettings) -> Self:
         self.settings = settings
+        return self
 
     def tensors(self) -> tuple[TensorSpec, ...]:
         return tuple(TensorSpec(k, (SLOTS, *s)) for k, s in SHAPES.items())
@@ -62,7 +63,7 @@ class Grouped:
             values[name][: len(chosen)] = sent + 1e-3 * work.plan.round - base[: len(chosen)]
             if work.plan.selection.federation:
                 values[FILLED + name] = (np.arange(SLOTS) < len(chosen)).astype(np.float64)
-        return values, 1.0
+        return Update(values, 1.0)
 
 
 def federate(folder: Path, n: int = 4, helpers: tuple[str, ...] = (), **changes: Any) -> World:

@@ -192,22 +192,23 @@ def test_initial_contexts(bundled: Backbone) -> None:
 def test_training_improves_and_only_the_context_moves(bundled: Backbone) -> None:
     from rounds import make_plan
 
-    from secure_fedprompt.clients.session import Work
+    from secure_fedprompt.clients.work import Work
 
     train, test = sets.generated_sets(24, ["sketch"], 8, 6, 0)
     trainer = LocalTrainer(bundled, train, test, seed=0)
-    trainer.prepare(MethodSettings(n_ctx=4, init="a photo of a", lr=0.02, epochs=6, batch_size=16))
+    learner = trainer.prepare(
+        MethodSettings(n_ctx=4, init="a photo of a", lr=0.02, epochs=6, batch_size=16)
+    )
     before = bundled.fingerprint
-    plan = make_plan(3, tensors=trainer.tensors(), max_weight=200, max_seen=200)
-    values, weight = trainer.run(Work(plan, trainer.initial()))
+    plan = make_plan(3, tensors=learner.tensors(), max_weight=200, max_seen=200)
+    values, weight = learner.run(Work(plan, learner.initial()))
     assert weight == len(train) == 192
     assert values["ctx"].shape == (1, 4, 128)
     assert np.abs(values["ctx"]).max() > 1e-3
     assert values["seen"] == 144
-    assert trainer.figures.first_loss > trainer.figures.last_loss > 0  # type: ignore[operator]
-    assert trainer.method is not None
+    assert learner.figures.first_loss > learner.figures.last_loss > 0  # type: ignore[operator]
     guesses, losses = predict(
-        trainer.method, Features(bundled, test, "features", trainer.progress, "")
+        learner.method, Features(bundled, test, "features", trainer.progress, "")
     )
     assert (guesses == test.labels).sum() >= values["correct"] + 10
     assert losses.sum() < values["loss"]
@@ -219,17 +220,18 @@ def test_the_training_loss_is_the_mean_over_the_images(bundled: Backbone) -> Non
     """Whatever the size of the last batch."""
     from rounds import make_plan
 
-    from secure_fedprompt.clients.session import Work
+    from secure_fedprompt.clients.work import Work
 
     train, test = sets.generated_sets(5, ["sketch"], 5, 1, 0)
     trainer = LocalTrainer(bundled, train, test, seed=0)
-    trainer.prepare(MethodSettings(n_ctx=4, init="a photo of a", lr=1e-9, epochs=1, batch_size=6))
-    trainer.run(Work(make_plan(3, tensors=trainer.tensors()), trainer.initial()))
-    assert trainer.method is not None
-    _, losses = predict(trainer.method, trainer._features["features"][0])
+    learner = trainer.prepare(
+        MethodSettings(n_ctx=4, init="a photo of a", lr=1e-9, epochs=1, batch_size=6)
+    )
+    learner.run(Work(make_plan(3, tensors=learner.tensors()), learner.initial()))
+    _, losses = predict(learner.method, trainer._features["features"][0])
     assert len(train) == 25
-    assert trainer.figures.first_loss == pytest.approx(losses.mean(), rel=1e-4)
-    assert trainer.figures.first_loss == trainer.figures.last_loss
+    assert learner.figures.first_loss == pytest.approx(losses.mean(), rel=1e-4)
+    assert learner.figures.first_loss == learner.figures.last_loss
 
 
 def test_augmentation_draws_new_views_and_is_reproducible(bundled: Backbone) -> None:
@@ -240,14 +242,14 @@ def test_augmentation_draws_new_views_and_is_reproducible(bundled: Backbone) -> 
     assert not torch.equal(views[0], views[1])
     from rounds import make_plan
 
-    from secure_fedprompt.clients.session import Work
+    from secure_fedprompt.clients.work import Work
 
     results = []
     for augment, seed in ((True, 1), (True, 1), (True, 2), (False, 1)):
         trainer = LocalTrainer(bundled, train, test, seed, augment)
-        trainer.prepare(MethodSettings(n_ctx=4, lr=0.01, epochs=1, batch_size=8))
-        plan = make_plan(3, tensors=trainer.tensors())
-        results.append(trainer.run(Work(plan, trainer.initial()))[0]["ctx"])
+        learner = trainer.prepare(MethodSettings(n_ctx=4, lr=0.01, epochs=1, batch_size=8))
+        plan = make_plan(3, tensors=learner.tensors())
+        results.append(learner.run(Work(plan, learner.initial()))[0]["ctx"])
     assert np.array_equal(results[0], results[1])
     assert all(not np.array_equal(results[0], other) for other in results[2:])
 

@@ -17,9 +17,9 @@ from secure_fedprompt.clients.data import sets
 from secure_fedprompt.clients.features import encode
 from secure_fedprompt.clients.methods.base import METHODS, Batch, Method, array, build
 from secure_fedprompt.clients.methods.fedamp import FedAMP
-from secure_fedprompt.clients.session import Work
 from secure_fedprompt.clients.settings import ClientSettings
 from secure_fedprompt.clients.training import LocalTrainer, client_seed
+from secure_fedprompt.clients.work import Work
 from secure_fedprompt.commands.simulate import make_trainers
 from secure_fedprompt.memory import run_round
 from secure_fedprompt.prompt_file import read_prompt, write_prompt
@@ -88,19 +88,19 @@ def test_fedamp_draws_clients_to_those_who_are_alike(bundled: Backbone) -> None:
     """Rows survive weights and an absentee; u_i is the formula."""
     train, test = sets.generated_sets(6, ["sketch"], 4, 2, 0)
     trainers = [LocalTrainer(bundled, train, test, k, seat=(k, 4)) for k in range(4)]
-    for k, trainer in enumerate(trainers):
-        trainer.prepare(settings_of("fedamp"))
-        method = trainer.method
+    learners = [trainer.prepare(settings_of("fedamp")) for trainer in trainers]
+    for k, learner in enumerate(learners):
+        method = learner.method
         assert isinstance(method, FedAMP)
         method.ctx.data += 0.1 * k
-    taking, weights = trainers[:3], (1.0, 2.0, 5.0)
+    taking, weights = learners[:3], (1.0, 2.0, 5.0)
     uploads = [t.method.contribution(np.random.default_rng(0)) for t in taking if t.method]
     mean = {
         key: np.average([u[key] for u in uploads], axis=0, weights=weights).astype(np.float32)
         for key in ("rows", "present")
     }
-    prompts = [array(t.method.ctx)[0] for t in trainers if isinstance(t.method, FedAMP)]
-    first, absent = trainers[0].method, trainers[3].method
+    prompts = [array(t.method.ctx)[0] for t in learners if isinstance(t.method, FedAMP)]
+    first, absent = learners[0].method, learners[3].method
     assert isinstance(first, FedAMP)
     assert isinstance(absent, FedAMP)
     for method, own in ((first, 0), (absent, 3)):
@@ -124,12 +124,11 @@ def test_another_attempt_at_a_round_starts_where_the_first_did(
     kept = []
     for attempts in ((1, 2), (2,)):
         trainer = LocalTrainer(bundled, train, test, 0)
-        trainer.prepare(settings_of(name))
+        learner = trainer.prepare(settings_of(name))
         for number in attempts:
-            plan = make_plan(3, tensors=trainer.tensors(), max_weight=1, round=number)
-            trainer.run(Work(plan, trainer.initial()))
-        assert trainer.method is not None
-        kept.append(trainer.method.private())
+            plan = make_plan(3, tensors=learner.tensors(), max_weight=1, round=number)
+            learner.run(Work(plan, learner.initial()))
+        kept.append(learner.method.private())
     assert all(np.array_equal(kept[0][key], kept[1][key]) for key in kept[1])
 
 
@@ -145,46 +144,44 @@ def test_fedamp_is_refused_under_any_protection() -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_it_joins_a_masked_round_and_what_it_keeps_survives(name: str, bundled: Backbone) -> None:
     train, test = sets.generated_sets(6, ["sketch"], 4, 2, 0)
-    trainers = []
+    learners = []
     for seed in range(3):
         trainer = LocalTrainer(bundled, train, test, seed)
-        trainer.prepare(settings_of(name))
-        trainers.append(trainer)
+        learners.append(trainer.prepare(settings_of(name)))
     weight = 1 if name == "fedmgp" else 64
-    plan = make_plan(3, tensors=trainers[0].tensors(), max_weight=weight, clip=2.0)
-    work = Work(plan, trainers[0].initial())
-    results = [trainer.run(work) for trainer in trainers]
+    plan = make_plan(3, tensors=learners[0].tensors(), max_weight=weight, clip=2.0)
+    work = Work(plan, learners[0].initial())
+    results = [learner.run(work) for learner in learners]
     outcome = run_round(plan, make_parties(3), dict(zip(plan.cohort, results, strict=True)))
     assert outcome.round.result is not None
     total, weights = outcome.round.result, sum(w for _, w in results)
-    for spec in trainers[0].tensors():
+    for spec in learners[0].tensors():
         expected = sum(w * np.clip(v[spec.name], -2, 2) for v, w in results) / weights
         assert np.allclose(total[spec.name] / weights, expected, atol=1e-3)
         assert (np.abs(expected).max() > 1e-6) == (name not in STILL)
-    method = trainers[0].method
+    method = learners[0].method
     assert method is not None
     kept = method.private()
     other = build(settings_of(name, seed=5), bundled, train.class_names)
     other.restore(kept)
     for key, values in other.private().items():
         assert np.array_equal(values, kept[key])
-    assert not set(kept) & {t.name for t in trainers[0].tensors()}
+    assert not set(kept) & {t.name for t in learners[0].tensors()}
 
 
 @pytest.mark.parametrize("name", sorted(STILL))
 def test_who_shares_nothing_can_do_so_in_every_round(name: str, bundled: Backbone) -> None:
     train, test = sets.generated_sets(6, ["sketch"], 4, 2, 0)
     trainers = [LocalTrainer(bundled, train, test, seed) for seed in range(3)]
-    for trainer in trainers:
-        trainer.prepare(settings_of(name))
+    learners = [trainer.prepare(settings_of(name)) for trainer in trainers]
     parties = make_parties(3)
     for number in (1, 2):
         plan = make_plan(
-            3, tensors=trainers[0].tensors(), round=number, learning_round=number, rounds=2,
+            3, tensors=learners[0].tensors(), round=number, learning_round=number, rounds=2,
             method=name,
         )  # fmt: skip
-        work = Work(plan, trainers[0].initial())
-        updates = {n: t.run(work) for n, t in zip(plan.cohort, trainers, strict=True)}
+        work = Work(plan, learners[0].initial())
+        updates = {n: t.run(work) for n, t in zip(plan.cohort, learners, strict=True)}
         outcome = run_round(plan, parties, updates)
         assert not outcome.errors
         assert outcome.round.result is not None
@@ -254,10 +251,10 @@ def test_fine_tuning_happens_before_the_last_evaluation(bundled: Backbone) -> No
     seen = {}
     for name in ("promptfl", "promptfl-ft"):
         trainer = LocalTrainer(bundled, train, test, 0)
-        trainer.prepare(settings_of(name, epochs=6))
-        plan = make_plan(3, tensors=trainer.tensors(), learning_round=2)
+        learner = trainer.prepare(settings_of(name, epochs=6))
+        plan = make_plan(3, tensors=learner.tensors(), learning_round=2)
         plan = make_plan(3, tensors=(), learning_round=2)
-        seen[name] = float(trainer.run(Work(plan, trainer.initial()))[0]["loss"])
+        seen[name] = float(learner.run(Work(plan, learner.initial()))[0]["loss"])
     assert seen["promptfl-ft"] < seen["promptfl"]
 
 
@@ -269,27 +266,25 @@ def test_the_fine_tuned_prompt_is_what_a_client_keeps(
     train, test = sets.generated_sets(6, ["sketch"], 6, 6, 0)
     trainer = LocalTrainer(bundled, train, test, 0)
     trainer.keep = tmp_path
-    trainer.prepare(settings_of("promptfl-ft", epochs=6))
-    final, run = trainer.initial(), b"r" * 16
+    learner = trainer.prepare(settings_of("promptfl-ft", epochs=6))
+    final, run = learner.initial(), b"r" * 16
     if counted:
         plan = make_plan(3, tensors=(), learning_round=2, run=run)
-        trainer.run(Work(plan, final))
-    trainer.finish(final, run)
-    assert trainer.method is not None
-    (ctx,) = trainer.method.parameters()
+        learner.run(Work(plan, final))
+    learner.finish(final, run)
+    (ctx,) = learner.method.parameters()
     assert np.abs(ctx.detach().numpy().reshape(-1) - final).max() > 1e-3
-    write_prompt(tmp_path / "p.safetensors", trainer)
+    write_prompt(tmp_path / "p.safetensors", learner)
     method = read_prompt(tmp_path / "p.safetensors").method(
         bundled, train.class_names, other_classes=False
     )
     assert torch.equal(method.parameters()[0], ctx)
-    again = LocalTrainer(bundled, train, test, 0)
-    again.keep = tmp_path
-    again.prepare(settings_of("promptfl-ft", epochs=6))
+    restarted = LocalTrainer(bundled, train, test, 0)
+    restarted.keep = tmp_path
+    again = restarted.prepare(settings_of("promptfl-ft", epochs=6))
     again.finish(final, run)
-    assert again.method is not None
     assert torch.equal(again.method.parameters()[0], ctx)
-    assert len(again.ledger.entries) == 0  # it did not train again
+    assert len(restarted.ledger.entries) == 0  # it did not train again
     again.method.begin({"ctx": final.reshape(1, -1, 128)}, 3)  # another round
     assert again.method.private() == {}
 

@@ -21,8 +21,8 @@ from secure_fedprompt.clients.backbone import Backbone
 from secure_fedprompt.clients.data import sets
 from secure_fedprompt.clients.methods.base import Batch
 from secure_fedprompt.clients.methods.fedmgp import FedMGP, likeness, slot_similarity
-from secure_fedprompt.clients.session import Work
 from secure_fedprompt.clients.training import LocalTrainer
+from secure_fedprompt.clients.work import Work
 from secure_fedprompt.protocol.errors import ConfigError, ModelError
 from secure_fedprompt.protocol.selection.shares import integer_keys, order
 from secure_fedprompt.protocol.settings import FedMGPSettings, MethodSettings
@@ -287,20 +287,20 @@ def test_a_client_that_trains_changes_its_visual_prompts_and_keeps_them(tmp_path
     settings = msgspec.structs.replace(mgp(groups=3), epochs=1)
     trainer = LocalTrainer(bundled, train, test, seed=0)
     trainer.keep = tmp_path
-    trainer.prepare(settings)
-    method = trainer.method
+    learner = trainer.prepare(settings)
+    method = learner.method
     assert isinstance(method, FedMGP)
     start = method.prompts["visual"].detach().clone()
-    plan = make_plan(3, tensors=trainer.tensors(), max_weight=1)
-    values, _ = trainer.run(Work(plan, trainer.initial()))
+    plan = make_plan(3, tensors=learner.tensors(), max_weight=1)
+    values, _ = learner.run(Work(plan, learner.initial()))
     trained = method.prompts["visual"].detach().clone()
     assert ((trained - start).abs().amax((1, 2)) > 1e-5).all()
     sent = method.choice["visual"]
     assert np.allclose(values["visual"], trained.numpy()[sent], atol=1e-6)  # the base was zero
-    again = LocalTrainer(bundled, train, test, seed=0)
-    again.keep = tmp_path
-    again.prepare(settings)
-    again._restore(plan.run)
+    restarted = LocalTrainer(bundled, train, test, seed=0)
+    restarted.keep = tmp_path
+    again = restarted.prepare(settings)
+    again.kept.restore(again.method, plan.run)
     assert isinstance(again.method, FedMGP)
     assert torch.equal(again.method.prompts["visual"], trained)
     assert (again.method.choice["visual"] == sent).all()

@@ -18,11 +18,12 @@ from torch import Tensor
 from secure_fedprompt.clients import vision
 from secure_fedprompt.clients.backbone import Backbone
 from secure_fedprompt.clients.data import sets
+from secure_fedprompt.clients.kept import Kept
 from secure_fedprompt.clients.methods.base import Batch
 from secure_fedprompt.clients.methods.fedotp import FedOTP
 from secure_fedprompt.clients.methods.transport import transport_plan, transported_similarity
-from secure_fedprompt.clients.session import Work
 from secure_fedprompt.clients.training import LocalTrainer
+from secure_fedprompt.clients.work import Work
 from secure_fedprompt.protocol.errors import ConfigError, DataError
 from secure_fedprompt.protocol.settings import FedOTPSettings, MethodSettings
 
@@ -194,13 +195,13 @@ def test_the_local_prompt_is_never_uploaded_and_survives_a_restart(
     settings = otp(epochs=1)
     trainer = LocalTrainer(bundled, *images(), seed=0)
     trainer.keep = tmp_path
-    trainer.prepare(settings)
-    method = trainer.method
+    learner = trainer.prepare(settings)
+    method = learner.method
     assert isinstance(method, FedOTP)
     start = method.local.detach().clone()
-    plan = make_plan(3, tensors=trainer.tensors(), max_weight=200)
-    values, _ = trainer.run(Work(plan, trainer.initial()))
-    assert [t.name for t in trainer.tensors()] == ["ctx"]
+    plan = make_plan(3, tensors=learner.tensors(), max_weight=200)
+    values, _ = learner.run(Work(plan, learner.initial()))
+    assert [t.name for t in learner.tensors()] == ["ctx"]
     assert set(values) == {"ctx", "seen", "correct", "loss", "zero_shot"}
     assert values["ctx"].shape == (1, 4, 128)
     moved = method.local.detach().clone()
@@ -211,24 +212,23 @@ def test_the_local_prompt_is_never_uploaded_and_survives_a_restart(
     # Another process: the stored prompt is the one that goes on.
     (path,) = tmp_path.glob("private-*.safetensors")
     assert path.stat().st_mode & 0o077 == 0
-    again = LocalTrainer(bundled, *images(), seed=0)
-    again.keep = tmp_path
-    again.prepare(settings)
-    again._restore(plan.run)
+    restarted = LocalTrainer(bundled, *images(), seed=0)
+    restarted.keep = tmp_path
+    again = restarted.prepare(settings)
+    again.kept.restore(again.method, plan.run)
     assert isinstance(again.method, FedOTP)
     assert torch.equal(again.method.local, moved)
-    again._restored = b""
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(DataError, match="remove it to start afresh"):
-        again._restore(plan.run)
+        Kept(tmp_path).restore(again.method, plan.run)
 
 
 def test_training_improves(bundled: Backbone) -> None:
     trainer = LocalTrainer(bundled, *images(12), seed=0)
-    trainer.prepare(otp(epochs=4, init="a photo of a"))
-    plan = make_plan(3, tensors=trainer.tensors(), max_weight=200)
-    before, _ = trainer.run(Work(plan, trainer.initial()))
-    after, _ = trainer.run(Work(plan, trainer.initial() + before["ctx"].reshape(-1)))
+    learner = trainer.prepare(otp(epochs=4, init="a photo of a"))
+    plan = make_plan(3, tensors=learner.tensors(), max_weight=200)
+    before, _ = learner.run(Work(plan, learner.initial()))
+    after, _ = learner.run(Work(plan, learner.initial() + before["ctx"].reshape(-1)))
     assert after["loss"] < before["loss"]
 
 

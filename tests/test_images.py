@@ -247,9 +247,11 @@ def test_predict_works_for_every_method_and_loses_no_image(
     train, test = sets.generated_sets(4, ["photo"], 4, 2, 0)
     trainer = LocalTrainer(bundled, train, test, 0)
     slots = FedMGPSettings(groups=2, slots=1)
-    trainer.prepare(MethodSettings(method=method, n_ctx=4, init="a photo of a", fedmgp=slots))
+    learner = trainer.prepare(
+        MethodSettings(method=method, n_ctx=4, init="a photo of a", fedmgp=slots)
+    )
     prompt, out = tmp_path / "prompt.safetensors", tmp_path / "o.json"
-    write_prompt(prompt, trainer)
+    write_prompt(prompt, learner)
     for i in range(2):
         test.image(2 * i).save(tmp_path / f"{i}.png")
     (tmp_path / "bad.png").write_bytes(b"no image")
@@ -330,9 +332,9 @@ def test_evaluate_takes_the_names_that_the_prompt_holds(
     """A site with two of three classes, trained under a class list, its own file as settings."""
     whole = sets.generated_sets(3, ["photo"], 4, 1, 0)[0]
     trainer = LocalTrainer(bundled, whole, whole, 0)
-    trainer.prepare(MethodSettings(n_ctx=4, init="a photo of a"))
+    learner = trainer.prepare(MethodSettings(n_ctx=4, init="a photo of a"))
     prompt, out = tmp_path / "prompt.safetensors", tmp_path / "o.json"
-    write_prompt(prompt, trainer)
+    write_prompt(prompt, learner)
     for i in range(len(whole)):
         if whole.labels[i] < 2:
             folder = tmp_path / "scans" / whole.class_names[whole.labels[i]]

@@ -22,10 +22,12 @@ from secure_fedprompt import client as client_program
 from secure_fedprompt.clients.accounting import epsilon
 from secure_fedprompt.clients.backbone import Backbone
 from secure_fedprompt.clients.data import sets
+from secure_fedprompt.clients.kept import Kept
+from secure_fedprompt.clients.learning import LocalLearner
 from secure_fedprompt.clients.ledger import Entry, Ledger, Upload
 from secure_fedprompt.clients.privacy_settings import PrivacySettings
-from secure_fedprompt.clients.session import Work
 from secure_fedprompt.clients.training import LocalTrainer
+from secure_fedprompt.clients.work import Work
 from secure_fedprompt.commands import keys as cli
 from secure_fedprompt.protocol import client_noise, errors, fixedpoint
 from secure_fedprompt.protocol import messages as m
@@ -164,17 +166,16 @@ def bundled() -> Backbone:
     return Backbone.load("bundled", device="cpu")
 
 
-def client(bundled: Backbone, ledger: Ledger, method: str, dp: PrivacySettings) -> LocalTrainer:
+def client(bundled: Backbone, ledger: Ledger, method: str, dp: PrivacySettings) -> LocalLearner:
     train, test = sets.generated_sets(4, ["sketch"], 4, 2, 0)
     trainer = LocalTrainer(bundled, train, test, 0, dp=dp)
     trainer.ledger = ledger
-    trainer.prepare(settings_of(method, epochs=2, batch_size=4))
-    return trainer
+    return trainer.prepare(settings_of(method, epochs=2, batch_size=4))
 
 
-def one_round(trainer: LocalTrainer, number: int, run: bytes = bytes(16)) -> Any:
-    plan = make_plan(3, tensors=trainer.tensors(), max_weight=1, round=number, rounds=9, run=run)
-    return trainer.run(Work(plan, trainer.initial()))
+def one_round(learner: LocalLearner, number: int, run: bytes = bytes(16)) -> Any:
+    plan = make_plan(3, tensors=learner.tensors(), max_weight=1, round=number, rounds=9, run=run)
+    return learner.run(Work(plan, learner.initial()))
 
 
 def test_rounds_without_dp_count_as_infinite(bundled: Backbone) -> None:
@@ -210,11 +211,11 @@ def test_no_run_changes_between_dp_and_none(bundled: Backbone, method: str) -> N
 def test_a_private_file_without_its_ledger_counts_as_one_without_dp(
     bundled: Backbone, tmp_path: Path
 ) -> None:
-    trainer = client(bundled, Ledger(), "fedmgp", NONE)
-    trainer.keep = tmp_path
-    one_round(trainer, 1)
+    learner = client(bundled, Ledger(), "fedmgp", NONE)
+    learner.kept = Kept(tmp_path)
+    one_round(learner, 1)
     again = client(bundled, Ledger(), "fedmgp", FREE)
-    again.keep = tmp_path
+    again.kept = Kept(tmp_path)
     with pytest.raises(ConfigError, match="without dp"):
         one_round(again, 2)
 
@@ -222,16 +223,15 @@ def test_a_private_file_without_its_ledger_counts_as_one_without_dp(
 def test_training_without_dp_is_on_record_before_its_first_step(
     bundled: Backbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer, seen = client(bundled, Ledger(), "promptfl", NONE), list[int]()
-    assert trainer.method is not None
-    loss = trainer.method.loss
+    learner, seen = client(bundled, Ledger(), "promptfl", NONE), list[int]()
+    loss = learner.method.loss
 
     def spy(batch: Any) -> Any:
-        seen.append(len(trainer.ledger.entries))
+        seen.append(len(learner.client.ledger.entries))
         return loss(batch)
 
-    monkeypatch.setattr(trainer.method, "loss", spy)
-    one_round(trainer, 1)
+    monkeypatch.setattr(learner.method, "loss", spy)
+    one_round(learner, 1)
     assert seen == [1] * 8
 
 

@@ -23,11 +23,11 @@ from rounds import (
 from safetensors.numpy import load_file
 from test_run import expected_prompt
 
+from secure_fedprompt.clients.joining import ASKS
 from secure_fedprompt.clients.journal import FileJournal, MemoryJournal
 from secure_fedprompt.clients.rounds import encrypted
 from secure_fedprompt.clients.rounds import masks as masks_round
 from secure_fedprompt.clients.rounds.start import start
-from secure_fedprompt.clients.session import ASKS
 from secure_fedprompt.memory import run_round
 from secure_fedprompt.protocol import errors, masking
 from secure_fedprompt.protocol import messages as m

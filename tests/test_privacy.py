@@ -30,16 +30,17 @@ from secure_fedprompt.clients.backbone import Backbone
 from secure_fedprompt.clients.data import sets
 from secure_fedprompt.clients.dp_sgd import Draws, PrivateTraining, SecureOptimizer
 from secure_fedprompt.clients.features import predict
+from secure_fedprompt.clients.learning import LocalLearner
 from secure_fedprompt.clients.ledger import Entry, Ledger, Upload
 from secure_fedprompt.clients.methods.base import METHODS, Batch, Method, build
 from secure_fedprompt.clients.privacy_settings import PrivacySettings
-from secure_fedprompt.clients.session import Session, Work
+from secure_fedprompt.clients.session import Session
 from secure_fedprompt.clients.training import LocalTrainer
+from secure_fedprompt.clients.work import Work
 from secure_fedprompt.host.log import Log
 from secure_fedprompt.protocol import client_noise
 from secure_fedprompt.protocol.errors import BudgetError, ConfigError
 from secure_fedprompt.protocol.layout import METRICS
-from secure_fedprompt.protocol.plan import RoundPlan
 from secure_fedprompt.protocol.settings import FedMGPSettings, FedOTPSettings
 
 SAMPLE = PrivacySettings(kind="sample", noise_multiplier=1.0)
@@ -305,63 +306,62 @@ def close_ledgers() -> None:
         _open.pop().close()
 
 
-def private_client(bundled: Backbone, folder: Path, method: str, **dp: Any) -> LocalTrainer:
+def private_client(bundled: Backbone, folder: Path, method: str, **dp: Any) -> LocalLearner:
     train, test = sets.generated_sets(4, ["sketch"], 4, 2, 0)
     settings = PrivacySettings(**{"kind": "sample", "noise_multiplier": 1.0, **dp})
     trainer = LocalTrainer(bundled, train, test, 0, dp=settings)
     trainer.keep = folder
     trainer.ledger = open_ledger(folder)
-    trainer.prepare(settings_of(method, epochs=2))
-    return trainer
+    return trainer.prepare(settings_of(method, epochs=2))
 
 
 @pytest.mark.parametrize("method", ["promptfl", "fedotp", "fedmgp"])
 def test_a_client_trains_privately_and_keeps_metrics_to_itself(
     bundled: Backbone, tmp_path: Path, method: str
 ) -> None:
-    trainer = private_client(bundled, tmp_path, method)
-    plan = make_plan(3, tensors=trainer.tensors(), max_weight=1, rounds=2)
-    values, _ = trainer.run(Work(plan, trainer.initial()))  # type: ignore[misc]
+    learner = private_client(bundled, tmp_path, method)
+    plan = make_plan(3, tensors=learner.tensors(), max_weight=1, rounds=2)
+    values, _ = learner.run(Work(plan, learner.initial()))  # type: ignore[misc]
     assert [float(values[k]) for k in ("seen", "correct", "loss")] == [0, 0, 0]
-    assert all(np.abs(values[t.name]).max() > 0 for t in trainer.tensors())
+    assert all(np.abs(values[t.name]).max() > 0 for t in learner.tensors())
     (entry,) = Ledger.read(tmp_path / "privacy.jsonl").entries
     assert (entry.sigma, entry.rate, entry.steps) == (1.0, 0.5, 4)
-    other, _ = private_client(bundled, tmp_path / "b", method).run(Work(plan, trainer.initial()))  # type: ignore[misc]
-    name = trainer.tensors()[0].name
+    other, _ = private_client(bundled, tmp_path / "b", method).run(Work(plan, learner.initial()))  # type: ignore[misc]
+    name = learner.tensors()[0].name
     assert not np.array_equal(values[name], other[name])  # the same seed, other noise
 
 
 @pytest.mark.slow
 def test_a_budget_lasts_for_the_run_and_then_refuses(bundled: Backbone, tmp_path: Path) -> None:
-    trainer = private_client(
+    learner = private_client(
         bundled, tmp_path, "promptfl", noise_multiplier=0.0, target_epsilon=4.0, retries=0,
         accountant="rdp",
     )  # fmt: skip
     for number in (1, 2, 3):
         plan = make_plan(
-            3, tensors=trainer.tensors(), round=number, learning_round=number, rounds=3
+            3, tensors=learner.tensors(), round=number, learning_round=number, rounds=3
         )
-        trainer.run(Work(plan, trainer.initial()))
+        learner.run(Work(plan, learner.initial()))
     spent = epsilon(Ledger.read(tmp_path / "privacy.jsonl").history, 1e-5, "rdp")
     assert 3.8 < spent <= 4.0
-    plan = make_plan(3, tensors=trainer.tensors(), round=4, learning_round=3, rounds=3)
+    plan = make_plan(3, tensors=learner.tensors(), round=4, learning_round=3, rounds=3)
     with pytest.raises(
         BudgetError,
         match=r"target_epsilon = 4: epsilon (4|3\.[89]\d?) at delta 1e-05 is spent, this round",
     ):
-        trainer.run(Work(plan, trainer.initial()))
+        learner.run(Work(plan, learner.initial()))
     again = private_client(bundled, tmp_path, "promptfl", noise_multiplier=0.0, target_epsilon=3.5)
-    new = make_plan(3, tensors=trainer.tensors(), run=b"n" * 16)
+    new = make_plan(3, tensors=learner.tensors(), run=b"n" * 16)
     with pytest.raises(BudgetError, match="is spent already"):
-        again.run(Work(new, trainer.initial()))
+        again.run(Work(new, learner.initial()))
 
 
 def test_more_noise_applies_at_once_and_less_never(bundled: Backbone, tmp_path: Path) -> None:
     for number, (asked, used) in enumerate([(1.0, 1.0), (4.0, 4.0), (0.5, 1.0)], start=1):
-        trainer = private_client(bundled, tmp_path, "promptfl", noise_multiplier=asked)
-        plan = make_plan(3, tensors=trainer.tensors(), round=number, learning_round=1, rounds=9)
-        trainer.run(Work(plan, trainer.initial()))
-        assert trainer.sigma == used
+        learner = private_client(bundled, tmp_path, "promptfl", noise_multiplier=asked)
+        plan = make_plan(3, tensors=learner.tensors(), round=number, learning_round=1, rounds=9)
+        learner.run(Work(plan, learner.initial()))
+        assert learner.sigma == used
 
 
 def test_clients_in_one_process_have_ledgers_of_their_own(
@@ -372,8 +372,8 @@ def test_clients_in_one_process_have_ledgers_of_their_own(
     train, test = sets.generated_sets(4, ["sketch"], 4, 2, 0)
     trainers = [LocalTrainer(bundled, train, test, 0, dp=SAMPLE) for _ in range(2)]
     for trainer in trainers:
-        trainer.prepare(settings_of("promptfl"))
-        trainer.run(Work(make_plan(3, tensors=trainer.tensors()), trainer.initial()))
+        learner = trainer.prepare(settings_of("promptfl"))
+        learner.run(Work(make_plan(3, tensors=learner.tensors()), learner.initial()))
     assert [len(trainer.ledger.entries) for trainer in trainers] == [1, 1]
     assert not list(tmp_path.iterdir())
 
@@ -381,14 +381,14 @@ def test_clients_in_one_process_have_ledgers_of_their_own(
 def test_the_budget_is_checked_before_any_step(
     bundled: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer = private_client(bundled, tmp_path, "promptfl")
+    learner = private_client(bundled, tmp_path, "promptfl")
     seen: list[int] = []
 
     def spy(self: PrivateTraining, batch: Batch) -> None:
         seen.append(len(Ledger.read(tmp_path / "privacy.jsonl").entries))
 
     monkeypatch.setattr(PrivateTraining, "step", spy)
-    trainer.run(Work(make_plan(3, tensors=trainer.tensors()), trainer.initial()))
+    learner.run(Work(make_plan(3, tensors=learner.tensors()), learner.initial()))
     assert seen == [1] * 4
 
 
@@ -490,37 +490,38 @@ def test_a_clients_own_figures_stay_with_it(
 ) -> None:
     """Where no round counts, and under dp, they are taken and not sent."""
     noise = {"noise_multiplier": 1.0 if kind == "sample" else 0.0}
-    trainer = private_client(bundled, tmp_path, "promptfl", kind=kind, **noise)
-    trainer.local_metrics = wanted
-    plan = make_plan(3, tensors=trainer.tensors(), max_weight=1, rounds=2)
+    learner = private_client(bundled, tmp_path, "promptfl", kind=kind, **noise)
+    learner.client.local_metrics = wanted
+    plan = make_plan(3, tensors=learner.tensors(), max_weight=1, rounds=2)
     uncounted = dataclasses.replace(
         plan, layout=tuple(f for f in plan.layout if f.name not in METRICS)
     )
-    sent, _ = trainer.run(Work(uncounted, trainer.initial()))  # type: ignore[misc]
-    assert set(sent) == {t.name for t in trainer.tensors()}
-    own = trainer.figures
-    assert trainer.method is not None
-    trainer.method.begin({"ctx": trainer.initial().reshape(sent["ctx"].shape)}, 1)
-    guesses, losses = predict(trainer.method, trainer._features["features"][1])
-    labels = trainer._sets[1].labels
+    sent, _ = learner.run(Work(uncounted, learner.initial()))  # type: ignore[misc]
+    assert set(sent) == {t.name for t in learner.tensors()}
+    own = learner.figures
+    learner.method.begin({"ctx": learner.initial().reshape(sent["ctx"].shape)}, 1)
+    guesses, losses = predict(learner.method, learner.client._features["features"][1])
+    labels = learner.client._sets[1].labels
     counted = (len(labels), int((guesses == labels).sum()), float(losses.mean()))
     assert (own.images, own.correct, own.loss) == (counted if wanted else (0, 0, None))
     assert (own.first_loss is None) is (kind == "sample")  # Opacus' steps do not tell
-    sent, _ = trainer.run(Work(later(plan), trainer.initial()))  # type: ignore[misc]
+    sent, _ = learner.run(Work(later(plan), learner.initial()))  # type: ignore[misc]
     assert (float(sent["seen"]) > 0) is (kind == "none")
-    assert (trainer.figures.images > 0) is (wanted or kind == "none")
+    assert (learner.figures.images > 0) is (wanted or kind == "none")
     told = io.StringIO()
     log = Log("client", console=Console(file=told))
-    narration.sent(log, session_of(plan), Work(plan, trainer.initial()), trainer, 1.0)
+    narration.sent(log, session_of(learner), Work(plan, learner.initial()), 1.0)
     assert ("of our 8 test images the global prompt got" in told.getvalue()) is bool(
-        trainer.figures.images
+        learner.figures.images
     )
     assert ("training loss" in told.getvalue()) is (kind == "none")
     assert "clipped" not in told.getvalue()
-    trainer.clipped = 3
-    narration.sent(log, session_of(plan), Work(plan, trainer.initial()), trainer, 1.0)
+    learner.clipped = 3
+    narration.sent(log, session_of(learner), Work(plan, learner.initial()), 1.0)
     assert f"warning 3 values clipped to {plan.clip:g}" in told.getvalue()
 
 
-def session_of(plan: RoundPlan) -> Session:
-    return Session(next(iter(make_parties(3).values())), None)  # type: ignore[arg-type]
+def session_of(learner: LocalLearner) -> Session[LocalLearner]:
+    session = Session(next(iter(make_parties(3).values())), learner.client)
+    session._learner = learner
+    return session

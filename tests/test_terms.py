@@ -16,12 +16,12 @@ import pytest
 from federation import Toy, World
 from rounds import OPEN, identity, make_plan, names, roster
 
-from secure_fedprompt.clients.session import Work
+from secure_fedprompt.clients.work import Update, Work
 from secure_fedprompt.protocol import errors, fixedpoint
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.client_noise import Noise
 from secure_fedprompt.protocol.expand import Purpose
-from secure_fedprompt.protocol.layout import TensorSpec, Values
+from secure_fedprompt.protocol.layout import TensorSpec
 from secure_fedprompt.protocol.policy import Policy
 from secure_fedprompt.protocol.settings import MethodSettings
 from secure_fedprompt.protocol.terms import RunTerms, nonces_digest
@@ -36,14 +36,14 @@ class Fixed(Toy):
         super().__init__(0.0, images)
         self.update = np.random.default_rng(seed).uniform(-0.8, 0.8, 10)
 
-    def run(self, work: Work) -> tuple[Values, float]:
+    def run(self, work: Work) -> Update:
         counted = {field.name for field in work.plan.layout}
         values: dict[str, Any] = {
             k: np.float64(self.weight // 2) for k in ("seen", "correct", "loss") if k in counted
         }
         if work.plan.training:
             values |= {"ctx": self.update[:6].reshape(2, 3), "extra": self.update[6:]}
-        return values, 1.0 if work.plan.uniform else self.weight
+        return Update(values, 1.0 if work.plan.uniform else self.weight)
 
 
 IMAGES = (7.0, 11.0, 12.0, 20.0, 33.0)
@@ -518,7 +518,7 @@ def test_a_failure_of_training_looks_like_any_other_upload(
             if how == "raises":
                 raise errors.UpdateError("CUDA out of memory")
             bad = np.nan if how == "nan" else np.inf
-            return {"ctx": np.full((2, 3), bad), "extra": np.zeros(4)}, 1.0
+            return Update({"ctx": np.full((2, 3), bad), "extra": np.zeros(4)}, 1.0)
 
         toy.run = failing
         for other in world.toys.values():

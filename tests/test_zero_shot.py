@@ -18,8 +18,8 @@ from secure_fedprompt.clients.data import sets
 from secure_fedprompt.clients.features import Features, predict
 from secure_fedprompt.clients.methods.base import build
 from secure_fedprompt.clients.privacy_settings import PrivacySettings
-from secure_fedprompt.clients.session import Work
 from secure_fedprompt.clients.training import LocalTrainer
+from secure_fedprompt.clients.work import Update, Work
 from secure_fedprompt.host.log import Log
 from secure_fedprompt.prompt_file import read_prompt
 from secure_fedprompt.server.__main__ import tell
@@ -39,7 +39,7 @@ class Scored(Toy):
             right = self.right[work.plan.learning_round - 1]
             values = {**values, "seen": np.float64(20), "correct": np.float64(right),
                       "zero_shot": np.float64(10)}  # fmt: skip
-        return values, weight
+        return Update(values, weight)
 
 
 def federation(folder: Path, right: list[float], **changes: Any) -> World:
@@ -114,8 +114,8 @@ def test_clients_count_what_zero_shot_gets_right(method: str) -> None:
         PrivacySettings(kind="sample", noise_multiplier=1.0), 0,
     )):  # fmt: skip
         trainer = LocalTrainer(bundled, train, test, 0, dp=dp)
-        trainer.prepare(settings_of(method))
-        plan = make_plan(3, tensors=trainer.tensors(), max_weight=1)
-        values, _ = trainer.run(Work(plan, trainer.initial()))
+        learner = trainer.prepare(settings_of(method))
+        plan = make_plan(3, tensors=learner.tensors(), max_weight=1)
+        values, _ = learner.run(Work(plan, learner.initial()))
         assert values["zero_shot"] == counted
     assert 0 < expected < len(test)

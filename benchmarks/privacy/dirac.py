@@ -24,11 +24,12 @@ from torch import Tensor, nn
 from tradeoff import Claim
 
 from secure_fedprompt.clients.features import Features
+from secure_fedprompt.clients.learning import LocalLearner
 from secure_fedprompt.clients.methods.base import Array as Tensors
 from secure_fedprompt.clients.methods.base import Batch, Method
 from secure_fedprompt.clients.privacy_settings import PrivacySettings
-from secure_fedprompt.clients.session import Work
 from secure_fedprompt.clients.training import LocalTrainer
+from secure_fedprompt.clients.work import Work
 from secure_fedprompt.protocol import client_noise, fixedpoint
 from secure_fedprompt.protocol.client_noise import Noise
 from secure_fedprompt.protocol.layout import TensorSpec
@@ -97,10 +98,10 @@ def observe_images(
     trainer = LocalTrainer(
         backbone, held, held, progress=watch, features=(features, features), dp=dp
     )
-    trainer.method = method
-    trainer.settings = MethodSettings(
+    settings = MethodSettings(
         lr=1.0, momentum=0.0, weight_decay=0.0, batch_size=batch, epochs=epochs
     )
+    learner = LocalLearner(trainer, settings, method)
     found = []
     for number in range(1, runs + 1):
         plan: Any = SimpleNamespace(
@@ -108,7 +109,7 @@ def observe_images(
             layout=(), selecting=False, clip=1.0, uniform=1,
             selection=SimpleNamespace(federation=False),
         )  # fmt: skip
-        trainer.run(Work(plan, np.zeros(2 * images, np.float32)))
+        learner.run(Work(plan, np.zeros(2 * images, np.float32)))
         steps = np.diff(np.stack([np.zeros((2, 2 * images)), *seen]), axis=0)
         found.append(steps.sum(1).T * batch / clip / np.sqrt(2))  # both tensors, un-averaged
         seen.clear()

@@ -40,7 +40,7 @@ from secure_fedprompt.clients.training import LocalTrainer, client_seed
 from secure_fedprompt.commands.simulate import simulate_run
 from secure_fedprompt.protocol import fixedpoint
 from secure_fedprompt.protocol import messages as m
-from secure_fedprompt.protocol.layout import total_size
+from secure_fedprompt.protocol.layout import slices, total_size
 from secure_fedprompt.protocol.plan import RoundPlan
 from secure_fedprompt.protocol.settings import MethodSettings
 from secure_fedprompt.server.settings import ServerSettings
@@ -90,10 +90,10 @@ class Pool:
     def method(self, settings: MethodSettings, prompt: Array) -> Method:
         """The adversary's own copy of the model, with a prompt that it saw."""
         made = build(settings, self.backbone, self.sets[0].class_names)
-        at, arrays = 0, {}
-        for spec in made.uploaded():
-            part = prompt[at : at + spec.size].reshape(spec.shape)
-            arrays[spec.name], at = part.astype(np.float32), at + spec.size
+        arrays = {
+            spec.name: prompt[part].reshape(spec.shape).astype(np.float32)
+            for spec, part in slices(made.uploaded())
+        }
         made.begin(arrays, 1 << 32)
         return made
 

@@ -187,10 +187,8 @@ def check_sum(plan: RoundPlan, integers: Integers, uploads: int) -> None:
     Raises:
         DecryptionError: naming the field.
     """
-    at = 0
-    for field in plan.layout:
-        part = integers[at : at + field.size]
-        at += field.size
+    for field, place in layout.slices(plan.layout):
+        part = integers[place]
         largest = uploads * fixedpoint.magnitude(field.bound, field.frac)
         if len(part) and int(max(abs(part.min()), abs(part.max()))) > largest:
             raise DecryptionError(

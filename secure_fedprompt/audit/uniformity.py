@@ -23,10 +23,8 @@ from secure_fedprompt.audit.findings import Finding, failed, noted
 from secure_fedprompt.protocol import homomorphic
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.errors import FieldError
-from secure_fedprompt.protocol.fixedpoint import wire_size
-from secure_fedprompt.protocol.layout import Field, Layout
+from secure_fedprompt.protocol.fixedpoint import from_wire, wire_size
 from secure_fedprompt.protocol.plan import RoundPlan
-from secure_fedprompt.protocol.ring import packed_size, unpack
 
 ALPHA = 1e-6
 FEWEST = 80  # five expected in each of 16 classes
@@ -61,7 +59,7 @@ def payloads(message: m.Message, plan: RoundPlan, client: str) -> Iterator[Paylo
         case m.MaskedUpload() if plan.protection == "masks":
             if len(message.vector) != wire_size(plan.layout):
                 raise FieldError(f"{len(message.vector)} bytes, not {wire_size(plan.layout)}")
-            for field, words in _fields(plan.layout, message.vector):
+            for field, _, words in from_wire(plan.layout, message.vector):
                 yield Payload(client, plan.round, field.name, words, 1 << field.bits)
         case m.CipherUpload() if plan.encrypted:
             scheme = homomorphic.scheme(plan.protection, plan.parameters)
@@ -95,14 +93,6 @@ def boxes(message: m.Message, plan: RoundPlan, client: str) -> Iterator[Payload]
         words = np.frombuffer(data, np.uint8).astype(np.uint32)
         part = f"{type(message).__name__}.{name}"
         yield Payload(client, plan.round, part, words, 256, alone=True)
-
-
-def _fields(layout: Layout, vector: bytes | memoryview) -> Iterator[tuple[Field, Words]]:
-    at = 0
-    for field in layout:
-        size = packed_size(field.size, field.bits)
-        yield field, unpack(vector[at : at + size], field.size, field.bits)
-        at += size
 
 
 def p_value(words: Words, modulus: int) -> float:

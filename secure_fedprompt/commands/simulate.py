@@ -10,6 +10,7 @@ import argparse
 import os
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from secure_fedprompt import show
 from secure_fedprompt.clients.data.loading import load_shares
 from secure_fedprompt.clients.features import Features
 from secure_fedprompt.clients.journal import MemoryJournal
+from secure_fedprompt.clients.learning import LocalLearner
 from secure_fedprompt.clients.party import Party, Replies
 from secure_fedprompt.clients.session import Session
 from secure_fedprompt.clients.settings import ClientSettings
@@ -101,16 +103,16 @@ def _run(args: argparse.Namespace) -> int:
 
         store.on_event.append(tell)
         try:
-            _, history = simulate_run(server, store, trainers, args.dropout)
+            done = simulate_run(server, store, trainers, args.dropout)
             summary = store.summary()
             store.event("finished", f"prompt {summary['prompt']}")
-            show.add_history(summary, {str(number): row for number, row in history.items()})
+            show.add_history(summary, {str(number): row for number, row in done.history.items()})
             for row in summary["rounds"]:
                 row["seconds"] = {}  # of a clock that jumps from deadline to deadline
         finally:
             store.close()
     show.show_run(console, summary)
-    if norms := [norm for trainer in trainers.values() for norm in trainer.norms]:
+    if norms := [norm for learner in done.learners.values() for norm in learner.norms]:
         low, middle, high = (float(q) for q in np.quantile(norms, (0.1, 0.5, 0.9)))
         summary["update_norm"] = {"low": low, "median": middle, "high": high}
         console.print(
@@ -156,7 +158,7 @@ def make_trainers(
     }
 
 
-def _taking_part(session: Session, trainer: LocalTrainer) -> Answer:
+def _taking_part(session: Session[LocalLearner]) -> Answer:
     """A client that trains at once."""
 
     def on(message: m.Message) -> Replies:
@@ -164,7 +166,7 @@ def _taking_part(session: Session, trainer: LocalTrainer) -> Answer:
         if (work := session.work) is None:
             return replies
         try:
-            return replies + session.trained(work, trainer.run(work))
+            return replies + session.trained(work, session.learner.run(work))
         except UpdateError as error:
             return replies + session.failed(work, error)
 
@@ -190,16 +192,28 @@ def _vanishing(
     return tap
 
 
+@dataclass(frozen=True)
+class Simulated:
+    """What a simulated run left.
+
+    Attributes:
+        state: the server's last.
+        history: metrics by learning round that clients opened, if any.
+        learners: clients with their methods as the last round left them.
+    """
+
+    state: RunState
+    history: dict[int, dict[str, float]]
+    learners: dict[str, LocalLearner]
+
+
 def simulate_run(
     settings: ServerSettings,
     store: Store,
     trainers: dict[str, LocalTrainer],
     dropout: float = 0.0,
-) -> tuple[RunState, dict[int, dict[str, float]]]:
+) -> Simulated:
     """Drive server and sessions to the end of the run. The audit log is the server's.
-
-    Returns:
-        the server's last state, and the metrics by learning round that clients opened, if any.
 
     Raises:
         SecureFedPromptError: the run failed.
@@ -231,7 +245,7 @@ def simulate_run(
     counted = CountedHub(network.hub, count)
     network.hub = RecordedHub(counted, log) if log else counted
     for name, session in sessions.items():
-        network.join(name, _taking_part(session, trainers[name]))
+        network.join(name, _taking_part(session))
         network.send(name, session.hello())
     network.run(run)
     if log is not None:
@@ -241,4 +255,5 @@ def simulate_run(
     history: dict[int, dict[str, float]] = {}
     for session in sessions.values():
         history |= session.history
-    return run.state, history
+    learners = {name: session.learner for name, session in sessions.items()}
+    return Simulated(run.state, history, learners)
