@@ -57,7 +57,7 @@ class Helper:
         work, self._work = self._work, None  # kept only if all goes well
         if isinstance(message, m.HelperPlan):
             return self._begin(message)
-        if work is None or (message.run, message.round) != (work.plan.run, work.plan.round):  # type: ignore[attr-defined]
+        if work is None or not (isinstance(message, m.OfRound) and message.is_of(work.plan)):
             return []  # late: a frame may cross the end of its round
         match message:
             case m.HelperAnswer():
@@ -85,7 +85,7 @@ class Helper:
         party, plan = self.party, message.plan
         chosen = plan.selection
         plan.check()
-        if (message.run, message.round) != (plan.run, plan.round):
+        if not message.is_of(plan):
             raise UnexpectedMessageError("a plan of another round than its frame")
         for name in plan.cohort:
             party.roster.identity_of(name)

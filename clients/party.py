@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
@@ -80,9 +80,8 @@ class Party:
         """The signed key of this run, which cohort key is held, and the committed nonce."""
         held = self.keyring.cohort.digest if self.keyring.cohort else NO_KEY
         public = self.keyring.secret.public_key().public_bytes_raw()
-        unsigned = m.Ready(run, self.name, public, held, nonce, bytes(64))
-        signature = self.identity.sign(Purpose.RUN_KEY, unsigned.body(self.roster.digest))
-        return replace(unsigned, signature=signature)
+        ready = m.Ready(run, self.name, public, held, nonce, m.UNSIGNED)
+        return m.signed(ready, self.identity, Purpose.RUN_KEY, self.roster.digest)
 
     def check_run_key(self, plan: RoundPlan, ready: m.Ready, name: str) -> None:
         """Refuse another member's run key unless its identity signed it for this run.

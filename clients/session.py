@@ -141,7 +141,7 @@ class Session(Joining[L_co]):
                 return self._help(message)
             case m.RoundEnd():
                 self._helper.end(message.run, message.round)
-                if self.round and (message.run, message.round) == (self.run, self.round.plan.round):
+                if self.round and message.is_of(self.round.plan):
                     self.round = self.work = self._entered = None
                     self._agreed = self._agreed if message.reason else self._made or self._agreed
                     self._conclude(done=not message.reason)
@@ -290,14 +290,14 @@ class Session(Joining[L_co]):
         committed = m.Nonce(self.party.name, m.commitment(self.party.name, self._nonce))
         return self._greetings > 0 or committed not in self._commitments
 
-    def _resume(self, message: m.Message) -> Replies:
+    def _resume(self, message: m.OfRound) -> Replies:
         """Help to finish an opening that a lost connection or a crash interrupted."""
         state = self.round or self._parked
         data = self.party.journal.opening(self.run) if self.run else None
         if data and not isinstance(state, Sent):
             encrypted_ = self.terms is not None and self.terms.facts.encrypted
             state = (Reported if encrypted_ else Agreed).from_bytes(self.party, data)
-        if state is None or (message.run, message.round) != (state.plan.run, state.plan.round):  # type: ignore[attr-defined]
+        if state is None or not message.is_of(state.plan):
             return []
         state, replies = state.on(message)
         self.round, self._entered, self._parked = state, state.plan, None

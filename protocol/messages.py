@@ -55,9 +55,9 @@ the end of each round. ``repr`` never shows vectors, shares or boxes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Annotated
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Protocol, TypeVar
 
 from secure_fedprompt.protocol.agreement_proof import AgreementProof
 from secure_fedprompt.protocol.codec import (
@@ -81,18 +81,40 @@ from secure_fedprompt.protocol.codec import (
     encode_fields,
 )
 from secure_fedprompt.protocol.expand import Purpose, digest
+from secure_fedprompt.protocol.keys import Identity
 from secure_fedprompt.protocol.layout import TensorSpec
 from secure_fedprompt.protocol.plan import MAX_COHORT, RoundPlan
 from secure_fedprompt.protocol.selection import parties
 from secure_fedprompt.protocol.terms import RunTerms
 
-Vector = Annotated[Blob, UpTo(MAX_FRAME)]
+VectorBytes = Annotated[Blob, UpTo(MAX_FRAME)]
 Names = Annotated[tuple[Name, ...], Many(MAX_COHORT)]
 MAX_KEY = 1 << 20
 MAX_CIPHERTEXTS = 1 << 15
+UNSIGNED = bytes(64)  # in the place of a signature that is still to be made
 TAG = 16  # that sealing adds
 SEED_BOX = 32 + TAG
 BOX = 80  # two 32-byte shares and a 16-byte tag
+
+
+class _Signable(Protocol):
+    @property
+    def body(self) -> Callable[..., bytes]: ...
+
+
+M = TypeVar("M", bound=_Signable)
+
+
+@dataclass(frozen=True, repr=False)
+class OfRound(Printable):
+    """Any message of one attempt at a round."""
+
+    run: RunId
+    round: U32
+
+    def is_of(self, plan: RoundPlan) -> bool:
+        """Whether it is of this attempt."""
+        return (self.run, self.round) == (plan.run, plan.round)
 
 
 @dataclass(frozen=True, repr=False)
@@ -163,7 +185,7 @@ class Initial(Printable):
 
     run: RunId
     tensors: Annotated[tuple[TensorSpec, ...], Many(128)]
-    vector: Vector
+    vector: VectorBytes
 
 
 @dataclass(frozen=True, repr=False)
@@ -201,7 +223,7 @@ class Terms(Printable):
 
     run: RunId
     terms: RunTerms
-    start: Vector
+    start: VectorBytes
     nonces: Annotated[tuple[Nonce, ...], Many(MAX_COHORT)]
     signature: Signature
 
@@ -227,15 +249,13 @@ class Plan(Printable):
     """``base`` is the global prompt, float32 little-endian, or sealed by the clients."""
 
     plan: RoundPlan
-    base: Vector
+    base: VectorBytes
 
 
 @dataclass(frozen=True, repr=False)
-class Advert(Printable):
+class Advert(OfRound):
     """Fresh X25519 keys (``seal_key`` seals shares, ``mask_key`` makes pair masks) and H(b)."""
 
-    run: RunId
-    round: U32
     name: Name
     seal_key: PublicKey
     mask_key: PublicKey
@@ -249,18 +269,14 @@ class Advert(Printable):
 
 
 @dataclass(frozen=True, repr=False)
-class Adverts(Printable):
-    run: RunId
-    round: U32
+class Adverts(OfRound):
     adverts: Annotated[tuple[Advert, ...], Many(MAX_COHORT)]
 
 
 @dataclass(frozen=True, repr=False)
-class Shares(Printable):
+class Shares(OfRound):
     """One box per advertised neighbour, in name order; ``signature`` of the identity on them."""
 
-    run: RunId
-    round: U32
     boxes: Annotated[Blob, UpTo(BOX * MAX_COHORT)]
     signature: Signature
 
@@ -270,41 +286,33 @@ class Shares(Printable):
 
 
 @dataclass(frozen=True, repr=False)
-class Inbox(Printable):
+class Inbox(OfRound):
     """The boxes that ``senders`` sealed for the recipient."""
 
-    run: RunId
-    round: U32
     senders: Names
     boxes: Annotated[Blob, UpTo(BOX * MAX_COHORT)]
 
 
 @dataclass(frozen=True, repr=False)
-class Complaint(Printable):
+class Complaint(OfRound):
     """A box that came from ``dealer`` does not open."""
 
-    run: RunId
-    round: U32
     dealer: Name
 
 
 @dataclass(frozen=True, repr=False)
-class Evidence(Printable):
+class Evidence(OfRound):
     """What ``dealer`` sent and signed: was the box altered on its way?"""
 
-    run: RunId
-    round: U32
     dealer: Name
     boxes: Annotated[Blob, UpTo(BOX * MAX_COHORT)]
     signature: Signature
 
 
 @dataclass(frozen=True, repr=False)
-class Accusation(Printable):
+class Accusation(OfRound):
     """The box that ``dealer`` signed does not open: proof of the key that should open it."""
 
-    run: RunId
-    round: U32
     dealer: Name
     proof: AgreementProof
 
@@ -316,32 +324,24 @@ class Accusation(Printable):
 
 
 @dataclass(frozen=True, repr=False)
-class MaskedUpload(Printable):
-    run: RunId
-    round: U32
-    vector: Vector
+class MaskedUpload(OfRound):
+    vector: VectorBytes
 
 
 @dataclass(frozen=True, repr=False)
-class PlainUpload(Printable):
+class PlainUpload(OfRound):
     """Float64 little-endian, weighted; only under protection "none"."""
 
-    run: RunId
-    round: U32
-    vector: Vector
+    vector: VectorBytes
 
 
 @dataclass(frozen=True, repr=False)
-class SurvivorList(Printable):
-    run: RunId
-    round: U32
+class SurvivorList(OfRound):
     survivors: Names
 
 
 @dataclass(frozen=True, repr=False)
-class Consistent(Printable):
-    run: RunId
-    round: U32
+class Consistent(OfRound):
     signature: Signature
 
 
@@ -352,31 +352,25 @@ class Signed(Printable):
 
 
 @dataclass(frozen=True, repr=False)
-class UnmaskRequest(Printable):
+class UnmaskRequest(OfRound):
     """Who signed the survivor list, and whose mask keys are asked for."""
 
-    run: RunId
-    round: U32
     signers: Annotated[tuple[Signed, ...], Many(MAX_COHORT)]
     dropped: Names
 
 
 @dataclass(frozen=True, repr=False)
-class Reveal(Printable):
+class Reveal(OfRound):
     """One 32-byte share per neighbour that shared keys, self included, in name order:
     of its self mask if it survived, of its mask key if it dropped."""
 
-    run: RunId
-    round: U32
     shares: Annotated[Blob, UpTo(32 * MAX_COHORT)]
 
 
 @dataclass(frozen=True, repr=False)
-class KeyAsk(Printable):
+class KeyAsk(OfRound):
     """A client that lacks the cohort key, with a fresh X25519 key for this one grant."""
 
-    run: RunId
-    round: U32
     name: Name
     seal_key: PublicKey
     signature: Signature
@@ -387,11 +381,9 @@ class KeyAsk(Printable):
 
 
 @dataclass(frozen=True, repr=False)
-class KeyRequest(Printable):
+class KeyRequest(OfRound):
     """Those of ``plan.grants`` that asked, in name order, with the keys to seal to."""
 
-    run: RunId
-    round: U32
     recipients: Annotated[tuple[KeyAsk, ...], Many(MAX_COHORT)]
 
 
@@ -411,11 +403,9 @@ class Grant(Printable):
 
 
 @dataclass(frozen=True, repr=False)
-class KeyGrant(Printable):
+class KeyGrant(OfRound):
     """``context`` is the public SEAL parameters and nothing else."""
 
-    run: RunId
-    round: U32
     key: Digest
     context: Annotated[Blob, UpTo(MAX_KEY)]
     grants: Annotated[tuple[Grant, ...], Many(MAX_COHORT)]
@@ -428,22 +418,18 @@ class KeyGrant(Printable):
 
 
 @dataclass(frozen=True, repr=False)
-class KeyBox(Printable):
-    run: RunId
-    round: U32
+class KeyBox(OfRound):
     maker: Ready
     key: Digest
     grant: Grant
 
 
 @dataclass(frozen=True, repr=False)
-class CipherUpload(Printable):
+class CipherUpload(OfRound):
     """The packed vector, encrypted under the cohort key with this digest."""
 
-    run: RunId
-    round: U32
     key: Digest
-    ciphertexts: Annotated[tuple[Vector, ...], Many(MAX_CIPHERTEXTS)]
+    ciphertexts: Annotated[tuple[VectorBytes, ...], Many(MAX_CIPHERTEXTS)]
     signature: Signature
 
     def body(self, plan: RoundPlan) -> bytes:
@@ -452,60 +438,47 @@ class CipherUpload(Printable):
 
 
 @dataclass(frozen=True, repr=False)
-class CipherSum(Printable):
-    run: RunId
-    round: U32
+class CipherSum(OfRound):
     survivors: Names
-    ciphertexts: Annotated[tuple[Vector, ...], Many(MAX_CIPHERTEXTS)]
+    ciphertexts: Annotated[tuple[VectorBytes, ...], Many(MAX_CIPHERTEXTS)]
 
 
 @dataclass(frozen=True, repr=False)
-class Opened(Printable):
+class Opened(OfRound):
     """The sum decrypts; digest of the sealed next prompt, zeros after the final evaluation."""
 
-    run: RunId
-    round: U32
     sealed: Digest
 
 
 @dataclass(frozen=True, repr=False)
-class SealedRequest(Printable):
-    run: RunId
-    round: U32
+class SealedRequest(OfRound):
+    pass
 
 
 @dataclass(frozen=True, repr=False)
-class SealedPrompt(Printable):
-    run: RunId
-    round: U32
-    box: Vector
+class SealedPrompt(OfRound):
+    box: VectorBytes
 
 
 @dataclass(frozen=True, repr=False)
-class HelperPlan(Printable):
+class HelperPlan(OfRound):
     """The round that the recipient helps with."""
 
-    run: RunId
-    round: U32
     plan: RoundPlan
 
 
 @dataclass(frozen=True, repr=False)
-class HelperOffer(Printable):
-    run: RunId
-    round: U32
+class HelperOffer(OfRound):
     offer: parties.Offer
 
 
 @dataclass(frozen=True, repr=False)
-class HelperAnswer(Printable):
-    run: RunId
-    round: U32
+class HelperAnswer(OfRound):
     answer: parties.Answer
 
 
 @dataclass(frozen=True, repr=False)
-class KeyShares(Printable):
+class KeyShares(OfRound):
     """Of the selection keys, by modality and group.
 
     Attributes:
@@ -513,64 +486,50 @@ class KeyShares(Printable):
         box: seed of the helper's, sealed to it.
     """
 
-    run: RunId
-    round: U32
     share: Annotated[Blob, UpTo(1 << 12)]
     box: Annotated[Blob, UpTo(SEED_BOX)]
 
 
 @dataclass(frozen=True, repr=False)
-class HelperInputs(Printable):
+class HelperInputs(OfRound):
     """The owners' run keys, by name, and the boxes that they sealed to the helper."""
 
-    run: RunId
-    round: U32
     owners: Annotated[tuple[Ready, ...], Many(MAX_COHORT)]
     boxes: Annotated[Blob, UpTo(SEED_BOX * MAX_COHORT)]
 
 
 @dataclass(frozen=True, repr=False)
-class HelperChoices(Printable):
+class HelperChoices(OfRound):
     """``refused`` are owners whose keys or boxes the helper could not use: it leaves them out."""
 
-    run: RunId
-    round: U32
     refused: Names
     choices: parties.Choices
 
 
 @dataclass(frozen=True, repr=False)
-class HelperTables(Printable):
-    run: RunId
-    round: U32
+class HelperTables(OfRound):
     tables: parties.Garbled
 
 
 @dataclass(frozen=True, repr=False)
-class HelperOutcome(Printable):
+class HelperOutcome(OfRound):
     """The helper's shares of the outcomes, sealed to each owner, in the order of the inputs."""
 
-    run: RunId
-    round: U32
     boxes: Annotated[Blob, UpTo(MAX_FRAME)]
 
 
 @dataclass(frozen=True, repr=False)
-class Outcome(Printable):
+class Outcome(OfRound):
     """Both shares of one owner's outcome: the server's, and the helper's sealed one."""
 
-    run: RunId
-    round: U32
     share: Annotated[Blob, UpTo(1 << 12)]
     box: Annotated[Blob, UpTo(1 << 13)]
 
 
 @dataclass(frozen=True, repr=False)
-class RoundEnd(Printable):
+class RoundEnd(OfRound):
     """``reason`` is empty for a finished round."""
 
-    run: RunId
-    round: U32
     reason: Line
 
 
@@ -579,16 +538,14 @@ class Finish(Printable):
     """``vector`` as in ``Plan``: sealed if a training round under encryption was done."""
 
     run: RunId
-    vector: Vector
+    vector: VectorBytes
     reason: Line
 
 
 @dataclass(frozen=True, repr=False)
-class LogHead(Printable):
+class LogHead(OfRound):
     """Where the sender's audit log stands as a round ends, round 0 as the run ends."""
 
-    run: RunId
-    round: U32
     records: U64
     chain: Digest
     signature: Signature
@@ -605,11 +562,9 @@ class Alive(Printable):
 
 
 @dataclass(frozen=True, repr=False)
-class Withdraw(Printable):
+class Withdraw(OfRound):
     """The client refuses to go on with this round, but stays in the run."""
 
-    run: RunId
-    round: U32
     error: Annotated[str, Text(48)]
     reason: Line
 
@@ -648,6 +603,12 @@ CATALOGUE = Catalogue(
 
 TO_HELPER = (HelperPlan, HelperAnswer, HelperInputs, HelperTables)
 FROM_HELPER = (HelperOffer, HelperChoices, HelperOutcome)
+
+
+def signed(message: M, identity: Identity, purpose: Purpose, *context: Any) -> M:
+    """The same message with the identity's signature on its ``body(*context)``."""
+    signature = identity.sign(purpose, message.body(*context))
+    return replace(message, signature=signature)  # type: ignore[type-var]
 
 
 def line(text: object) -> str:

@@ -37,9 +37,9 @@ class Pending:
     adverts: Annotated[tuple[m.Advert, ...], Many(MAX_COHORT)] = ()
     sharers: m.Names = ()
     signers: Annotated[tuple[m.Signed, ...], Many(MAX_COHORT)] = ()
-    words: m.Vector = b""
+    words: m.VectorBytes = b""
     key: Digest = NO_KEY
-    ciphertexts: Annotated[tuple[m.Vector, ...], Many(m.MAX_CIPHERTEXTS)] = ()
+    ciphertexts: Annotated[tuple[m.VectorBytes, ...], Many(m.MAX_CIPHERTEXTS)] = ()
 
 
 def signed_boxes(

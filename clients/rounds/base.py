@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -26,15 +27,16 @@ from secure_fedprompt.protocol.policy import check_isolation
 from secure_fedprompt.protocol.ring import Words
 from secure_fedprompt.protocol.selection.task import Choice
 
-if TYPE_CHECKING:
-    pass
-
-
 Step = tuple["State", Replies]
+Takes = Mapping[type[m.Message], Callable[[Any, Any], Step]]
 
 
 @dataclass(frozen=True, repr=False)
 class State:
+    """One state; ``takes`` says which messages it understands, and what takes each."""
+
+    takes: ClassVar[Takes] = {}
+
     party: Party
     plan: RoundPlan
 
@@ -44,17 +46,17 @@ class State:
         Raises:
             ProtocolError: the message is refused; the state is unchanged.
         """
-        run, round_ = getattr(message, "run", None), getattr(message, "round", None)
         kind, here = type(message).__name__, type(self).__name__
-        if run != self.plan.run or (isinstance(round_, int) and round_ < self.plan.round):
+        if not isinstance(message, m.OfRound):
+            raise UnexpectedMessageError(f"{kind} during {self}")
+        if message.run != self.plan.run or message.round < self.plan.round:
             raise ReplayError(f"{kind} belongs to another run or an earlier round than {self}")
-        if round_ != self.plan.round:
-            raise UnexpectedMessageError(f"{kind} for round {round_} during {self}")
-        handler = getattr(self, f"_on_{kind}", None)
+        if not message.is_of(self.plan):
+            raise UnexpectedMessageError(f"{kind} for round {message.round} during {self}")
+        handler = self.takes.get(type(message))
         if handler is None:
             raise UnexpectedMessageError(f"{kind} is out of place in state {here} of {self}")
-        step: Step = handler(message)
-        return step
+        return handler(self, message)
 
     def check_survivors(self, survivors: tuple[str, ...]) -> None:
         """Refuse a list that is not one of this cohort with us in it, too short, or too near to
@@ -161,8 +163,10 @@ def words_of(plan: RoundPlan, data: bytes) -> Words:
 class Revealed(State):
     """Done; nothing secret is left."""
 
-    def _on_UnmaskRequest(self, message: m.UnmaskRequest) -> Step:
+    def _on_unmask_request(self, message: m.UnmaskRequest) -> Step:
         raise SecondUnmaskError(f"a second unmask request in {self}")
 
-    def _on_RoundEnd(self, message: m.RoundEnd) -> Step:
+    def _on_round_end(self, message: m.RoundEnd) -> Step:
         return self, []
+
+    takes: ClassVar[Takes] = {m.UnmaskRequest: _on_unmask_request, m.RoundEnd: _on_round_end}

@@ -9,14 +9,14 @@ decrypts the sum and computes the next global prompt, which the server keeps onl
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Annotated
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
 
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from secure_fedprompt.clients.cohort_key import CohortKey
 from secure_fedprompt.clients.party import Party
-from secure_fedprompt.clients.rounds.base import Complained, Ready, State, Step, words_of
+from secure_fedprompt.clients.rounds.base import Complained, Ready, State, Step, Takes, words_of
 from secure_fedprompt.protocol import client_noise, fixedpoint, homomorphic, layout, masking
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.codec import MAX_FRAME, Digest, UpTo, decode_fields, encode_fields
@@ -45,9 +45,9 @@ def begin(party: Party, plan: RoundPlan) -> Step:
     if party.name in plan.grants:
         secret = X25519PrivateKey.generate()
         public = secret.public_key().public_bytes_raw()
-        ask = m.KeyAsk(plan.run, plan.round, party.name, public, bytes(64))
-        signature = party.identity.sign(Purpose.KEY_ASK, ask.body(plan))
-        return Receiving(party, plan, secret), [replace(ask, signature=signature)]
+        ask = m.KeyAsk(plan.run, plan.round, party.name, public, m.UNSIGNED)
+        asked = m.signed(ask, party.identity, Purpose.KEY_ASK, plan)
+        return Receiving(party, plan, secret), [asked]
     held = party.keyring.cohort
     if plan.key == NO_KEY:  # hence we are the maker; the prompt stays readable under the next key
         kept = held.prompt_key if held else b""
@@ -65,7 +65,7 @@ class Granting(State):
 
     key: CohortKey
 
-    def _on_KeyRequest(self, message: m.KeyRequest) -> Step:
+    def _on_key_request(self, message: m.KeyRequest) -> Step:
         plan, party = self.plan, self.party
         names = [ask.name for ask in message.recipients]
         if not names and plan.key != NO_KEY:  # whoever lacks the key has gone
@@ -84,16 +84,16 @@ class Granting(State):
             context = masking.seal_context(plan, party.name, ask.name)
             key = masking.grant_key(plan, ask.name, shared)
             box = seal(key, self.key.to_bytes(), context)
-            grant = m.Grant(ask.name, box, bytes(64))
-            body = grant.body(plan, self.key.digest)
-            signature = party.identity.sign(Purpose.KEY_GRANT, body)
-            grants.append(m.Grant(ask.name, box, signature))
-        public = self.key.scheme.public
-        reply = m.KeyGrant(plan.run, plan.round, self.key.digest, public, tuple(grants), bytes(64))
-        signature = party.identity.sign(Purpose.KEY_GRANT, reply.body(plan))
-        reply = m.KeyGrant(plan.run, plan.round, self.key.digest, public, tuple(grants), signature)
+            grant = m.Grant(ask.name, box, m.UNSIGNED)
+            signed = m.signed(grant, party.identity, Purpose.KEY_GRANT, plan, self.key.digest)
+            grants.append(signed)
+        public, key_digest = self.key.scheme.public, self.key.digest
+        reply = m.KeyGrant(plan.run, plan.round, key_digest, public, tuple(grants), m.UNSIGNED)
+        reply = m.signed(reply, party.identity, Purpose.KEY_GRANT, plan)
         party.keyring.cohort = self.key
         return EncryptedReady(party, plan, self.key), [reply]
+
+    takes: ClassVar[Takes] = {m.KeyRequest: _on_key_request}
 
 
 @dataclass(frozen=True, repr=False)
@@ -102,7 +102,7 @@ class Receiving(State):
 
     secret: X25519PrivateKey
 
-    def _on_KeyBox(self, message: m.KeyBox) -> Step:
+    def _on_key_box(self, message: m.KeyBox) -> Step:
         plan, party, grant = self.plan, self.party, message.grant
         if grant.recipient != party.name:
             raise AdvertMismatchError(f"key is sealed for {grant.recipient!r}")
@@ -130,6 +130,8 @@ class Receiving(State):
         party.keyring.cohort = key
         return EncryptedReady(party, plan, key), []
 
+    takes: ClassVar[Takes] = {m.KeyBox: _on_key_box}
+
 
 @dataclass(frozen=True, repr=False)
 class EncryptedReady(Ready):
@@ -146,11 +148,8 @@ class EncryptedReady(Ready):
         plan, party = self.plan, self.party
         integers = fixedpoint.to_integers(plan.layout, words_of(plan, data))
         ciphertexts = self.key.encrypt(_packing(plan, self.key).pack(integers))
-        body = m.CipherUpload(plan.run, plan.round, self.key.digest, ciphertexts, bytes(64)).body(
-            plan
-        )
-        signature = party.identity.sign(Purpose.UPLOAD, body)
-        reply = m.CipherUpload(plan.run, plan.round, self.key.digest, ciphertexts, signature)
+        reply = m.CipherUpload(plan.run, plan.round, self.key.digest, ciphertexts, m.UNSIGNED)
+        reply = m.signed(reply, party.identity, Purpose.UPLOAD, plan)
         return Sent(party, plan, self.key), [reply]
 
 
@@ -164,7 +163,7 @@ class Sent(State):
 
     key: CohortKey
 
-    def _on_CipherSum(self, message: m.CipherSum) -> Step:
+    def _on_cipher_sum(self, message: m.CipherSum) -> Step:
         plan, party, survivors = self.plan, self.party, message.survivors
         self.check_survivors(survivors)
         party.journal.record_survivors(plan, survivors, b"")
@@ -176,6 +175,8 @@ class Sent(State):
         party.journal.record_reveal(plan)
         total = layout.unflatten(plan.layout, fixedpoint.decode(plan.layout, integers))
         return Opening(party, plan, self.key, integers, total), []
+
+    takes: ClassVar[Takes] = {m.CipherSum: _on_cipher_sum}
 
 
 def check_sum(plan: RoundPlan, integers: Integers, uploads: int) -> None:
@@ -260,11 +261,17 @@ class Reported(State):
     def opened(self) -> m.Opened:
         return m.Opened(self.plan.run, self.plan.round, self.announced)
 
-    def _on_CipherSum(self, message: m.CipherSum) -> Step:
+    def _on_cipher_sum(self, message: m.CipherSum) -> Step:
         return self, [self.opened()]  # after a reconnection; no second sum is opened
 
-    def _on_SealedRequest(self, message: m.SealedRequest) -> Step:
+    def _on_sealed_request(self, message: m.SealedRequest) -> Step:
         return self, [m.SealedPrompt(self.plan.run, self.plan.round, self.box)]
 
-    def _on_RoundEnd(self, message: m.RoundEnd) -> Step:
+    def _on_round_end(self, message: m.RoundEnd) -> Step:
         return self, []
+
+    takes: ClassVar[Takes] = {
+        m.CipherSum: _on_cipher_sum,
+        m.SealedRequest: _on_sealed_request,
+        m.RoundEnd: _on_round_end,
+    }

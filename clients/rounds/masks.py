@@ -11,11 +11,19 @@ knows only what it needs from there on; no state can upload, sign or reveal twic
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Annotated
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
 
 from secure_fedprompt.clients.party import Party
-from secure_fedprompt.clients.rounds.base import Complained, Ready, Revealed, State, Step, words_of
+from secure_fedprompt.clients.rounds.base import (
+    Complained,
+    Ready,
+    Revealed,
+    State,
+    Step,
+    Takes,
+    words_of,
+)
 from secure_fedprompt.protocol import client_noise, fixedpoint, masking, shamir
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.codec import UpTo, decode_fields, encode_fields
@@ -43,10 +51,9 @@ def begin(party: Party, plan: RoundPlan) -> Step:
         secrets.seal.public_key().public_bytes_raw(),
         secrets.mask.public_key().public_bytes_raw(),
         masking.commitment(plan, party.name, secrets.self_seed),
-        bytes(64),
+        m.UNSIGNED,
     )
-    signature = party.identity.sign(Purpose.ADVERT, advert.body(plan))
-    advert = replace(advert, signature=signature)
+    advert = m.signed(advert, party.identity, Purpose.ADVERT, plan)
     return Advertised(party, plan, secrets, advert), [advert]
 
 
@@ -55,7 +62,7 @@ class Advertised(State):
     secrets: masking.RoundSecrets
     advert: m.Advert
 
-    def _on_Adverts(self, message: m.Adverts) -> Step:
+    def _on_adverts(self, message: m.Adverts) -> Step:
         plan, own = self.plan, self.party.name
         names = [a.name for a in message.adverts]
         if names != sorted(set(names)) or not set(names) <= set(plan.cohort):
@@ -94,9 +101,8 @@ class Advertised(State):
         listed = m.adverts_digest(message.adverts)
         mask_keys = {peer: by_name[peer].mask_key for peer in incoming}
         seal_keys = {peer: by_name[peer].seal_key for peer in incoming}
-        reply = m.Shares(plan.run, plan.round, b"".join(boxes), bytes(64))
-        signature = self.party.identity.sign(Purpose.BOXES, reply.body(plan, listed))
-        reply = replace(reply, signature=signature)
+        reply = m.Shares(plan.run, plan.round, b"".join(boxes), m.UNSIGNED)
+        reply = m.signed(reply, self.party.identity, Purpose.BOXES, plan, listed)
         after = Shared(
             self.party,
             plan,
@@ -110,6 +116,8 @@ class Advertised(State):
         )
         return after, [reply]
 
+    takes: ClassVar[Takes] = {m.Adverts: _on_adverts}
+
 
 @dataclass(frozen=True, repr=False)
 class Shared(State):
@@ -121,7 +129,7 @@ class Shared(State):
     adverts: bytes
     advertised: tuple[str, ...]
 
-    def _on_Inbox(self, message: m.Inbox) -> Step:
+    def _on_inbox(self, message: m.Inbox) -> Step:
         plan, own = self.plan, self.party.name
         senders = message.senders
         if list(senders) != sorted(set(senders)) or not set(senders) <= set(self.incoming):
@@ -151,6 +159,8 @@ class Shared(State):
         }
         return MaskedReady(self.party, plan, self.secrets, pairs, self.adverts, shares), []
 
+    takes: ClassVar[Takes] = {m.Inbox: _on_inbox}
+
 
 @dataclass(frozen=True, repr=False)
 class Doubting(State):
@@ -167,7 +177,7 @@ class Doubting(State):
     def on(self, message: m.Message) -> Step:
         return super().on(message) if isinstance(message, m.Evidence) else (self, [])
 
-    def _on_Evidence(self, message: m.Evidence) -> Step:
+    def _on_evidence(self, message: m.Evidence) -> Step:
         plan, party, dealer = self.plan, self.party, self.dealer
         if message.dealer != dealer:
             raise AdvertMismatchError(f"evidence about {message.dealer!r}, asked was {dealer!r}")
@@ -181,6 +191,8 @@ class Doubting(State):
             raise SealError(f"the box that {dealer} sealed for us was altered on its way")
         secret = self.secrets.seal.private_bytes_raw()
         return Complained.of(party, plan, dealer, secret, self.seal_key)
+
+    takes: ClassVar[Takes] = {m.Evidence: _on_evidence}
 
 
 @dataclass(frozen=True, repr=False)
@@ -214,7 +226,7 @@ class Uploaded(State):
     adverts: bytes
     shares: Mapping[str, bytes]
 
-    def _on_SurvivorList(self, message: m.SurvivorList) -> Step:
+    def _on_survivor_list(self, message: m.SurvivorList) -> Step:
         plan, party, survivors = self.plan, self.party, message.survivors
         self.check_survivors(survivors)
         near = set(masking.neighbourhoods(plan)[party.name])
@@ -233,6 +245,8 @@ class Uploaded(State):
         party.journal.record_survivors(plan, survivors, after.to_bytes())
         signature = party.identity.sign(Purpose.SURVIVORS, body)
         return after, [m.Consistent(plan.run, plan.round, signature)]
+
+    takes: ClassVar[Takes] = {m.SurvivorList: _on_survivor_list}
 
 
 @dataclass(frozen=True, repr=False)
@@ -267,7 +281,7 @@ class Agreed(State):
             party, kept.plan, kept.survivors, kept.dropped, bytes(kept.body), bytes(kept.shares)
         )
 
-    def _on_UnmaskRequest(self, message: m.UnmaskRequest) -> Step:
+    def _on_unmask_request(self, message: m.UnmaskRequest) -> Step:
         plan, party = self.plan, self.party
         if both := set(message.dropped) & set(self.survivors):
             raise OverlapError(f"{sorted(both)} asked for as dropped, but on the survivor list")
@@ -284,3 +298,5 @@ class Agreed(State):
             verify(identity, Purpose.SURVIVORS, self.body, signed.signature, signed.name)
         party.journal.record_reveal(plan)
         return Revealed(party, plan), [m.Reveal(plan.run, plan.round, self.shares)]
+
+    takes: ClassVar[Takes] = {m.UnmaskRequest: _on_unmask_request}

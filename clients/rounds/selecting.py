@@ -6,9 +6,10 @@ Ready --share_keys--> Choosing --Outcome--> Chosen (which is Ready again, with a
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from secure_fedprompt.clients.party import Party
-from secure_fedprompt.clients.rounds.base import Ready, State, Step
+from secure_fedprompt.clients.rounds.base import Ready, State, Step, Takes
 from secure_fedprompt.protocol import masking
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.errors import UpdateError
@@ -73,7 +74,7 @@ class Choosing(State):
     ready: Ready
     keys: shares.Keys
 
-    def _on_Outcome(self, message: m.Outcome) -> Step:
+    def _on_outcome(self, message: m.Outcome) -> Step:
         plan, party = self.plan, self.party
         helper = plan.selection.helper
         key = box_key(party, plan, None, Purpose.OUTCOME_BOX)
@@ -81,6 +82,8 @@ class Choosing(State):
         theirs = unseal(key, bytes(message.box), context, helper)
         choice = task.open_outcome(plan.selection, bytes(message.share), theirs, self.keys)
         return Chosen(party, plan, self.ready, choice), []
+
+    takes: ClassVar[Takes] = {m.Outcome: _on_outcome}
 
 
 @dataclass(frozen=True, repr=False)

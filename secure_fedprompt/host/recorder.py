@@ -56,9 +56,11 @@ def frame_digest(frame: bytes | memoryview) -> str:
 
 def run_and_round(message: m.Message) -> tuple[bytes, int]:
     """What a message says it belongs to; empty and 0 if it does not."""
-    plan = getattr(message, "plan", None)
-    run, number = getattr(message, "run", b""), getattr(message, "round", 0)
-    return (plan.run, plan.round) if plan is not None else (run, number)
+    if isinstance(message, m.OfRound):
+        return message.run, message.round
+    if isinstance(message, m.Plan):
+        return message.plan.run, message.plan.round
+    return getattr(message, "run", b""), 0
 
 
 def recorder(
@@ -170,9 +172,8 @@ class Recorder:
     def head(self, message: m.RoundEnd | m.Finish) -> m.LogHead:
         """The signed head of the log at the end of a round, or of the run (round 0)."""
         number = message.round if isinstance(message, m.RoundEnd) else 0
-        unsigned = m.LogHead(message.run, number, self.records, self.chain, bytes(64))
-        signature = self._identity.sign(Purpose.LOG_HEAD, unsigned.body(self.name))
-        return m.LogHead(message.run, number, self.records, self.chain, signature)
+        head = m.LogHead(message.run, number, self.records, self.chain, m.UNSIGNED)
+        return m.signed(head, self._identity, Purpose.LOG_HEAD, self.name)
 
     def close(self) -> None:
         """End the log in order, unless a record was interrupted halfway."""

@@ -78,7 +78,7 @@ class Deadlines:
 
 @dataclass
 class Round(ABC):
-    """One round. ``start`` first; then ``on``, ``lost`` and ``tick`` until ``over``.
+    """One round. ``start`` first; then ``on``, ``gone`` and ``tick`` until ``over``.
 
     Attributes:
         uploads: message that carries an update; awaited: messages of the protection's own stages;
@@ -202,8 +202,8 @@ class Round(ABC):
 
     def on(self, sender: str, message: m.Message, now: float) -> Outbox:
         """Take a frame of an authenticated sender; a bad one drops the sender from the round."""
-        of = getattr(message, "run", None), getattr(message, "round", None)
-        if not self.involves(sender) or of != (self.plan.run, self.plan.round):
+        ours = isinstance(message, m.OfRound) and message.is_of(self.plan)
+        if not (ours and self.involves(sender)):
             return []  # late: a frame may cross the end of its round
         if isinstance(message, m.Complaint | m.Accusation):
             return self._judge(sender, message, now)
