@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from secure_fedprompt.clients.journal import MemoryJournal
 from secure_fedprompt.clients.party import Party
-from secure_fedprompt.clients.rounds.base import Ready, State
+from secure_fedprompt.clients.rounds.base import Awaiting, State
 from secure_fedprompt.clients.rounds.encrypted import Opening
 from secure_fedprompt.clients.rounds.start import start
 from secure_fedprompt.protocol import messages as m
@@ -100,7 +100,7 @@ def run(
             states[name], replies = state.report(b"prompt")
         post(name, [("", reply) for reply in replies])
 
-    def upload(name: str, state: Ready) -> None:
+    def upload(name: str, state: Awaiting) -> None:
         states[name], replies = state.upload(values, weight)
         post(name, [("", reply) for reply in replies])
 
@@ -120,7 +120,7 @@ def run(
         if kind == "RoundEnd":
             continue
         meter.charge(recipient, kind, lambda r=recipient, f=frame: to_client(r, f))  # type: ignore[misc]
-        if isinstance(state := states[recipient], Ready) and recipient not in gone:
+        if isinstance(state := states[recipient], Awaiting) and recipient not in gone:
             meter.charge(recipient, "upload", lambda r=recipient, s=state: upload(r, s))  # type: ignore[misc]
     assert server.stage is Stage.DONE, server.reason
     return meter

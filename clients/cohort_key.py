@@ -96,7 +96,7 @@ class CohortKey:
         """The ``count`` integers of a sum.
 
         Args:
-            ciphertexts: from ``CipherSum.result``.
+            ciphertexts: from ``RunningSum.result``.
             count: slots that the packing uses.
             flood: context of the flooding's stream, the plan's digest.
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from secure_fedprompt.clients.journal import MemoryJournal
-from secure_fedprompt.clients.ledger import Ledger
+from secure_fedprompt.clients.ledger import Ledger, Upload
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.errors import (
     AdvertMismatchError,
@@ -82,6 +83,16 @@ class Party:
         public = self.keyring.secret.public_key().public_bytes_raw()
         ready = m.Ready(run, self.name, public, held, nonce, m.UNSIGNED)
         return m.signed(ready, self.identity, Purpose.RUN_KEY, self.roster.digest)
+
+    def count(self, plan: RoundPlan) -> None:
+        """Note what an upload will tell of this client, before it leaves.
+
+        Raises:
+            BudgetError: more than the policy allows.
+        """
+        cost = self.policy.cost(plan)
+        upload = Upload(plan.run.hex(), plan.learning_round, cost if math.isfinite(cost) else None)
+        self.ledger.release(upload, self.policy.max_client_epsilon, self.policy.client_delta)
 
     def check_run_key(self, plan: RoundPlan, ready: m.Ready, name: str) -> None:
         """Refuse another member's run key unless its identity signed it for this run.

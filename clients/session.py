@@ -6,16 +6,14 @@ plan and the global prompt; the caller trains and hands the result to ``trained`
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
 
 import numpy as np
 
 from secure_fedprompt.clients.helper import Helper
 from secure_fedprompt.clients.joining import Joining
-from secure_fedprompt.clients.ledger import Upload
 from secure_fedprompt.clients.party import Party, Replies, refusal
-from secure_fedprompt.clients.rounds.base import Ready, Revealed, State
+from secure_fedprompt.clients.rounds.base import Awaiting, Revealed, State
 from secure_fedprompt.clients.rounds.encrypted import Opening, Reported, Sent
 from secure_fedprompt.clients.rounds.masks import Agreed
 from secure_fedprompt.clients.rounds.selecting import share_keys
@@ -164,9 +162,13 @@ class Session(Joining[L_co]):
         plan, state = work.plan, self.round
         if not isinstance(result, Update) or not plan.selecting:
             self._kept = Made(place_of(plan), result)
-        if not isinstance(state, Ready) or state.plan is not plan:
+        if not isinstance(state, Awaiting) or state.plan is not plan:
             now = self.work  # of another attempt, perhaps: it need not train again
-            if now is None or not isinstance(state, Ready) or place_of(now.plan) != place_of(plan):
+            if (
+                now is None
+                or not isinstance(state, Awaiting)
+                or place_of(now.plan) != place_of(plan)
+            ):
                 return []
             self.work = None
             return self._again(state, now)
@@ -176,7 +178,7 @@ class Session(Joining[L_co]):
             return replies
         try:
             if self._failing != place_of(plan):
-                self._count(plan)
+                self.party.count(plan)
             data = state.encode(*result)
         except UpdateError as error:
             self.failed_because = self.failed_because or error
@@ -185,16 +187,6 @@ class Session(Joining[L_co]):
         self.party.journal.keep_vector(plan, choice_bytes(work.choice) + data)
         self.round, replies = state.send(data)
         return replies
-
-    def _count(self, plan: RoundPlan) -> None:
-        """Note what the upload will tell of this client, before it leaves.
-
-        Raises:
-            BudgetError: more than the policy allows.
-        """
-        policy, cost = self.party.policy, self.party.policy.cost(plan)
-        upload = Upload(plan.run.hex(), plan.learning_round, cost if math.isfinite(cost) else None)
-        self.party.ledger.release(upload, policy.max_client_epsilon, policy.client_delta)
 
     def failed(self, work: Work, error: SecureFedPromptError) -> Replies:
         """Training failed: what is sent looks like any other contribution, and holds nothing.
@@ -339,7 +331,7 @@ class Session(Joining[L_co]):
     def _ready(self, replies: Replies) -> Replies:
         """Take up what the new state asks the caller or us to do."""
         state = self.round
-        if isinstance(state, Ready) and self.work is None:
+        if isinstance(state, Awaiting) and self.work is None:
             plan = state.plan
             if state.choice is None:
                 self._base = self._prompt(plan, self._open(plan))
@@ -355,7 +347,7 @@ class Session(Joining[L_co]):
             replies = replies + more
         return replies
 
-    def _again(self, state: Ready, work: Work) -> Replies:
+    def _again(self, state: Awaiting, work: Work) -> Replies:
         """What was made for an aborted attempt is sent again, bit by bit; else there is work."""
         plan, waits = work.plan, work.plan.selecting and work.choice is None
         kept = self._kept.result if self._kept and self._kept.place == place_of(plan) else None

@@ -14,7 +14,6 @@ anything.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,12 +25,12 @@ from secure_fedprompt.protocol.errors import PlanError, UpdateError
 from secure_fedprompt.protocol.expand import keystream
 from secure_fedprompt.protocol.layout import Layout, Vector
 from secure_fedprompt.protocol.ring import Words
+from secure_fedprompt.protocol.shamir import Entropy
 
 TAILS = 12.0  # deviations of a share that a field has room for beyond its values
 _MAX_TRIES = 1000  # each rounding is kept with probability 1 - exp(-1/2) or more
 _WORD = 8
 _ORDERS = 1 + np.geomspace(1e-4, 1e7, 20_000)
-Entropy = Callable[[int], bytes]
 
 
 @dataclass(frozen=True)

@@ -241,7 +241,7 @@ class Scheme:
         return True
 
 
-class CipherSum:
+class RunningSum:
     """Running sum of uploads. Single uploads are added and forgotten.
 
     Attributes:

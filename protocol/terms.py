@@ -57,7 +57,7 @@ _MEMBERS = ("roster_digest", "clients", "quorum", "colluders", "makers", "helper
 
 
 @dataclass(frozen=True)
-class Choice:
+class PlanInputs:
     """What a plan may choose, besides what ``RunTerms`` fixes; fields as in ``RoundPlan``."""
 
     round: int
@@ -74,7 +74,7 @@ class Choice:
     helper_signature: bytes = bytes(64)
 
     @classmethod
-    def of(cls, plan: RoundPlan) -> Choice:
+    def of(cls, plan: RoundPlan) -> PlanInputs:
         """What a plan has chosen."""
         s = plan.selection
         return cls(
@@ -243,12 +243,12 @@ class RunTerms:
         """Of its protection."""
         return facts_of(self.protection)
 
-    def sample(self, number: int) -> Choice:
+    def sample(self, number: int) -> PlanInputs:
         """What a learning round in which everybody takes part could choose, under other names."""
         names = tuple(f"{i:05d}" for i in range(self.clients))
         maker = names[0] if self.facts.encrypted else ""
         helper = names[0] if self.selecting(number) else ""
-        return Choice(
+        return PlanInputs(
             1, 1, number, names, bytes(32), maker, 0, NO_KEY, names[1:] if maker else (), helper
         )
 
@@ -276,7 +276,7 @@ class RunTerms:
             noise=self.noise.room if training else 0.0,
         )
 
-    def _selection(self, chosen: Choice) -> Selection:
+    def _selection(self, chosen: PlanInputs) -> Selection:
         if not self.selecting(chosen.learning_round):
             return task.NONE
         o, n = self.method.fedmgp, len(chosen.cohort)
@@ -293,7 +293,7 @@ class RunTerms:
             helper_signature=chosen.helper_signature,
         )
 
-    def plan(self, chosen: Choice) -> RoundPlan:
+    def plan(self, chosen: PlanInputs) -> RoundPlan:
         """The one plan of these terms for what a round chooses.
 
         Raises:
@@ -378,7 +378,7 @@ class RunTerms:
             raise TermsError(f"plan's key maker {plan.maker!r} is not one of the terms'")
         if plan.selecting and plan.selection.helper not in self.helpers:
             raise TermsError(f"plan's helper {plan.selection.helper!r} is not one of the terms'")
-        expected = self.plan(Choice.of(plan))
+        expected = self.plan(PlanInputs.of(plan))
         if plan != expected:
             name = next(
                 f.name for f in fields(plan) if getattr(plan, f.name) != getattr(expected, f.name)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from secure_fedprompt.clients.party import Party, Replies
-from secure_fedprompt.clients.rounds.base import Ready, State
+from secure_fedprompt.clients.rounds.base import Awaiting, State
 from secure_fedprompt.clients.rounds.encrypted import Opening
 from secure_fedprompt.clients.rounds.start import start
 from secure_fedprompt.protocol import messages as m
@@ -26,7 +26,7 @@ from secure_fedprompt.server.serve import Machine, hear, post
 NEXT_PROMPT = b"the next prompt: a whole run computes it"
 SERVER = ""  # its name in a network
 Tap = Callable[[str, str, m.Message], m.Message | None]
-Answer = Callable[[m.Message], Replies]
+Handler = Callable[[m.Message], Replies]
 
 
 class MemoryLink:
@@ -87,11 +87,11 @@ class Network:
         self.queue: deque[tuple[str, str, Frame]] = deque()
         self.hub: Hub = MemoryHub(self)
         self.links: dict[str, Link] = {}
-        self.members: dict[str, Answer] = {}
+        self.members: dict[str, Handler] = {}
         self.clock, self.stopped = 0.0, False
         self._tap, self._wait = tap, wait
 
-    def join(self, name: str, member: Answer) -> None:
+    def join(self, name: str, member: Handler) -> None:
         """Have a member take its frames."""
         self.links[name], self.members[name] = MemoryLink(self, name), member
 
@@ -124,7 +124,7 @@ class Network:
 
 
 @dataclass
-class Outcome:
+class SimulatedRound:
     """What a simulated round did.
 
     Attributes:
@@ -146,7 +146,7 @@ def run_round(
     updates: Mapping[str, tuple[Values, float]],
     dropouts: Mapping[str, Stage] | None = None,
     tap: Tap = lambda sender, recipient, message: message,
-) -> Outcome:
+) -> SimulatedRound:
     """Run one round to its end.
 
     Args:
@@ -163,7 +163,7 @@ def run_round(
     any_party = next(iter(parties.values()))
     run_keys = {name: party.ready(plan.run) for name, party in parties.items()}
     server = make_round(plan, b"", any_party.roster, Deadlines(stage=1, training=1), run_keys)
-    outcome = Outcome(server)
+    outcome = SimulatedRound(server)
 
     def tapped(sender: str, recipient: str, frame: Frame) -> Frame | None:
         if sender and vanish.get(sender) == server.stage:
@@ -178,7 +178,7 @@ def run_round(
     network = Network(tapped, lambda clock: server.deadline)
     clients = {name: RoundClient(party, updates[name]) for name, party in parties.items()}
 
-    def member(name: str) -> Answer:
+    def member(name: str) -> Handler:
         def on(message: m.Message) -> Replies:
             try:
                 return clients[name].on(message)
@@ -222,7 +222,7 @@ class RoundClient:
         else:
             assert self.state is not None
             self.state, replies = self.state.on(message)
-        if isinstance(state := self.state, Ready):
+        if isinstance(state := self.state, Awaiting):
             self.state, uploads = state.upload(*self.update)
             replies = replies + uploads
         if isinstance(state, Opening):

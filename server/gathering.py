@@ -34,7 +34,7 @@ from secure_fedprompt.protocol.keys import Identity, verify
 from secure_fedprompt.protocol.plan import MAX_ATTEMPTS
 from secure_fedprompt.protocol.roster import Roster
 from secure_fedprompt.server.admission import admit
-from secure_fedprompt.server.members import Client, Ledger
+from secure_fedprompt.server.members import Client, RunStore
 from secure_fedprompt.server.planning import RunState, check_tensors, terms_of
 from secure_fedprompt.server.rounds.base import Round
 from secure_fedprompt.server.serve import Outbox
@@ -56,7 +56,7 @@ class Gathering(ABC):
 
     settings: ServerSettings
     roster: Roster
-    ledger: Ledger
+    store: RunStore
     entropy: shamir.Entropy
     state: RunState
     began: float
@@ -116,7 +116,7 @@ class Gathering(ABC):
         try:
             admit(self.state, self.settings, self.roster, sender, hello)
         except SecureFedPromptError as error:
-            self.ledger.event("refused", f"{sender}: {error}")
+            self.store.event("refused", f"{sender}: {error}")
             return [(sender, refused(error))]
         if self.unopened[sender] > 1 and not self.state.run:
             refusal = FieldError(f"{sender} opens no nonce: the run begins without it")
@@ -136,7 +136,7 @@ class Gathering(ABC):
         present[sender] = Client(hello.commitment, now, now)
         here, most = len(self.clients), self.expected
         count = f"{here} of {most}" if here <= most else f"{here}, of whom a round takes {most}"
-        self.ledger.event("joined", f"{sender} ({count if role == 'client' else 'helper'})")
+        self.store.event("joined", f"{sender} ({count if role == 'client' else 'helper'})")
         if self.state.run:
             out.append((sender, self._welcome(sender)))
         return out + (self._maybe_start(now) if not self.current else [])
@@ -164,7 +164,7 @@ class Gathering(ABC):
             raise FieldError(f"nonce of {sender} is not the one that it committed to")
         if state.terms is None and promised:
             state.opened[sender] = message.nonce
-            self.ledger.save(state)
+            self.store.save(state)
         client.ready, client.key = message, message.key
         if state.terms is not None:
             return self._tell_terms(sender, client) if self.current else self._maybe_start(now)
@@ -198,7 +198,7 @@ class Gathering(ABC):
         error = MismatchError(
             f"starting prompt of {name} is not the run's: use the same weights and settings"
         )
-        self.ledger.event("refused", f"{name}: {error}")
+        self.store.event("refused", f"{name}: {error}")
         return [(name, refused(error)), *self.gone(name, now)]
 
     def _initial(self, sender: str, message: m.Initial, now: float) -> Outbox:
@@ -213,7 +213,7 @@ class Gathering(ABC):
             raise FieldError("initial prompt holds NaN or infinity")
         self.state.tensors, self.state.prompt, self.state.start = message.tensors, prompt, prompt
         self.initial_from, self.started_from = "", sender
-        self.ledger.save(self.state)
+        self.store.save(self.state)
         return []  # its Ready follows
 
     def _maybe_start(self, now: float) -> Outbox:
@@ -244,7 +244,7 @@ class Gathering(ABC):
             m.Nonce(name, client.commitment) for name, client in sorted(self.clients.items())
         )
         state.run = m.run_id(state.server_nonce, state.commitments)
-        self.ledger.save(state)
+        self.store.save(state)
         self.gather_until = now + self.settings.training_seconds  # to encode their images
         self.opening = False
         return self._prepare(now)
@@ -277,11 +277,11 @@ class Gathering(ABC):
         try:
             state.terms = terms_of(self.settings, self.roster, state)
         except TermsError as error:
-            self.ledger.event(
+            self.store.event(
                 "fault", f"{self.started_from}: its starting prompt fits no round: {error}"
             )
             return out + self._start_anew(now)
-        self.ledger.save(state)
+        self.store.save(state)
         self.gather_until = max(self.gather_until, now + self.settings.stage_seconds)
         return out + self._go_on(now)
 
@@ -306,7 +306,7 @@ class Gathering(ABC):
         self.restarts += 1
         names = ", ".join(sorted(missing))
         self.unopened.update(missing)
-        self.ledger.event("fault", f"{names} did not open a nonce: everybody draws new ones")
+        self.store.event("fault", f"{names} did not open a nonce: everybody draws new ones")
         if self.restarts >= MAX_ATTEMPTS:
             return self._fail(
                 RunFailedError(f"nonces were not opened {self.restarts} times: {names}")
@@ -317,7 +317,7 @@ class Gathering(ABC):
         self.asked, self.initial_from, self.opening = set(), "", True
         self.gather_until = now + self.settings.gather_seconds
         self.clients, self.helpers = {}, {}
-        self.ledger.save(state)
+        self.store.save(state)
         return [(name, m.Rejoin()) for name in present]
 
     def _start_anew(self, now: float) -> Outbox:
@@ -328,7 +328,7 @@ class Gathering(ABC):
             client.told = client.accepted = client.contests = False
         name = self.started_from
         out = self._dismiss(name, now) if name in self.clients else []
-        self.ledger.save(state)
+        self.store.save(state)
         return out + self._prepare(now)
 
     def _too_few(self, present: int, now: float) -> Outbox:
@@ -339,7 +339,7 @@ class Gathering(ABC):
         )
         if self.short_since is None:
             self.short_since = now
-            self.ledger.event(
+            self.store.event(
                 "waiting", f"for clients, {self.settings.patience:g} s at most: {here}"
             )
         if now < self.short_since + self.settings.patience:
@@ -358,7 +358,7 @@ class Gathering(ABC):
 
     def _fail(self, error: SecureFedPromptError) -> Outbox:
         self.error, self.over = error, True
-        self.ledger.event("failed", str(error))
+        self.store.event("failed", str(error))
         return self._finish_frames()
 
     def _finish_frames(self, names: Iterable[str] = (), reason: str = "") -> Outbox:

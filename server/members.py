@@ -13,7 +13,7 @@ from secure_fedprompt.server.planning import RunState
 from secure_fedprompt.server.rounds.base import Round
 
 
-class Ledger(Protocol):
+class RunStore(Protocol):
     """The run store, as the state machine sees it."""
 
     def save(self, state: RunState) -> None: ...

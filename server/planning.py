@@ -20,7 +20,7 @@ from secure_fedprompt.protocol.plan import (
 )
 from secure_fedprompt.protocol.roster import Roster
 from secure_fedprompt.protocol.selection.task import SCOPES
-from secure_fedprompt.protocol.terms import Choice, RunTerms, nonces_digest
+from secure_fedprompt.protocol.terms import PlanInputs, RunTerms, nonces_digest
 from secure_fedprompt.server.settings import ServerSettings, noise_of, quorum_of, weight_of
 
 TENSOR_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.]{0,47}")
@@ -28,7 +28,7 @@ TENSOR_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.]{0,47}")
 
 @dataclass
 class RunState:
-    """What a restart needs: stored by the ledger after every change.
+    """What a restart needs: stored by the run store after every change.
 
     Attributes:
         run: its id, empty before it has begun; made of ``server_nonce`` and ``commitments``.
@@ -257,7 +257,7 @@ def round_plan(
     """
     assert state.terms is not None
     encrypted = state.terms.facts.encrypted
-    chosen = Choice(
+    chosen = PlanInputs(
         round=state.round,
         attempt=state.attempt,
         learning_round=state.learning_round,

@@ -5,7 +5,7 @@
 Clients commit to nonces before they see any, one of them gives the starting prompt, and the terms
 that follow from settings, roster, start and nonces are signed and never change. The run admits
 clients, plans rounds, retries aborted ones with fresh keys, and averages. Everything durable goes
-through the ``Ledger`` (the run store), and before a plan leaves, its round number is stored: a
+through the ``RunStore`` (the run store), and before a plan leaves, its round number is stored: a
 restarted server never uses a round number twice. Nor does it give up a sum that is being opened.
 """
 
@@ -67,12 +67,12 @@ class Run(Gathering):
             return
         if state.terms.roster_digest != self.roster.digest:
             grown = grown_terms(self.settings, self.roster, state)
-            self.ledger.event(
+            self.store.event(
                 "roster", f"changed: {grown.clients} clients, quorum {grown.quorum}, "
                 f"c = {grown.colluders}; clients need the same roster file and a restart",
             )  # fmt: skip
             state.terms = grown
-            self.ledger.save(state)
+            self.store.save(state)
         if state.pending:
             pending = decode_fields(Pending, state.pending)
             self.current = self._make_round(pending.plan, {})
@@ -93,7 +93,7 @@ class Run(Gathering):
         try:
             return self._take(sender, message, now)
         except SecureFedPromptError as error:
-            self.ledger.event("fault", f"{sender}: {type(error).__name__}: {error}")
+            self.store.event("fault", f"{sender}: {type(error).__name__}: {error}")
             return [(sender, refused(error)), *self.gone(sender, now)]
 
     def _take(self, sender: str, message: m.Message, now: float) -> Outbox:
@@ -111,7 +111,7 @@ class Run(Gathering):
             case m.Ready():
                 return self._ready(sender, client, message, now)
             case m.Leave():
-                self.ledger.event("left", f"{sender}: {_why(message)}")
+                self.store.event("left", f"{sender}: {_why(message)}")
                 return self.gone(sender, now)
             case m.Initial():
                 return self._initial(sender, message, now)
@@ -132,13 +132,13 @@ class Run(Gathering):
         state = self.state
         if current.pending is not None and not state.pending:
             state.pending = encode_fields(current.pending)  # before anybody is asked to open it
-            self.ledger.save(state)
+            self.store.save(state)
         if not isinstance(current, EncryptedRound) or current.key in (NO_KEY, state.key):
             return
         if current.burnt:
             return
         state.key, state.keys = current.key, (*state.keys, current.key)
-        self.ledger.save(state)
+        self.store.save(state)
 
     def tick(self, now: float) -> Outbox:
         """Let time act: silent clients, deadlines, the start of the next round."""
@@ -147,7 +147,7 @@ class Run(Gathering):
         out: Outbox = []
         for name, client in [*self.clients.items(), *self.helpers.items()]:
             if now - client.seen > self.settings.alive_seconds:
-                self.ledger.event("lost", f"{name}, silent for {now - client.seen:.0f} s")
+                self.store.event("lost", f"{name}, silent for {now - client.seen:.0f} s")
                 out += self.gone(name, now)
         if self.over:
             return out
@@ -156,7 +156,7 @@ class Run(Gathering):
             self._register(self.current)
             return out + self._after(moved, now)
         if self.initial_from and now > self.initial_until:
-            self.ledger.event("fault", f"{self.initial_from} sends no starting prompt")
+            self.store.event("fault", f"{self.initial_from} sends no starting prompt")
             self.initial_from = ""
         return out + self._maybe_start(now)
 
@@ -235,7 +235,7 @@ class Run(Gathering):
             if state.round == 0 and many and len(contesting) >= accepted:
                 names = ", ".join(contesting)
                 text = f"{self.started_from}: its starting prompt is not what {names} compute"
-                self.ledger.event("fault", text)
+                self.store.event("fault", text)
                 return out + self._start_anew(now)
             for name in contesting:
                 out += self._dismiss(name, now)
@@ -245,7 +245,7 @@ class Run(Gathering):
         ):  # fmt: skip
             self.over = self.stopped = True
             text = f"after learning round {state.learning_round - 1}, as it was asked to"
-            self.ledger.event("stopped", text)
+            self.store.event("stopped", text)
             return out + self._finish_frames(
                 reason=f"the server stopped {text}: start it again to go on"
             )
@@ -288,7 +288,7 @@ class Run(Gathering):
                 "allow no more"
             )
         state.round, state.attempt = state.round + 1, state.attempt + 1
-        self.ledger.save(state)
+        self.store.save(state)
         plan = round_plan(state, cohort, keying, helper)
         self.current = self._make_round(plan, able)
         return self.current.start(now)
@@ -300,11 +300,11 @@ class Run(Gathering):
             return out
         self.current = None
         for name, fault in current.faults.items():
-            self.ledger.event("fault", f"round {current.plan.round}: {name}: {fault}")
+            self.store.event("fault", f"round {current.plan.round}: {name}: {fault}")
         self.benched = {current.suspect} & set(self.clients)
         if current.excluded:
             self.state.excluded = (*self.state.excluded, current.excluded)
-            self.ledger.event("excluded", f"{current.excluded}: {current.reason}")
+            self.store.event("excluded", f"{current.excluded}: {current.reason}")
         if current.helper_failed:
             self.unhelpful.add(current.plan.selection.helper)
         if isinstance(current, EncryptedRound):
@@ -315,11 +315,11 @@ class Run(Gathering):
         else:
             self.attempts += not current.excluded
             self.last_reason = current.reason
-            self.ledger.round_over(current, {}, None)
+            self.store.round_over(current, {}, None)
         self._note_declined(current)
         state, settings = self.state, self.settings
         if current.excluded:
-            self.ledger.save(state)
+            self.store.save(state)
             error = RunFailedError(f"excluded from this run: {current.reason}")
             out = [*out, (current.excluded, refused(error)), *self.gone(current.excluded, now)]
         if current.stage is not Stage.DONE and current.pending is not None:
@@ -385,8 +385,8 @@ class Run(Gathering):
         for name, client in self.clients.items():
             committed = m.Nonce(name, client.commitment) in state.commitments
             client.missed = client.missed or (committed and name not in done.plan.cohort)
-        self.ledger.save(state)  # first: a round that is not on record is better than one twice
-        self.ledger.round_over(done, metrics, state.prompt)
+        self.store.save(state)  # first: a round that is not on record is better than one twice
+        self.store.round_over(done, metrics, state.prompt)
 
 
 def _why(leave: m.Leave) -> str:

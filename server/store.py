@@ -103,7 +103,7 @@ def write_durably(path: Path, data: bytes) -> None:
 
 
 class Store:
-    """The ledger of a run on disk.
+    """A run on disk.
 
     Raises:
         ConfigError: the folder holds a finished run, or one with other settings.
@@ -175,7 +175,7 @@ class Store:
             self._db.execute("SELECT 1 FROM events WHERE kind = 'finished'").fetchone() is not None
         )
 
-    # -- the Ledger ------------------------------------------------------------------------------
+    # -- the RunStore ------------------------------------------------------------------------------
 
     def save(self, state: RunState) -> None:
         if state.prompt is not None:

@@ -23,7 +23,7 @@ from rounds import (
 from secure_fedprompt.clients.cohort_key import CohortKey
 from secure_fedprompt.clients.party import Party
 from secure_fedprompt.clients.rounds.start import start
-from secure_fedprompt.memory import NEXT_PROMPT, Outcome, run_round
+from secure_fedprompt.memory import NEXT_PROMPT, SimulatedRound, run_round
 from secure_fedprompt.protocol import errors, homomorphic
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.expand import Purpose
@@ -38,7 +38,7 @@ SCHEMES = homomorphic.SCHEMES
 BIG = (TensorSpec("ctx", (40, 60)),)
 
 
-def check(plan: RoundPlan, updates: dict[str, Any], outcome: Outcome, who: Any) -> None:
+def check(plan: RoundPlan, updates: dict[str, Any], outcome: SimulatedRound, who: Any) -> None:
     assert outcome.round.stage is Stage.DONE, outcome.round.reason
     opened = list(outcome.opened.values())
     assert all((o.integers == opened[0].integers).all() for o in opened)
@@ -148,7 +148,7 @@ def signed_upload(
 
 def with_upload(
     change: Callable[[RoundPlan, m.CipherUpload], m.CipherUpload], clients: int = 4
-) -> Outcome:
+) -> SimulatedRound:
     """A round in which c002's upload is altered on its way."""
     plan = make_encrypted_plan(clients, "bfv", tensors=BIG)
 
@@ -208,7 +208,7 @@ def test_an_upload_of_another_client_or_round_does_not_pass_as_ones_own() -> Non
     }  # fmt: skip
 
 
-def with_grant(change: Callable[[RoundPlan, m.KeyGrant], m.KeyGrant]) -> Outcome:
+def with_grant(change: Callable[[RoundPlan, m.KeyGrant], m.KeyGrant]) -> SimulatedRound:
     plan = make_encrypted_plan(4, "bfv")
 
     def tap(sender: str, recipient: str, message: m.Message) -> m.Message:

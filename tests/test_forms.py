@@ -55,7 +55,7 @@ def test_every_event_of_a_log_is_on_the_page() -> None:
         "".join(path.read_text() for path in SOURCES),
     )
     stored = re.findall(
-        r"ledger\.event\(\s*\"([a-z]+)\"",
+        r"store\.event\(\s*\"([a-z]+)\"",
         "".join(path.read_text() for path in (ROOT / "server").glob("*.py")),
     )
     assert len(set(told)) > 15

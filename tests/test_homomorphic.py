@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from secure_fedprompt.clients.cohort_key import CohortKey
 from secure_fedprompt.protocol import errors, fixedpoint, homomorphic
-from secure_fedprompt.protocol.homomorphic import CipherSum, Parameters, Scheme, choose
+from secure_fedprompt.protocol.homomorphic import Parameters, RunningSum, Scheme, choose
 from secure_fedprompt.protocol.layout import Layout, TensorSpec
 from secure_fedprompt.protocol.packing import Packing
 
@@ -110,7 +110,7 @@ def test_a_sum_is_the_integer_sum_bit_for_bit(protection: str, clients: int) -> 
         words = fixedpoint.encode(layout, weighted, i.to_bytes(32, "little"))
         vectors.append(fixedpoint.to_integers(layout, words))
         truth += np.clip(update, -1, 1) * (1 + i % 64)
-    total = CipherSum(held.scheme, -(-packing.slots // held.scheme.slots))
+    total = RunningSum(held.scheme, -(-packing.slots // held.scheme.slots))
     for vector in vectors:
         total.add(held.encrypt(packing.pack(vector)))
     slots = held.decrypt(total.result(), packing.slots, bytes(32))
@@ -126,7 +126,7 @@ def test_ckks_errors_are_what_the_formula_says(flood: int) -> None:
     held = key("ckks", 100, flood)
     rng = np.random.default_rng(0)
     vectors = [rng.integers(-(2**24), 2**24, held.scheme.slots) for _ in range(100)]
-    total = CipherSum(held.scheme, 1)
+    total = RunningSum(held.scheme, 1)
     for vector in vectors:
         total.add(held.encrypt(vector))
     error = held._slots(total.result()[0]) - sum(vectors)
@@ -141,7 +141,7 @@ def test_full_size_sums_fit_ckks() -> None:
     held = key("ckks", 2)
     for sign in (-1, 1):
         vector = np.full(held.scheme.slots, sign * (2**30 - 1))
-        total = CipherSum(held.scheme, 1)
+        total = RunningSum(held.scheme, 1)
         total.add(held.encrypt(vector))
         total.add(held.encrypt(vector))
         assert (held.decrypt(total.result(), len(vector), bytes(32)) == 2 * vector).all()
@@ -209,7 +209,7 @@ SPOILED: dict[str, Callable[[bytes], bytes]] = {
 @pytest.mark.parametrize("how", SPOILED)
 def test_malformed_ciphertexts_are_named(protection: str, how: str) -> None:
     held = key(protection)
-    total = CipherSum(held.scheme, 1)
+    total = RunningSum(held.scheme, 1)
     total.add(upload(held))
     before = total.result()
     with pytest.raises(errors.CiphertextError):
@@ -220,7 +220,7 @@ def test_malformed_ciphertexts_are_named(protection: str, how: str) -> None:
 
 def test_other_parameter_sets_counts_and_sizes_are_named() -> None:
     held = key("bfv", 100)
-    total = CipherSum(held.scheme, 1)
+    total = RunningSum(held.scheme, 1)
     for other in (key("bfv", 10), key("ckks", 100), key("ckks", 100, 14)):
         with pytest.raises(errors.CiphertextError):
             total.add(upload(other))
@@ -239,7 +239,7 @@ def test_ciphertexts_without_a_random_part_are_refused() -> None:
     total = held.scheme.ciphertext(fresh)
     minus = seal.Ciphertext()
     seal.Evaluator(held.scheme.context).negate(total, minus)
-    added = CipherSum(held.scheme, 1)
+    added = RunningSum(held.scheme, 1)
     added.add((fresh,))
     before = added.result()
     with pytest.raises(errors.CiphertextError):  # cancels the first one
@@ -248,12 +248,12 @@ def test_ciphertexts_without_a_random_part_are_refused() -> None:
     empty = seal.Ciphertext()
     empty.resize(held.scheme.context, 2)
     with pytest.raises(errors.CiphertextError, match="without a random part"):
-        CipherSum(held.scheme, 1).add((held.scheme.save(empty),))
+        RunningSum(held.scheme, 1).add((held.scheme.save(empty),))
 
 
 def test_an_upload_is_added_whole_or_not_at_all() -> None:
     held = key("bfv", 100)
-    total = CipherSum(held.scheme, 2)
+    total = RunningSum(held.scheme, 2)
     good = held.encrypt(np.arange(3000, dtype=np.int64))
     total.add(good)
     with pytest.raises(errors.CiphertextError):
@@ -263,7 +263,7 @@ def test_an_upload_is_added_whole_or_not_at_all() -> None:
 
 def test_more_uploads_than_a_sum_can_hold_are_refused() -> None:
     held = key("bfv", 2)
-    total = CipherSum(held.scheme, 1)
+    total = RunningSum(held.scheme, 1)
     for _ in range(2):
         total.add(upload(held))
     with pytest.raises(errors.CiphertextError, match="2 uploads"):
@@ -357,7 +357,7 @@ def exported_sum() -> tuple[CohortKey, bytes, np.ndarray, list[int]]:
     """An aggregate of three updates, with its ciphertext, and the true key for comparison."""
     held = CohortKey.make(Scheme("ckks", choose("ckks", 3)), os.urandom)
     rng = np.random.default_rng(5)
-    total = CipherSum(held.scheme, 1)
+    total = RunningSum(held.scheme, 1)
     vectors = [rng.integers(-(2**20), 2**20, held.scheme.slots) for _ in range(3)]
     for vector in vectors:
         total.add(held.encrypt(vector))
@@ -376,7 +376,7 @@ def test_exact_decryptions_give_the_key_away_and_what_is_exported_does_not() -> 
     raw = held._slots(ciphertext)
     assert hits(recover_key(held, raw, ciphertext), secret) == slots  # the attack works
     # Noise that clients add before encrypting is part of what is decrypted: it does not help.
-    flooded = CipherSum(held.scheme, 1)
+    flooded = RunningSum(held.scheme, 1)
     rng = np.random.default_rng(6)
     for _ in range(3):
         plain = seal.Plaintext()

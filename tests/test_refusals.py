@@ -12,7 +12,7 @@ from rounds import OPEN, entropy_from, identity, make_parties, make_plan, make_u
 
 from secure_fedprompt.clients.journal import MemoryJournal
 from secure_fedprompt.clients.party import Party, refusal
-from secure_fedprompt.clients.rounds.base import Ready
+from secure_fedprompt.clients.rounds.base import Awaiting
 from secure_fedprompt.clients.rounds.start import start
 from secure_fedprompt.memory import run_round
 from secure_fedprompt.protocol import errors
@@ -170,7 +170,7 @@ def test_split_survivor_lists_open_nothing() -> None:
     assert not revealed
 
 
-def advance(party: Party, plan: Any = None) -> Ready:
+def advance(party: Party, plan: Any = None) -> Awaiting:
     """A client alone in the world, ready to upload."""
     plan = plan or make_plan(1)
     state, replies = start(party, plan)
@@ -178,7 +178,7 @@ def advance(party: Party, plan: Any = None) -> Ready:
     assert isinstance(advert, m.Advert)
     state, _ = state.on(m.Adverts(plan.run, plan.round, (advert,)))
     state, _ = state.on(m.Inbox(plan.run, plan.round, (), b""))
-    assert isinstance(state, Ready)
+    assert isinstance(state, Awaiting)
     return state
 
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rounds import make_parties, make_plan, make_updates, plain_sum
 
-from secure_fedprompt.memory import Outcome, run_round
+from secure_fedprompt.memory import SimulatedRound, run_round
 from secure_fedprompt.protocol import masking
 from secure_fedprompt.protocol.errors import PlanError
 from secure_fedprompt.protocol.layout import TensorSpec
@@ -28,7 +28,7 @@ BEFORE_UPLOAD = set(STAGES[:3])
 Pattern = tuple[Stage | None, ...]
 
 
-def check(plan: RoundPlan, pattern: Pattern, seed: int = 0) -> Outcome:
+def check(plan: RoundPlan, pattern: Pattern, seed: int = 0) -> SimulatedRound:
     """Run a round with these dropouts and hold it against the plain sum."""
     updates = make_updates(plan, seed)
     drops = {name: stage for name, stage in zip(plan.cohort, pattern, strict=True) if stage}

@@ -9,14 +9,14 @@ import pytest
 from rounds import identity, make_parties, make_plan, make_updates, plain_sum, roster
 
 from secure_fedprompt.clients.rounds.start import start
-from secure_fedprompt.memory import Outcome, run_round
+from secure_fedprompt.memory import SimulatedRound, run_round
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.expand import Purpose
 from secure_fedprompt.server.rounds.base import Deadlines, Stage
 from secure_fedprompt.server.rounds.masks import MaskedRound
 
 
-def spoil_reveals(n: int, liars: set[str], drops: dict[str, Stage] | None = None) -> Outcome:
+def spoil_reveals(n: int, liars: set[str], drops: dict[str, Stage] | None = None) -> SimulatedRound:
     plan = make_plan(n)
 
     def tap(sender: str, recipient: str, message: m.Message) -> m.Message:

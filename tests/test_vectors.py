@@ -13,7 +13,7 @@ from rounds import entropy_from, identity, make_parties, make_updates, roster
 
 from secure_fedprompt.clients.journal import MemoryJournal
 from secure_fedprompt.clients.party import Party
-from secure_fedprompt.clients.rounds.base import Ready, State
+from secure_fedprompt.clients.rounds.base import Awaiting, State
 from secure_fedprompt.clients.rounds.start import start
 from secure_fedprompt.clients.session import Session
 from secure_fedprompt.protocol import errors
@@ -55,7 +55,7 @@ def test_client_refuses(name: str) -> None:
         else:
             assert state is not None
             state, _ = state.on(message)
-        if isinstance(state, Ready):
+        if isinstance(state, Awaiting):
             state, _ = state.upload(*updates[party.name])
 
     for raw in vector["frames"][:-1]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from rounds import make_parties, make_plan, make_updates, plain_sum
 
-from secure_fedprompt.memory import Outcome, run_round
+from secure_fedprompt.memory import SimulatedRound, run_round
 from secure_fedprompt.protocol import fixedpoint, layout, masking, messages, shamir
 from secure_fedprompt.protocol.layout import TensorSpec
 from secure_fedprompt.protocol.messages import CATALOGUE
@@ -19,7 +19,7 @@ from secure_fedprompt.server.rounds.base import Stage
 BIG = (TensorSpec("ctx", (16, 256)),)
 
 
-def uploads(outcome: Outcome) -> dict[str, bytes]:
+def uploads(outcome: SimulatedRound) -> dict[str, bytes]:
     found = {}
     for sender, recipient, frame in outcome.frames:
         message = CATALOGUE.decode(frame)

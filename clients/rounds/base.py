@@ -98,7 +98,7 @@ class Complained(State):
 
 
 @dataclass(frozen=True, repr=False)
-class Ready(State):
+class Awaiting(State):
     """The round waits for the local training to end, or for what a selection chose."""
 
     @property

@@ -1,6 +1,6 @@
 """A client in one round under homomorphic encryption: the states of ``bfv`` and ``ckks``.
 
-    begin -> [Granting | Receiving ->] EncryptedReady -> Sent -> Opening -> Reported
+    begin -> [Granting | Receiving ->] EncryptedAwaiting -> Sent -> Opening -> Reported
 
 The first two exist only in a round in which somebody lacks the cohort key: its maker seals it to a
 fresh key of each of them. A grant that does not open ends the attempt, as a bad box does. Everybody
@@ -16,7 +16,14 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from secure_fedprompt.clients.cohort_key import CohortKey
 from secure_fedprompt.clients.party import Party
-from secure_fedprompt.clients.rounds.base import Complained, Ready, State, Step, Takes, words_of
+from secure_fedprompt.clients.rounds.base import (
+    Awaiting,
+    Complained,
+    State,
+    Step,
+    Takes,
+    words_of,
+)
 from secure_fedprompt.protocol import client_noise, fixedpoint, homomorphic, layout, masking
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.codec import MAX_FRAME, Digest, UpTo, decode_fields, encode_fields
@@ -56,7 +63,7 @@ def begin(party: Party, plan: RoundPlan) -> Step:
         ours = held.digest.hex()[:16] if held else "none"
         raise KeyMismatchError(f"plan is under cohort key {plan.key.hex()[:16]}, we hold {ours}")
     grants = plan.grants and party.name == plan.maker
-    return (Granting if grants else EncryptedReady)(party, plan, held), []
+    return (Granting if grants else EncryptedAwaiting)(party, plan, held), []
 
 
 @dataclass(frozen=True, repr=False)
@@ -69,7 +76,7 @@ class Granting(State):
         plan, party = self.plan, self.party
         names = [ask.name for ask in message.recipients]
         if not names and plan.key != NO_KEY:  # whoever lacks the key has gone
-            return EncryptedReady(party, plan, self.key), []
+            return EncryptedAwaiting(party, plan, self.key), []
         if names != sorted(set(names)) or not set(names) <= set(plan.grants) or not names:
             raise AdvertMismatchError("key is not requested for those whom the plan names")
         if len({ask.seal_key for ask in message.recipients}) != len(names):
@@ -91,7 +98,7 @@ class Granting(State):
         reply = m.KeyGrant(plan.run, plan.round, key_digest, public, tuple(grants), m.UNSIGNED)
         reply = m.signed(reply, party.identity, Purpose.KEY_GRANT, plan)
         party.keyring.cohort = self.key
-        return EncryptedReady(party, plan, self.key), [reply]
+        return EncryptedAwaiting(party, plan, self.key), [reply]
 
     takes: ClassVar[Takes] = {m.KeyRequest: _on_key_request}
 
@@ -128,13 +135,13 @@ class Receiving(State):
                 f"{plan.maker} grants a key under which the global prompt does not open"
             )
         party.keyring.cohort = key
-        return EncryptedReady(party, plan, key), []
+        return EncryptedAwaiting(party, plan, key), []
 
     takes: ClassVar[Takes] = {m.KeyBox: _on_key_box}
 
 
 @dataclass(frozen=True, repr=False)
-class EncryptedReady(Ready):
+class EncryptedAwaiting(Awaiting):
     """The cohort key is held."""
 
     key: CohortKey

@@ -1,6 +1,6 @@
 """A client in a round under masks, as a state machine without I/O.
 
-    begin(party, plan) -> Advertised -> Shared -> MaskedReady -> Uploaded -> Agreed -> Revealed
+    begin(party, plan) -> Advertised -> Dealt -> MaskedAwaiting -> Uploaded -> Agreed -> Revealed
                                           |-> Doubting -> Complained
 
 ``state.on(message)`` returns the next state and the frames to send, or raises a named error and
@@ -16,8 +16,8 @@ from typing import Annotated, ClassVar
 
 from secure_fedprompt.clients.party import Party
 from secure_fedprompt.clients.rounds.base import (
+    Awaiting,
     Complained,
-    Ready,
     Revealed,
     State,
     Step,
@@ -103,7 +103,7 @@ class Advertised(State):
         seal_keys = {peer: by_name[peer].seal_key for peer in incoming}
         reply = m.Shares(plan.run, plan.round, b"".join(boxes), m.UNSIGNED)
         reply = m.signed(reply, self.party.identity, Purpose.BOXES, plan, listed)
-        after = Shared(
+        after = Dealt(
             self.party,
             plan,
             self.secrets,
@@ -120,7 +120,7 @@ class Advertised(State):
 
 
 @dataclass(frozen=True, repr=False)
-class Shared(State):
+class Dealt(State):
     secrets: masking.RoundSecrets
     own_shares: bytes
     incoming: Mapping[str, bytes]  # peer -> key of the box it sealed for us
@@ -157,7 +157,7 @@ class Shared(State):
         pairs = {
             peer: self.secrets.pair_key(plan, own, peer, self.mask_keys[peer]) for peer in senders
         }
-        return MaskedReady(self.party, plan, self.secrets, pairs, self.adverts, shares), []
+        return MaskedAwaiting(self.party, plan, self.secrets, pairs, self.adverts, shares), []
 
     takes: ClassVar[Takes] = {m.Inbox: _on_inbox}
 
@@ -196,7 +196,7 @@ class Doubting(State):
 
 
 @dataclass(frozen=True, repr=False)
-class MaskedReady(Ready):
+class MaskedAwaiting(Awaiting):
     """Keys are agreed."""
 
     secrets: masking.RoundSecrets

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from secure_fedprompt.clients.party import Party
-from secure_fedprompt.clients.rounds.base import Ready, Revealed, Step
+from secure_fedprompt.clients.rounds.base import Awaiting, Revealed, Step
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.layout import Vector
 from secure_fedprompt.protocol.plan import RoundPlan
@@ -13,11 +13,11 @@ from secure_fedprompt.protocol.plan import RoundPlan
 
 def begin(party: Party, plan: RoundPlan) -> Step:
     """Nothing is agreed before the upload."""
-    return PlainReady(party, plan), []
+    return PlainAwaiting(party, plan), []
 
 
 @dataclass(frozen=True, repr=False)
-class PlainReady(Ready):
+class PlainAwaiting(Awaiting):
     """No protection."""
 
     def _encode(self, vector: Vector) -> bytes:

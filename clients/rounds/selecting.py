@@ -1,6 +1,6 @@
 """A client in the selection of a round: it shares its keys and opens its own outcome.
 
-Ready --share_keys--> Choosing --Outcome--> Chosen (which is Ready again, with a choice)
+Awaiting --share_keys--> Choosing --Outcome--> Chosen (which is Awaiting again, with a choice)
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from secure_fedprompt.clients.party import Party
-from secure_fedprompt.clients.rounds.base import Ready, State, Step, Takes
+from secure_fedprompt.clients.rounds.base import Awaiting, State, Step, Takes
 from secure_fedprompt.protocol import masking
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.errors import UpdateError
@@ -47,7 +47,7 @@ def box_key(party: Party, plan: RoundPlan, peer: m.Ready | None, purpose: Purpos
     return derive(shared, purpose, plan.digest, owner.encode(), chosen.helper.encode())
 
 
-def share_keys(ready: Ready, keys: shares.Keys) -> Step:
+def share_keys(ready: Awaiting, keys: shares.Keys) -> Step:
     """Send the shares of this client's selection keys, (modalities, groups).
 
     Raises:
@@ -71,7 +71,7 @@ def share_keys(ready: Ready, keys: shares.Keys) -> Step:
 class Choosing(State):
     """The shares are on their way; the outcome is awaited."""
 
-    ready: Ready
+    ready: Awaiting
     keys: shares.Keys
 
     def _on_outcome(self, message: m.Outcome) -> Step:
@@ -87,10 +87,10 @@ class Choosing(State):
 
 
 @dataclass(frozen=True, repr=False)
-class Chosen(Ready):
+class Chosen(Awaiting):
     """The outcome is known: what it chose can be uploaded."""
 
-    ready: Ready
+    ready: Awaiting
     opened: Choice
 
     @property

@@ -31,7 +31,7 @@ from secure_fedprompt.clients.training import LocalTrainer, client_seed
 from secure_fedprompt.host import command
 from secure_fedprompt.host.recorded import RecordedHub
 from secure_fedprompt.host.recorder import recorder
-from secure_fedprompt.memory import Answer, Network
+from secure_fedprompt.memory import Handler, Network
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.errors import ConfigError, UpdateError
 from secure_fedprompt.protocol.keys import Identity, Member
@@ -158,7 +158,7 @@ def make_trainers(
     }
 
 
-def _taking_part(session: Session[LocalLearner]) -> Answer:
+def _taking_part(session: Session[LocalLearner]) -> Handler:
     """A client that trains at once."""
 
     def on(message: m.Message) -> Replies:

@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 @dataclass(frozen=True)
-class State:
+class Watched:
     """The run folder at one moment.
 
     Attributes:
@@ -88,7 +88,7 @@ def follow(
     return 0
 
 
-def look(folder: Path) -> State:
+def look(folder: Path) -> Watched:
     """Read the run folder.
 
     Raises:
@@ -102,10 +102,10 @@ def look(folder: Path) -> State:
     summary = {"method": settings["method"], "protection": settings["protection"],
                "learning_rounds": settings["rounds"], "rounds": rows}  # fmt: skip
     ended = next((kind for _, kind, _ in reversed(events) if kind in END), "")
-    return State(summary, events, ended)
+    return Watched(summary, events, ended)
 
 
-def render(state: State) -> Group:
+def render(state: Watched) -> Group:
     """Table and last events."""
     done = sum(r["outcome"] == "done" for r in state.summary["rounds"])
     head = f"{done} sums done, {state.summary['learning_rounds']} learning rounds wanted"

@@ -22,7 +22,7 @@ from secure_fedprompt.protocol.errors import (
     SecretKeyError,
 )
 from secure_fedprompt.protocol.expand import Purpose, digest
-from secure_fedprompt.protocol.homomorphic import CipherSum
+from secure_fedprompt.protocol.homomorphic import RunningSum
 from secure_fedprompt.protocol.keys import verify
 from secure_fedprompt.protocol.packing import Packing
 from secure_fedprompt.protocol.plan import NO_KEY
@@ -65,7 +65,7 @@ class EncryptedRound(Round):
         self.refusals: set[str] = set()  # who would lose the prompt by the granted key
         scheme = homomorphic.scheme(self.plan.protection, self.plan.parameters)
         packing = Packing.of(self.plan.layout, scheme.limit, self.plan.parameters.clients)
-        self._ciphers = CipherSum(scheme, -(-packing.slots // scheme.slots))
+        self._ciphers = RunningSum(scheme, -(-packing.slots // scheme.slots))
         self._agreed = NO_KEY
         self._reporters: list[str] = []
         self._reported: set[str] = set()  # who can send the sealed prompt
