@@ -30,7 +30,7 @@ import machine
 import numpy as np
 import zmq
 
-from secure_fedprompt.commands.demo import free_port
+from secure_fedprompt.commands.demo_files import free_port
 from secure_fedprompt.protocol.codec import Catalogue
 from secure_fedprompt.protocol.selection import circuits, parties
 from secure_fedprompt.protocol.selection.builder import Circuit

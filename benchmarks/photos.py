@@ -27,7 +27,7 @@ from secure_fedprompt.clients.backbone import Backbone
 from secure_fedprompt.clients.data.loading import load_shares
 from secure_fedprompt.clients.data.settings import DataSettings
 from secure_fedprompt.clients.features import Features
-from secure_fedprompt.commands import demo
+from secure_fedprompt.commands import demo, demo_files
 
 CLIENTS, ROUNDS, SHOTS, KILL_AFTER = 5, 10, 16, 4
 CASES = [("masks", True), ("bfv", True), ("ckks", True), ("masks", False), ("none", False)]
@@ -51,7 +51,7 @@ def federate(
     folder: Path, args: argparse.Namespace, split: str, protection: str, kill: bool
 ) -> dict[str, Any]:
     """One run; returns the server's summary."""
-    commands = demo.write_files(
+    commands = demo_files.write_files(
         folder, "promptfl", CLIENTS, ROUNDS, protection, 0,
         for_server={
             "n_ctx": 16, "init": "", "lr": args.lr, "epochs": args.epochs, "alive_seconds": 8.0,
@@ -75,7 +75,7 @@ def federate(
         for process in started[1:]:  # they write their results after their goodbye
             process.wait(60)
     summary: dict[str, Any] = json.loads((folder / "server" / "result.json").read_text())
-    history = json.loads((folder / demo.NAMES[0] / "result.json").read_text())["opened"]
+    history = json.loads((folder / demo_files.NAMES[0] / "result.json").read_text())["opened"]
     show.add_history(summary, history)  # what only clients know under encryption
     return {**summary, "seconds": time.monotonic() - begin}
 

@@ -274,3 +274,31 @@ class RoundPlan:
             raise PlanError(f"key maker {self.maker!r} is not in the cohort")
         if self.key == NO_KEY and set(self.grants) != others:
             raise PlanError("a new cohort key is not granted to everybody")
+
+
+@dataclass(frozen=True)
+class PlanInputs:
+    """What a plan may choose, besides what ``RunTerms`` fixes; fields as in ``RoundPlan``."""
+
+    round: int
+    attempt: int
+    learning_round: int
+    cohort: tuple[str, ...]
+    base_digest: bytes
+    maker: str = ""
+    election: int = 0
+    key: bytes = NO_KEY
+    grants: tuple[str, ...] = ()
+    helper: str = ""
+    helper_key: bytes = NO_KEY
+    helper_signature: bytes = bytes(64)
+
+    @classmethod
+    def of(cls, plan: RoundPlan) -> PlanInputs:
+        """What a plan has chosen."""
+        s = plan.selection
+        return cls(
+            plan.round, plan.attempt, plan.learning_round, plan.cohort, plan.base_digest,
+            plan.maker, plan.election, plan.key, plan.grants,
+            s.helper, s.helper_key, s.helper_signature,
+        )  # fmt: skip

@@ -40,6 +40,7 @@ from secure_fedprompt.protocol.plan import (
     MAX_VALUES,
     NO_KEY,
     NO_SEED,
+    PlanInputs,
     RoundPlan,
 )
 from secure_fedprompt.protocol.protections import (
@@ -54,34 +55,6 @@ from secure_fedprompt.protocol.settings import CHOICES, MethodSettings
 
 FEDERATION = 1 + task.SCOPES.index("federation")
 _MEMBERS = ("roster_digest", "clients", "quorum", "colluders", "makers", "helpers")
-
-
-@dataclass(frozen=True)
-class PlanInputs:
-    """What a plan may choose, besides what ``RunTerms`` fixes; fields as in ``RoundPlan``."""
-
-    round: int
-    attempt: int
-    learning_round: int
-    cohort: tuple[str, ...]
-    base_digest: bytes
-    maker: str = ""
-    election: int = 0
-    key: bytes = NO_KEY
-    grants: tuple[str, ...] = ()
-    helper: str = ""
-    helper_key: bytes = NO_KEY
-    helper_signature: bytes = bytes(64)
-
-    @classmethod
-    def of(cls, plan: RoundPlan) -> PlanInputs:
-        """What a plan has chosen."""
-        s = plan.selection
-        return cls(
-            plan.round, plan.attempt, plan.learning_round, plan.cohort, plan.base_digest,
-            plan.maker, plan.election, plan.key, plan.grants,
-            s.helper, s.helper_key, s.helper_signature,
-        )  # fmt: skip
 
 
 @dataclass(frozen=True)

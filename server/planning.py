@@ -16,11 +16,12 @@ from secure_fedprompt.protocol.plan import (
     MAX_ATTEMPTS,
     MAX_VALUES,
     NO_KEY,
+    PlanInputs,
     RoundPlan,
 )
 from secure_fedprompt.protocol.roster import Roster
 from secure_fedprompt.protocol.selection.task import SCOPES
-from secure_fedprompt.protocol.terms import PlanInputs, RunTerms, nonces_digest
+from secure_fedprompt.protocol.terms import RunTerms, nonces_digest
 from secure_fedprompt.server.settings import ServerSettings, noise_of, quorum_of, weight_of
 
 TENSOR_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.]{0,47}")

@@ -24,7 +24,7 @@ from safetensors.numpy import load_file
 
 import secure_fedprompt
 from secure_fedprompt.__main__ import main
-from secure_fedprompt.commands import demo
+from secure_fedprompt.commands import demo, demo_files
 from secure_fedprompt.commands import keys as cli
 from secure_fedprompt.protocol.keys import Identity
 from secure_fedprompt.protocol.roster import Roster
@@ -85,7 +85,7 @@ def test_the_line_that_the_demo_ends_with_works(
     words = shown.strip().splitlines()[-1].partition("secure-fedprompt ")[2].split()
     monkeypatch.chdir(finished)
     files = sorted(glob.glob(words[2]))
-    assert len(files) == demo.SAMPLES
+    assert len(files) == demo_files.SAMPLES
     assert main([words[0], words[1], *files, "--json", "predicted.json"]) == 0
     assert "prompt" in words[1]
     found = json.loads(Path("predicted.json").read_text())
@@ -222,7 +222,9 @@ class Federation:
         **server: Any,
     ) -> None:
         self.folder = folder / "f"
-        self.commands = demo.write_files(self.folder, "promptfl", clients, rounds, protection, 0)
+        self.commands = demo_files.write_files(
+            self.folder, "promptfl", clients, rounds, protection, 0
+        )
         config = self.folder / "server" / "server.toml"
         values = {**server}
         lines = [
@@ -549,10 +551,14 @@ def test_encrypted_equals_masked_training_and_only_clients_read_it(
 
 
 def test_a_helper_process_selects_over_sockets(tmp_path: Path) -> None:
-    selection = {"selection": "secure", "selection_scope": "federation", "helper": demo.HELPER}
+    selection = {
+        "selection": "secure",
+        "selection_scope": "federation",
+        "helper": demo_files.HELPER,
+    }
     few = {"generated_classes": 6, "per_class": 4, "test_per_class": 1, "shots": 4, "threads": 1,
            "partition": "iid", "styles": "sketch"}  # fmt: skip
-    commands = demo.write_files(
+    commands = demo_files.write_files(
         tmp_path / "f", "fedmgp", 3, 2, "masks", 0, for_server=selection, for_clients=few
     )
     with demo.processes(commands, tmp_path / "f", 3) as started:

@@ -391,7 +391,7 @@ def test_no_nonce_of_a_regular_graph_is_left_out(tmp_path: Path, graph: str, ref
 
 
 def test_a_regular_graph_follows_from_all_nonces_and_each_attempt_has_its_own() -> None:
-    from secure_fedprompt.protocol.terms import PlanInputs
+    from secure_fedprompt.protocol.plan import PlanInputs
 
     terms = dataclasses.replace(make_terms(), regular=1, clients=200, quorum=134, colluders=20,
                                 dropout=0.05, corruption=0.1)  # fmt: skip

@@ -23,7 +23,7 @@ from typing import Any
 import plots
 from federations import parser, save
 
-from secure_fedprompt.commands import demo
+from secure_fedprompt.commands import demo, demo_files
 
 TIMEOUT = 900.0
 DP: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # server settings, clients' [dp]
@@ -44,7 +44,7 @@ def measure(folder: Path, protection: str, selection: str, dp: str, args: Any) -
         own["generated_classes"] = args.classes
     else:
         own |= {"shots": 8, "dataset": str(Path(args.dataset).resolve())}
-    commands = demo.write_files(
+    commands = demo_files.write_files(
         folder, "fedmgp", args.clients, args.rounds, protection, 0,
         for_server={**server, "selection": selection, "selection_scope": "client"},
         for_clients=own, dp=private,
@@ -56,9 +56,9 @@ def measure(folder: Path, protection: str, selection: str, dp: str, args: Any) -
     if any(codes):
         raise RuntimeError(f"{protection} {selection} {dp}: exit codes {codes}\n{output}")
     summary = json.loads((folder / "server" / "result.json").read_text())
-    prompt = json.loads((folder / demo.NAMES[0] / "result.json").read_text())["prompt"]
+    prompt = json.loads((folder / demo_files.NAMES[0] / "result.json").read_text())["prompt"]
     score = folder / "score.json"
-    data = {**demo.DATA, **own}
+    data = {**demo_files.DATA, **own}
     flags = [
         f"--{k.replace('_', '-')}={v}" for k, v in data.items() if k not in ("partition", "beta")
     ]
