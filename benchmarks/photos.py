@@ -25,8 +25,8 @@ import machine
 from secure_fedprompt import show
 from secure_fedprompt.clients.backbone import Backbone
 from secure_fedprompt.clients.data.loading import load_shares
-from secure_fedprompt.clients.data.settings import DataSettings
 from secure_fedprompt.clients.features import Features
+from secure_fedprompt.clients.settings import DataSettings
 from secure_fedprompt.commands import demo, demo_files
 
 CLIENTS, ROUNDS, SHOTS, KILL_AFTER = 5, 10, 16, 4

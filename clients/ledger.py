@@ -16,8 +16,8 @@ import msgspec
 
 from secure_fedprompt.clients import accounting
 from secure_fedprompt.clients.accounting import Steps
-from secure_fedprompt.clients.privacy_settings import PrivacySettings
 from secure_fedprompt.clients.record_file import RecordFile, parse
+from secure_fedprompt.clients.settings import PrivacySettings
 from secure_fedprompt.protocol import client_noise
 from secure_fedprompt.protocol.errors import BudgetError
 

@@ -1,21 +1,115 @@
-"""The client's file."""
+"""The files of clients and helpers. Imports nothing heavy: ``--help`` must be quick."""
 
 from __future__ import annotations
 
-import msgspec
+from typing import Annotated, Literal
 
-from secure_fedprompt.clients.data.settings import DataSettings
-from secure_fedprompt.clients.privacy_settings import PrivacySettings
+import msgspec
+from msgspec import Meta
+
+from secure_fedprompt.protocol.errors import ConfigError
 from secure_fedprompt.protocol.policy import Policy
 from secure_fedprompt.protocol.settings import (
+    Accountant,
+    AuditMode,
     Count,
+    DataPath,
     FilePath,
+    LogLevel,
     LogPath,
     ModelPath,
     NonNegative,
     Positive,
+    Rate,
     Seconds,
+    validate,
 )
+
+Partition = Literal["iid", "pathological", "overlap", "dirichlet", "domain", "domain-dirichlet"]
+
+
+class DataSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Which images a client holds.
+
+    Attributes:
+        dataset: "generated", a folder or zip file (CLASS/IMAGE), or a torchvision name.
+        data_root: where torchvision data sets lie.
+        download: fetch a missing torchvision data set.
+        class_list: text file with one class name a line, the same at every client; needed where
+            a client lacks some classes.
+        test_share: part of each class held out for testing if the data have no test split.
+        shots: training images per class, 0 for all, drawn before the partition.
+        styles: of the generated set, comma-separated.
+        generated_classes: how many of its classes.
+        per_class: training pictures of each class and style of the generated set.
+        test_per_class: test pictures of each of them.
+        classes: "all", or the "base" or "novel" half of the sorted class names.
+        partition: how a shared data set is dealt out: iid, pathological, overlap, dirichlet, domain
+            or domain-dirichlet.
+        part: which share this client takes, from 0.
+        parts: into how many shares the data set is dealt out; 1 takes everything.
+        beta: concentration of the Dirichlet partitions.
+        rho: share of classes that all clients have, partition overlap.
+        data_seed: of all these draws.
+    """
+
+    dataset: DataPath = "generated"
+    data_root: FilePath = "data"
+    download: bool = False
+    class_list: FilePath = ""
+    test_share: Annotated[float, Meta(ge=0, le=1)] = 0.3
+    shots: Count = 0
+    styles: str = "photo,poster,sketch,neon"
+    generated_classes: Positive = 32
+    per_class: Positive = 16
+    test_per_class: Positive = 8
+    classes: Literal["all", "base", "novel"] = "all"
+    partition: Partition = "iid"
+    part: Count = 0
+    parts: Positive = 1
+    beta: Rate = 0.3
+    rho: Annotated[float, Meta(ge=0, le=1)] = 0.2
+    data_seed: Count = 0
+
+
+class PrivacySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Differential privacy of this client's images in what it sends, by DP-SGD with Opacus.
+
+    Attributes:
+        kind: "none", or "sample": one image more or less changes little.
+        target_epsilon: the budget of all runs in this state_dir together; the noise is chosen for
+            it when a run begins, unless noise_multiplier says it. 0: none, set noise_multiplier.
+        noise_multiplier: sigma, noise over clipping length. Alone it is bounded by no budget.
+        delta: below one over the number of images.
+        max_grad_norm: clipping length of one image's gradient over all trained tensors.
+        accountant: "prv" or "rdp".
+        retries: rounds that may be tried once more within the budget.
+    """
+
+    kind: Literal["none", "sample"] = "none"
+    target_epsilon: NonNegative = 0.0
+    noise_multiplier: NonNegative = 0.0
+    delta: Annotated[float, Meta(gt=0, lt=1)] = 1e-5
+    max_grad_norm: Rate = 1.0
+    accountant: Accountant = "prv"
+    retries: Annotated[int, Meta(ge=0, le=1000)] = 2
+
+    def check(self) -> None:
+        """Refuse values that contradict each other.
+
+        Raises:
+            ConfigError: naming the key.
+        """
+        validate(self, "dp.")
+        if self.kind == "none" and (self.target_epsilon or self.noise_multiplier):
+            raise ConfigError(
+                "dp.kind = 'none' with a target_epsilon or noise_multiplier: set kind = 'sample'"
+            )
+        if self.kind == "sample" and not (self.target_epsilon or self.noise_multiplier):
+            raise ConfigError(
+                "dp.kind = 'sample' without dp.target_epsilon and dp.noise_multiplier: set one of "
+                "them, or both for a given noise within a budget"
+            )
 
 
 class ModelSettings(DataSettings, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -31,8 +125,8 @@ class ModelSettings(DataSettings, frozen=True, forbid_unknown_fields=True, kw_on
 
     model: ModelPath = "bundled"
     pretrained: ModelPath = ""
-    device: str = "auto"
-    precision: str = "fp32"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     threads: Count = 0
 
 
@@ -77,10 +171,10 @@ class ClientSettings(ModelSettings, frozen=True, forbid_unknown_fields=True, kw_
     accept: tuple[str, ...] = ()
     hold_seconds: NonNegative = 0.0
     patience: Seconds = 14400.0
-    audit: str = "headers"
+    audit: AuditMode = "headers"
     audit_mb: Positive = 2048
     log: LogPath = ""
-    log_level: str = "info"
+    log_level: LogLevel = "info"
     local_metrics: bool = True
     private_record: bool = False
     dp: PrivacySettings = PrivacySettings()
@@ -111,7 +205,7 @@ class HelperSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     min_cohort: int = 3
     patience: Seconds = 14400.0
     state_dir: FilePath = "state/{name}"
-    audit: str = "headers"
+    audit: AuditMode = "headers"
     audit_mb: Positive = 2048
     log: LogPath = ""
-    log_level: str = "info"
+    log_level: LogLevel = "info"

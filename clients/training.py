@@ -19,7 +19,7 @@ from secure_fedprompt.clients.features import Features, Progress, encode
 from secure_fedprompt.clients.learning import LocalLearner
 from secure_fedprompt.clients.ledger import Ledger
 from secure_fedprompt.clients.methods.base import Batch, build
-from secure_fedprompt.clients.privacy_settings import PrivacySettings
+from secure_fedprompt.clients.settings import PrivacySettings
 from secure_fedprompt.protocol.errors import ConfigError
 from secure_fedprompt.protocol.settings import MethodSettings
 

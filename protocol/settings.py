@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
 from msgspec import Meta
@@ -18,11 +18,57 @@ NonNegative = Annotated[float, Meta(ge=0)]
 Seconds = Annotated[float, Meta(gt=0)]
 Strength = Annotated[float, Meta(ge=0, le=1e4)]  # of a term of the loss
 Digits = Annotated[str, Meta(pattern="^[0-9a-f]{0,64}$")]  # hexadecimal, the first of a digest
+Weights = Literal["uniform", "bucket", "samples"]
+Metrics = Literal["off", "final", "rounds"]
+SelectionMode = Literal["client", "secure"]
+SelectionScope = Literal["client", "federation"]
+Graph = Literal["complete", "regular"]
+Accountant = Literal["prv", "rdp"]
+AuditMode = Literal["off", "headers", "full"]
+LogLevel = Literal["debug", "info", "warning", "error"]
+Protecting = Annotated[str, Meta(extra={"choices": tuple(PROTECTIONS)})]
 # Paths: relative ones are relative to the configuration file, or on the command line to its folder.
 FilePath = Annotated[str, Meta(extra={"path": "file"})]
 LogPath = Annotated[str, Meta(extra={"path": "log"})]  # or "json"
 DataPath = Annotated[str, Meta(extra={"path": "data"})]  # or the name of a data set
 ModelPath = Annotated[str, Meta(extra={"path": "model"})]  # or the name of a model or its weights
+
+
+def choices(hint: Any) -> tuple[str, ...]:
+    """The words that a setting of this type may have, or none if it may have any."""
+    if get_origin(hint) is Annotated:
+        inner, *notes = get_args(hint)
+        extra = (note.extra or {} for note in notes if isinstance(note, Meta))
+        return next((e["choices"] for e in extra if "choices" in e), choices(inner))
+    return get_args(hint) if get_origin(hint) is Literal else ()
+
+
+def wording(cls: Any, values: dict[str, Any], error: msgspec.ValidationError) -> str:
+    """What msgspec refuses among ``values`` of a struct, in our words: key = value: remedy."""
+    text, _, at = str(error).partition(" - at ")
+    path = at.strip("`").removeprefix("$.")
+    value: Any = values
+    hint: Any = cls
+    for key in path.split("."):
+        value = value.get(key) if isinstance(value, dict) else value
+        known = get_type_hints(hint, include_extras=True) if isinstance(hint, type) else {}
+        hint = known.get(key)
+    allowed = ", ".join(choices(hint))
+    remedy = f"must be one of {allowed}" if allowed else f"{text[:1].lower()}{text[1:]}"
+    return f"{path} = {value!r}: {remedy}"
+
+
+def validate(settings: msgspec.Struct, prefix: str = "") -> None:
+    """Refuse values out of range, of settings that no file was read into.
+
+    Raises:
+        ConfigError: naming the key, after ``prefix``.
+    """
+    values = msgspec.to_builtins(settings)
+    try:
+        msgspec.convert(values, type(settings))
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{prefix}{wording(type(settings), values, error)}") from None
 
 
 class FedOTPSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -35,7 +81,7 @@ class FedOTPSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
         iterations: most updates of a transport plan.
     """
 
-    transport: str = "unbalanced"
+    transport: Literal["unbalanced", "classical", "average"] = "unbalanced"
     eps: Annotated[float, Meta(ge=1e-3, le=10)] = 0.1
     gamma: Annotated[float, Meta(gt=0, le=1)] = 0.8
     iterations: Annotated[int, Meta(ge=1, le=10000)] = 100
@@ -61,12 +107,12 @@ class FedMGPSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     slots: Annotated[int, Meta(ge=1, le=64)] = 2
     length: Annotated[int, Meta(ge=1, le=64)] = 2
     diversity_weight: Strength = 1.0
-    diversity: str = "cosine"
-    compat: str = ""
+    diversity: Literal["cosine", "l1", "l2"] = "cosine"
+    compat: Literal["", "released"] = ""
     tau: Annotated[float, Meta(ge=1e-4, le=100)] = 1.0
-    rule: str = "similarity"
-    inference: str = "mean"
-    modality: str = "both"
+    rule: Literal["similarity", "fixed", "random", "all"] = "similarity"
+    inference: Literal["mean", "single", "max", "feature"] = "mean"
+    modality: Literal["both", "text", "vision"] = "both"
 
 
 class ComparatorSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -116,7 +162,7 @@ class MethodSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     method: str = "promptfl"
     n_ctx: Annotated[int, Meta(ge=1, le=1024)] = 16
     init: str = ""
-    position: str = "end"
+    position: Literal["end", "middle", "front"] = "end"
     lr: Rate = 1e-3
     momentum: NonNegative = 0.9
     weight_decay: NonNegative = 5e-4
@@ -128,19 +174,14 @@ class MethodSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     compare: ComparatorSettings = ComparatorSettings()
 
     def check(self) -> None:
-        """Refuse values outside ``CHOICES``, and sizes that contradict each other.
+        """Refuse values out of range, and sizes that contradict each other.
 
         Raises:
             ConfigError: naming the key.
         """
         if self.method not in METHODS:
             raise ConfigError(unknown_method(self.method))
-        for where, table in (("", self), ("fedotp.", self.fedotp), ("fedmgp.", self.fedmgp)):
-            for name in table.__struct_fields__:
-                value = getattr(table, name)
-                if name in CHOICES and value not in CHOICES[name]:
-                    allowed = ", ".join(repr(choice) for choice in CHOICES[name])
-                    raise ConfigError(f"{where}{name} = {value!r}: must be one of {allowed}")
+        validate(self)
         if self.fedmgp.slots > self.fedmgp.groups:
             raise ConfigError(
                 f"fedmgp.slots = {self.fedmgp.slots}: at most fedmgp.groups = {self.fedmgp.groups}"
@@ -152,37 +193,19 @@ class MethodSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
 
     @classmethod
     def from_bytes(cls, data: bytes | memoryview) -> MethodSettings:
+        """From JSON.
+
+        Raises:
+            ConfigError: it is none, or holds what this program does not know.
+        """
+        unknown = "the server's settings are not understood"
         try:
-            settings = msgspec.json.decode(data, type=cls)
-        except (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError) as error:
-            raise ConfigError(f"the server's settings are not understood: {error}") from None
-        try:
+            values = msgspec.json.decode(data)
+            try:
+                settings = msgspec.convert(values, cls)
+            except msgspec.ValidationError as error:
+                raise ConfigError(wording(cls, values, error)) from None
             settings.check()
-        except ConfigError as error:
-            raise ConfigError(f"the server's settings are not understood: {error}") from None
+        except (ConfigError, msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{unknown}: {error}") from None
         return settings
-
-
-CHOICES = {
-    "protection": tuple(PROTECTIONS),
-    "selection": ("client", "secure"),
-    "selection_scope": ("client", "federation"),
-    "graph": ("complete", "regular"),
-    "weights": ("uniform", "bucket", "samples"),
-    "metrics": ("off", "final", "rounds"),
-    "position": ("end", "middle", "front"),
-    "transport": ("unbalanced", "classical", "average"),
-    "diversity": ("cosine", "l1", "l2"),
-    "compat": ("", "released"),
-    "rule": ("similarity", "fixed", "random", "all"),
-    "inference": ("mean", "single", "max", "feature"),
-    "modality": ("both", "text", "vision"),
-    "partition": ("iid", "pathological", "overlap", "dirichlet", "domain", "domain-dirichlet"),
-    "classes": ("all", "base", "novel"),
-    "kind": ("none", "sample"),
-    "accountant": ("prv", "rdp"),
-    "audit": ("off", "headers", "full"),
-    "log_level": ("debug", "info", "warning", "error"),
-    "device": ("auto", "cpu", "cuda"),
-    "precision": ("fp32", "bf16", "fp16"),
-}

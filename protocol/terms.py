@@ -51,7 +51,7 @@ from secure_fedprompt.protocol.protections import (
 from secure_fedprompt.protocol.ring import MAX_BITS, MIN_BITS
 from secure_fedprompt.protocol.selection import task
 from secure_fedprompt.protocol.selection.task import Selection
-from secure_fedprompt.protocol.settings import CHOICES, MethodSettings
+from secure_fedprompt.protocol.settings import MethodSettings, Metrics, Weights, choices
 
 FEDERATION = 1 + task.SCOPES.index("federation")
 _MEMBERS = ("roster_digest", "clients", "quorum", "colluders", "makers", "helpers")
@@ -166,9 +166,9 @@ class RunTerms:
         Raises:
             TermsError: naming the field.
         """
-        for name in ("weights", "metrics"):
-            if (value := getattr(self, name)) not in CHOICES[name]:
-                raise TermsError(f"terms: {name} = {value!r}: not one of {CHOICES[name]}")
+        for name, hint in (("weights", Weights), ("metrics", Metrics)):
+            if (value := getattr(self, name)) not in (known := choices(hint)):
+                raise TermsError(f"terms: {name} = {value!r}: not one of {known}")
         if self.protection not in PROTECTIONS:
             raise TermsError(f"terms: protection {self.protection!r} is not known")
         n = self.clients

@@ -62,7 +62,7 @@ def check(
         "classes_digest": (hello.classes_digest.hex(), settings.classes_digest),
     }
     for what, (theirs, pinned) in announced.items():
-        if not theirs.startswith(pinned.lower()):
+        if not theirs.startswith(pinned):
             raise MismatchError(f"{what} of {sender} is {theirs[:16]}, the server wants {pinned}")
     if not state.model_fingerprint:
         return

@@ -20,15 +20,23 @@ from secure_fedprompt.protocol.protections import Protection, default_threshold,
 from secure_fedprompt.protocol.roster import Roster
 from secure_fedprompt.protocol.selection.task import SCOPES, Selection
 from secure_fedprompt.protocol.settings import (
+    AuditMode,
     Count,
     Digits,
     FilePath,
+    Graph,
+    LogLevel,
     LogPath,
     MethodSettings,
+    Metrics,
     NonNegative,
     Positive,
+    Protecting,
     Rate,
     Seconds,
+    SelectionMode,
+    SelectionScope,
+    Weights,
 )
 
 
@@ -103,37 +111,37 @@ class ServerSettings(MethodSettings, frozen=True, forbid_unknown_fields=True, kw
     rounds: Positive = 10
     stop_after: Count = 0
     max_attempts: Annotated[int, Meta(ge=1, le=10)] = 3
-    protection: str = "masks"
+    protection: Protecting = "masks"
     key_maker: str = ""
     flood_bits: Annotated[int, Meta(ge=1, le=24)] = 8
-    selection: str = "client"
-    selection_scope: str = "client"
+    selection: SelectionMode = "client"
+    selection_scope: SelectionScope = "client"
     selection_keep: Count = 0
     selection_fillers: Positive = 3
     helper: str = ""
     dp_noise: NonNegative = 0.0
     dp_clip: Rate = 1.0
     dp_colluders: Annotated[int, Meta(ge=-1, le=65535)] = -1
-    graph: str = "complete"
+    graph: Graph = "complete"
     threshold: Count = 0
     max_dropout: NonNegative = 0.1
     max_corruption: NonNegative = 0.1
     ring_bits: Annotated[int, Meta(ge=8, le=32)] = 32
     clip: Annotated[float, Meta(gt=0, le=1e6)] = 1.0
-    weights: str = "uniform"
+    weights: Weights = "uniform"
     max_weight: Positive = 4096
     max_seen: Positive = 65536
-    metrics: str = "final"
+    metrics: Metrics = "final"
     gather_seconds: Seconds = 300.0
     patience: Seconds = 14400.0
     stage_seconds: Seconds = 30.0
     training_seconds: Seconds = 900.0
     upload_after: NonNegative = 0.0
     alive_seconds: Seconds = 15.0
-    audit: str = "headers"
+    audit: AuditMode = "headers"
     audit_mb: Positive = 2048
     log: LogPath = ""
-    log_level: str = "info"
+    log_level: LogLevel = "info"
     model_fingerprint: Digits = ""
     classes_digest: Digits = ""
 

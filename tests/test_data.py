@@ -17,7 +17,7 @@ from PIL import Image
 from secure_fedprompt.clients import metrics
 from secure_fedprompt.clients.data import generated, partitions, sets
 from secure_fedprompt.clients.data.loading import load_part, load_sets
-from secure_fedprompt.clients.data.settings import DataSettings
+from secure_fedprompt.clients.settings import DataSettings
 from secure_fedprompt.protocol.errors import DataError
 
 

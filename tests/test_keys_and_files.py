@@ -22,14 +22,14 @@ from rounds import identity, roster
 from secure_fedprompt import client, helper
 from secure_fedprompt.__main__ import COMMANDS, main
 from secure_fedprompt.clients.journal import FileJournal
-from secure_fedprompt.clients.settings import ClientSettings
+from secure_fedprompt.clients.settings import ClientSettings, PrivacySettings
 from secure_fedprompt.commands import keys as cli
 from secure_fedprompt.host import command, files
 from secure_fedprompt.protocol import errors
 from secure_fedprompt.protocol.keys import Identity, Member, agree, seal, unseal
 from secure_fedprompt.protocol.layout import TensorSpec
 from secure_fedprompt.protocol.roster import Roster, member_to_toml
-from secure_fedprompt.protocol.settings import MethodSettings
+from secure_fedprompt.protocol.settings import FedMGPSettings, MethodSettings
 from secure_fedprompt.server.__main__ import main as server_main
 from secure_fedprompt.server.planning import RunState, terms_of
 from secure_fedprompt.server.settings import ServerSettings, check_roster, check_settings
@@ -214,6 +214,7 @@ def test_settings_come_from_the_file_and_flags_win(tmp_path: Path) -> None:
         ("rounds = 0", "rounds = 0: expected `int` >= 1"),
         ('rounds = "three"', "rounds = 'three': expected `int`, got `str`"),
         ('protection = "mask"', "protection = 'mask': must be one of masks, bfv, ckks, none"),
+        ('[fedmgp]\nmodality = "x"', "fedmgp.modality = 'x': must be one of both, text, vision"),
         ("ring_bits = 40", "ring_bits = 40: expected `int` <= 32"),
         ("rounds = ", "cannot be read"),
     ],
@@ -224,6 +225,25 @@ def test_config_typos_name_file_key_value_and_remedy(tmp_path: Path, text: str, 
     with pytest.raises(errors.ConfigError, match=words) as caught:
         command.load(ServerSettings, flags(ServerSettings, ["--config", str(path)]))
     assert "server.toml" in str(caught.value)
+
+
+def test_settings_made_in_code_or_sent_are_held_against_the_same_types() -> None:
+    known = "must be one of both, text, vision"
+    wrong: Any = FedMGPSettings(modality="x")  # type: ignore[arg-type]
+    for made, words in (
+        (MethodSettings(fedmgp=wrong), f"^fedmgp.modality = 'x': {known}"),
+        (MethodSettings(position="x"), "^position = 'x': must be one of end, middle, front"),  # type: ignore[arg-type]
+        (MethodSettings(lr=0.0), "^lr = 0.0: expected `float` > 0.0"),
+        (PrivacySettings(kind="x"), "^dp.kind = 'x': must be one of none, sample"),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(errors.ConfigError, match=words):
+            made.check()
+    sent = MethodSettings(fedmgp=wrong).to_bytes()
+    with pytest.raises(errors.ConfigError, match=f"^the server's settings .* = 'x': {known}"):
+        MethodSettings.from_bytes(sent)
+    for data in (b"[]", b"{", b"\xff", b"null"):
+        with pytest.raises(errors.ConfigError, match="^the server's settings are not understood"):
+            MethodSettings.from_bytes(data)
 
 
 def test_policy_typos_too(tmp_path: Path) -> None:

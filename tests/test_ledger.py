@@ -25,7 +25,7 @@ from secure_fedprompt.clients.data import sets
 from secure_fedprompt.clients.kept import Kept
 from secure_fedprompt.clients.learning import LocalLearner
 from secure_fedprompt.clients.ledger import Entry, Ledger, Upload
-from secure_fedprompt.clients.privacy_settings import PrivacySettings
+from secure_fedprompt.clients.settings import PrivacySettings
 from secure_fedprompt.clients.training import LocalTrainer
 from secure_fedprompt.clients.work import Work
 from secure_fedprompt.commands import keys as cli
@@ -121,7 +121,7 @@ KILLED = """
 import os, sys
 from pathlib import Path
 from secure_fedprompt.clients.ledger import Entry, Ledger
-from secure_fedprompt.clients.privacy_settings import PrivacySettings
+from secure_fedprompt.clients.settings import PrivacySettings
 ledger = Ledger(Path(sys.argv[1]))
 for number in range(1, 100):
     ledger.reserve(Entry("ab", number, 0.0, 0.5, 3), PrivacySettings())

@@ -33,8 +33,8 @@ from secure_fedprompt.clients.features import predict
 from secure_fedprompt.clients.learning import LocalLearner
 from secure_fedprompt.clients.ledger import Entry, Ledger, Upload
 from secure_fedprompt.clients.methods.base import METHODS, Batch, Method, build
-from secure_fedprompt.clients.privacy_settings import PrivacySettings
 from secure_fedprompt.clients.session import Session
+from secure_fedprompt.clients.settings import PrivacySettings
 from secure_fedprompt.clients.training import LocalTrainer
 from secure_fedprompt.clients.work import Work
 from secure_fedprompt.host.log import Log

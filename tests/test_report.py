@@ -155,7 +155,7 @@ def test_client_noise_and_ledgers_are_spent(tmp_path: Path) -> None:
     spent = gather(folder, [], [], None).spent
     assert re.match(r"Client noise in 2 planned sums: epsilon [\d.]+ at delta 0.001", spent[0])
     from secure_fedprompt.clients.ledger import Entry, Ledger, Upload
-    from secure_fedprompt.clients.privacy_settings import PrivacySettings
+    from secure_fedprompt.clients.settings import PrivacySettings
 
     dp = PrivacySettings(kind="sample", noise_multiplier=1.0)
     with contextlib.closing(Ledger(tmp_path / "alice" / "privacy.jsonl")) as ledger:

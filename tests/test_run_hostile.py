@@ -281,13 +281,13 @@ def test_impossible_settings_are_refused_at_the_start(tmp_path: Path) -> None:
 
 
 def test_the_server_can_pin_model_and_classes(tmp_path: Path) -> None:
-    world = World(tmp_path, clients=3, model_fingerprint="6D6D")
+    world = World(tmp_path, clients=3, model_fingerprint="6d6d")
     world.join("c001", model_fingerprint=b"x" * 32)
     for name in names(4)[1:]:
         world.join(name)
     world.pump()
     assert world.run.error is None
-    assert "the server wants 6D6D" in str(world.errors["c001"])
+    assert "the server wants 6d6d" in str(world.errors["c001"])
 
 
 def test_a_finished_run_that_was_not_marked_so_just_finishes(tmp_path: Path) -> None:

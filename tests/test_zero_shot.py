@@ -17,7 +17,7 @@ from secure_fedprompt.clients.backbone import Backbone
 from secure_fedprompt.clients.data import sets
 from secure_fedprompt.clients.features import Features, predict
 from secure_fedprompt.clients.methods.base import build
-from secure_fedprompt.clients.privacy_settings import PrivacySettings
+from secure_fedprompt.clients.settings import PrivacySettings
 from secure_fedprompt.clients.training import LocalTrainer
 from secure_fedprompt.clients.work import Update, Work
 from secure_fedprompt.host.log import Log

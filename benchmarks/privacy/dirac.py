@@ -27,7 +27,7 @@ from secure_fedprompt.clients.features import Features
 from secure_fedprompt.clients.learning import LocalLearner
 from secure_fedprompt.clients.methods.base import Array as Tensors
 from secure_fedprompt.clients.methods.base import Batch, Method
-from secure_fedprompt.clients.privacy_settings import PrivacySettings
+from secure_fedprompt.clients.settings import PrivacySettings
 from secure_fedprompt.clients.training import LocalTrainer
 from secure_fedprompt.clients.work import Work
 from secure_fedprompt.protocol import client_noise, fixedpoint

@@ -28,7 +28,7 @@ from federations import CONTEXT, NO_DP, Pool, View, parser, private, save
 from secure_fedprompt.clients.data import partitions
 from secure_fedprompt.clients.dp_sgd import Draws
 from secure_fedprompt.clients.features import predict
-from secure_fedprompt.clients.privacy_settings import PrivacySettings
+from secure_fedprompt.clients.settings import PrivacySettings
 from secure_fedprompt.clients.training import LocalTrainer
 from secure_fedprompt.protocol import client_noise
 

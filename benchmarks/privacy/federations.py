@@ -32,10 +32,9 @@ from secure_fedprompt.clients.backbone import Backbone
 from secure_fedprompt.clients.data import partitions
 from secure_fedprompt.clients.data.loading import load_sets
 from secure_fedprompt.clients.data.sets import ImageSet
-from secure_fedprompt.clients.data.settings import DataSettings
 from secure_fedprompt.clients.features import Features, predict
 from secure_fedprompt.clients.methods.base import Method, build
-from secure_fedprompt.clients.privacy_settings import PrivacySettings
+from secure_fedprompt.clients.settings import DataSettings, PrivacySettings
 from secure_fedprompt.clients.training import LocalTrainer, client_seed
 from secure_fedprompt.commands.simulate import simulate_run
 from secure_fedprompt.protocol import fixedpoint

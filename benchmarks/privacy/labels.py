@@ -23,7 +23,7 @@ from federations import CONTEXT, Array, Pool, auc, parser, private, save
 from secure_fedprompt.clients.data import partitions
 from secure_fedprompt.clients.features import Features
 from secure_fedprompt.clients.methods.base import Method
-from secure_fedprompt.clients.privacy_settings import PrivacySettings
+from secure_fedprompt.clients.settings import PrivacySettings
 
 
 @torch.no_grad()

@@ -31,7 +31,7 @@ import plots
 from federations import CONTEXT, Array, Pool, View, bootstrap, losses, parser, private, save
 from numpy.typing import NDArray
 
-from secure_fedprompt.clients.privacy_settings import PrivacySettings
+from secure_fedprompt.clients.settings import PrivacySettings
 
 TARGET = "client000"
 

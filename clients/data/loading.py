@@ -9,7 +9,7 @@ import msgspec
 
 from secure_fedprompt.clients.data import partitions, sets
 from secure_fedprompt.clients.data.sets import ImageSet
-from secure_fedprompt.clients.data.settings import DataSettings
+from secure_fedprompt.clients.settings import DataSettings
 from secure_fedprompt.protocol.errors import DataError
 from secure_fedprompt.protocol.expand import Purpose, digest
 

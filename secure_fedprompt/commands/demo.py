@@ -15,12 +15,12 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from rich.console import Console
 
 from secure_fedprompt import show
-from secure_fedprompt.clients.privacy_settings import PrivacySettings
+from secure_fedprompt.clients.settings import PrivacySettings
 from secure_fedprompt.commands.demo_files import (
     DATA,
     HELPER,
@@ -33,7 +33,7 @@ from secure_fedprompt.commands.demo_files import (
 from secure_fedprompt.host import command, plugins
 from secure_fedprompt.protocol.errors import ConfigError, RunFailedError
 from secure_fedprompt.protocol.protections import PROTECTIONS
-from secure_fedprompt.protocol.settings import CHOICES
+from secure_fedprompt.protocol.settings import AuditMode, SelectionMode, SelectionScope
 from secure_fedprompt.server.settings import ServerSettings, check_settings
 
 SECONDS = {  # on two cores, with four clients: the start, a learning round, one with dp
@@ -62,9 +62,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="learning rounds")
     parser.add_argument("--protection", choices=PROTECTIONS, default="masks",
                         help="of what clients send")  # fmt: skip
-    parser.add_argument("--selection", choices=CHOICES["selection"], default="client",
+    parser.add_argument("--selection", choices=get_args(SelectionMode), default="client",
                         help="of FedMGP groups: by a client, or server and helper")  # fmt: skip
-    parser.add_argument("--selection-scope", choices=CHOICES["selection_scope"], default="client",
+    parser.add_argument("--selection-scope", choices=get_args(SelectionScope), default="client",
                         help="of the secure one: by client, or the best of all")  # fmt: skip
     parser.add_argument(
         "--helper", choices=("client", "process"), default="client",
@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
     )  # fmt: skip
     parser.add_argument("--delta", type=float, default=1e-3, metavar="D", help="of that budget")
     parser.add_argument(
-        "--audit", choices=CHOICES["audit"], default="headers",
+        "--audit", choices=get_args(AuditMode), default="headers",
         help="of all logs; with 'full' the client alice writes her private record as well",
     )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="of data and batch order")

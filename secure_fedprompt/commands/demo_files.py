@@ -46,7 +46,7 @@ HELPER = "notary"
 def write_samples(folder: Path, seed: int) -> None:
     """Pictures to try the prompt on, none of them trained on; a name is what it shows."""
     from secure_fedprompt.clients.data.loading import load_sets
-    from secure_fedprompt.clients.data.settings import DataSettings
+    from secure_fedprompt.clients.settings import DataSettings
 
     _, test = load_sets(DataSettings(**{**DATA, "data_seed": seed}))
     folder.mkdir(exist_ok=True)

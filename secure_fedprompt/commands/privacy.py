@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import get_args
 
 from rich.console import Console
 
 from secure_fedprompt.clients.accounting import Steps, epsilon, noise_for, steps_of
 from secure_fedprompt.clients.ledger import NAME, Ledger
-from secure_fedprompt.clients.privacy_settings import PrivacySettings
+from secure_fedprompt.clients.settings import PrivacySettings
 from secure_fedprompt.host import command
 from secure_fedprompt.protocol import client_noise
 from secure_fedprompt.protocol.errors import ConfigError
-from secure_fedprompt.protocol.settings import CHOICES
+from secure_fedprompt.protocol.settings import Accountant
 
 EXAMPLES = """\
   # the noise that keeps 10 rounds of 4 epochs over 400 images within epsilon 8
@@ -51,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
         help=f"plan: default {DEFAULTS.delta:g}; status: default what the client counts with",
     )  # fmt: skip
     text = f"plan: default {DEFAULTS.accountant}; status: default what the client counts with"
-    parser.add_argument("--accountant", choices=CHOICES["accountant"], help=text)
+    parser.add_argument("--accountant", choices=get_args(Accountant), help=text)
     args = parser.parse_args(argv)
     if args.action == "plan":
         args.delta = DEFAULTS.delta if args.delta is None else args.delta

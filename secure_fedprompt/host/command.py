@@ -32,7 +32,7 @@ from secure_fedprompt.protocol.errors import (
     SecureFedPromptError,
 )
 from secure_fedprompt.protocol.methods import METHODS, unknown_method
-from secure_fedprompt.protocol.settings import CHOICES
+from secure_fedprompt.protocol.settings import choices, wording
 
 S = TypeVar("S", bound=msgspec.Struct)
 INTERRUPTED, GONE = 130, 141  # as shells count signals
@@ -61,12 +61,7 @@ def load(cls: type[S], args: argparse.Namespace, beside: type | None = None) -> 
     try:
         made = msgspec.convert(values, cls)
     except msgspec.ValidationError as error:
-        text, _, at = str(error).partition(" - at ")
-        path = at.strip("`").removeprefix("$.")
-        value: Any = values
-        for key in path.split("."):
-            value = value.get(key) if isinstance(value, dict) else value
-        raise ConfigError(f"{where}: {path} = {value!r}: {text[:1].lower()}{text[1:]}") from None
+        raise ConfigError(f"{where}: {wording(cls, values, error)}") from None
     for name in _methods_of(made):
         plugins.find(name)
     if (name := getattr(made, "method", "")) and name not in METHODS:
@@ -113,9 +108,10 @@ def _merge(
             _merge(hint, table, args, where, f"{name}_")
         elif (flag := getattr(args, prefix + name, None)) is not None:
             values[name] = flag
-        if name in CHOICES and name in values and values[name] not in CHOICES[name]:
-            allowed = ", ".join(CHOICES[name])
-            raise ConfigError(f"{where}: {name} = {values[name]!r}: must be one of {allowed}")
+        allowed = choices(hint)
+        if allowed and name in values and values[name] not in allowed:
+            said = f"{prefix.replace('_', '.')}{name} = {values[name]!r}"
+            raise ConfigError(f"{where}: {said}: must be one of {', '.join(allowed)}")
 
 
 def _from_folder(cls: type, values: dict[str, Any], args: argparse.Namespace, folder: Path) -> None:
@@ -178,8 +174,9 @@ def add_flags(
             options |= {"metavar": "A,B", "type": lambda text: [x for x in text.split(",") if x]}
             parser.add_argument(flag, **options)
         else:
-            options["choices" if name in CHOICES else "metavar"] = CHOICES.get(name, name.upper())
-            parser.add_argument(flag, type=kind, **options)
+            words = choices(hint)
+            options["choices" if words else "metavar"] = words or name.upper()
+            parser.add_argument(flag, type=str if words else kind, **options)
 
 
 def _attribute_texts(cls: type) -> dict[str, str]:
