@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,22 +48,36 @@ FACTS = (
 
 
 def package(folder: Path, points: str = "bias = bias_method:FACTS") -> Path:
-    """What ``pip install`` leaves of a package with this entry point."""
-    (folder / "bias_trainer.py").write_text(TRAINER)
-    (folder / "bias_method.py").write_text(FACTS)
-    info = folder / "bias_method-0.1.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: bias-method\nVersion: 0.1\n")
-    (info / "entry_points.txt").write_text(f"[{plugins.GROUP}]\n{points}\n")
-    return folder
+    """Install a package with this entry point, as a wheel, by pip, into a folder of its own."""
+    wheel, info = folder / "bias_method-0.1-py3-none-any.whl", "bias_method-0.1.dist-info"
+    files = {
+        "bias_trainer.py": TRAINER,
+        "bias_method.py": FACTS,
+        f"{info}/METADATA": "Metadata-Version: 2.1\nName: bias-method\nVersion: 0.1\n",
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        f"{info}/entry_points.txt": f"[{plugins.GROUP}]\n{points}\n",
+    }
+    with zipfile.ZipFile(wheel, "w") as packed:
+        for name, text in files.items():
+            packed.writestr(name, text)
+        packed.writestr(f"{info}/RECORD", "".join(f"{name},,\n" for name in files))
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--target",
+         str(folder / "site"), str(wheel)],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    return folder / "site"
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return package(tmp_path_factory.mktemp("bias"))
 
 
 @pytest.fixture
-def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    folder = tmp_path / "site"
-    folder.mkdir()
-    monkeypatch.syspath_prepend(str(package(folder)))
-    yield folder
+def installed(site: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.syspath_prepend(str(site))
+    yield site
     METHODS.pop("bias", None)
     for name in ("bias_method", "bias_trainer"):
         sys.modules.pop(name, None)
