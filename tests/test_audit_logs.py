@@ -265,6 +265,7 @@ def test_plans_that_protect_nobody_and_sums_below_their_quorum_show(good: dict[s
         "larger quorum": {"quorum": 5},
         "other cohort": {"cohort": ("c001", "c003", "c004")},
         "other protection": {"protection": "none"},
+        "unknown protection": {"protection": "veil"},
     }.items():
         log.plans[key] = dataclasses.replace(plan, **changes)
         found[name] = [text for _, text in failures(summary.audit(log, [], "", None))]
@@ -272,6 +273,8 @@ def test_plans_that_protect_nobody_and_sums_below_their_quorum_show(good: dict[s
     assert "a sum over 4 clients, the quorum is 5" in found["larger quorum"]
     assert "an upload of c002, who is not in the cohort" in found["other cohort"]
     assert "the run changed its protection: masks, none" in found["other protection"]
+    assert "protections unknown to this audit: ['veil']" in found["unknown protection"]
+    assert "MaskedUpload has no place in a round under veil" in found["unknown protection"]
 
 
 def test_heads_of_records_that_are_gone_show(good: dict[str, Path]) -> None:

@@ -117,6 +117,8 @@ def _plans(log: Log, run: str, entries: list[Entry], decoded: Decoded) -> Iterat
     if len(protections) > 1:
         text = f"the run changed its protection: {', '.join(sorted(protections))}"
         yield failed("plans", log.name, text)
+    if unknown := protections - set(ALLOWED):
+        yield failed("plans", log.name, f"protections unknown to this audit: {sorted(unknown)}")
     if not protections:
         yield failed("plans", log.name, "no plan of this run is on record")
 
@@ -158,7 +160,7 @@ def _protection(log: Log, run: str, entries: list[Entry]) -> Iterator[Finding]:
             yield failed("protection", where, text)
         if plan is None or not entry.round:
             continue
-        allowed = ALLOWED[plan.protection] | (SELECTING if plan.selecting else set())
+        allowed = ALLOWED.get(plan.protection, COMMON) | (SELECTING if plan.selecting else set())
         if entry.kind not in allowed:
             text = f"{entry.kind} has no place in a round under {plan.protection}"
             yield failed("protection", where, text)
