@@ -18,7 +18,6 @@ import math
 import torch
 from torch import Tensor
 
-MODES = ("unbalanced", "classical", "average")
 _CHECK = 5  # iterations between looks at the stopping test, on the CPU where a look is free
 
 
