@@ -8,8 +8,9 @@ import pytest
 from rounds import identity, roster
 
 from secure_fedprompt.audit.log import Log
+from secure_fedprompt.clients.conversation import Conversation
 from secure_fedprompt.host.recorded import RecordedHub, RecordedLink
-from secure_fedprompt.host.recorder import Recorder
+from secure_fedprompt.host.recorder import MALFORMED, Recorder
 from secure_fedprompt.memory import Network
 from secure_fedprompt.protocol import errors
 from secure_fedprompt.protocol import messages as m
@@ -121,6 +122,57 @@ def test_the_recorder_goes_around_any_transport(tmp_path: Path) -> None:
     assert {e.kind for e in ours} == {"Alive", "LogHead", "RoundEnd"}
     assert sorted(e.digest for e in ours) == sorted(e.digest for e in theirs)
     assert len(counted) == len(ours)
+
+
+def test_what_is_no_message_is_recorded_and_what_is_no_frame_is_not(tmp_path: Path) -> None:
+    class Odd:
+        def poll(self, timeout: float) -> list[tuple[str, Frame]]:
+            told = errors.KeyInUseError("twice")
+            return [("c001", Frame.read(b"garbage")), ("c001", Frame(b"", None, told))]
+
+    known = roster(3)
+    log = Recorder(tmp_path, "full", 1 << 24, identity("server"), known.by_name["server"], known)
+    assert len(list(RecordedHub(Odd(), log).poll(0.0))) == 2  # type: ignore[arg-type]
+    log.close()
+    assert [(e.kind, e.size) for e in Log.read(tmp_path).entries] == [(MALFORMED, 7)]
+
+
+class Line:
+    """A link that plays what a server says."""
+
+    def __init__(self, *says: m.Message | None) -> None:
+        self.connections, self.says, self.sent = 0, list(says), list[str]()
+
+    def send(self, frame: Frame) -> None:
+        self.sent.append(type(frame.message).__name__)
+
+    def receive(self, timeout: float) -> Frame | None:
+        said = self.says.pop(0)
+        return None if said is None else Frame.of(said)
+
+
+def test_a_conversation_greets_lives_and_ignores_a_rejoin_that_crossed_its_greeting() -> None:
+    clock = [100.0]
+    line = Line(m.Rejoin(), None, m.Rejoin(), end(1))
+    hello = m.Hello(bytes(32), "", bytes(32), bytes(32), bytes(32))
+    talk = Conversation(line, lambda: hello, lambda: clock[0])
+    talk.greet()
+    assert line.sent == []  # no connection yet
+    line.connections = 1
+    for clock[0] in (100.0, 101.0, 101.9):
+        talk.greet()
+        talk.live()
+    assert line.sent == ["Hello", "Alive"]
+    assert talk.receive(0.0) is None  # it crossed
+    assert talk.receive(0.0) is None
+    clock[0] = 107.0
+    talk.live()
+    assert line.sent == ["Hello", "Alive", "Alive"]
+    assert talk.receive(0.0) == m.Rejoin()
+    assert talk.receive(0.0) == end(1)
+    line.connections = 2
+    talk.greet()
+    assert line.sent[-1] == "Hello"
 
 
 def test_a_member_that_cannot_be_reached_is_gone_and_leaves_no_record(tmp_path: Path) -> None:
