@@ -3,7 +3,9 @@
 import os
 import sys
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,3 +26,40 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     from audited import federate
 
     return federate(tmp_path_factory.mktemp("good"))[1]
+
+
+@pytest.fixture(scope="module")
+def bundled() -> Any:
+    """The bundled CLIP."""
+    from secure_fedprompt.clients.backbone import Backbone
+
+    return Backbone.load("bundled", device="cpu")
+
+
+@pytest.fixture
+def log_folder(tmp_path: Path) -> Path:
+    """A closed log of an opening, six frames and a closing record."""
+    from recorded_logs import made, put, upload
+
+    from secure_fedprompt.protocol import messages as m
+
+    log = made(tmp_path / "log")
+    put(log, m.Alive(), *(upload(i) for i in range(1, 6)))
+    log.close()
+    return tmp_path / "log"
+
+
+@pytest.fixture
+def federation(tmp_path: Path) -> Iterator[Any]:
+    """Makes federations of processes, which are stopped in the end."""
+    from programs import Federation
+
+    made: list[Federation] = []
+
+    def make(**options: Any) -> Federation:
+        made.append(Federation(tmp_path, **options))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.stop()

@@ -31,11 +31,6 @@ BUNDLED = Path(__file__).parent.parent / "secure_fedprompt" / "bundled_clip"
 
 
 @pytest.fixture(scope="module")
-def bundled() -> Backbone:
-    return Backbone.load("bundled", device="cpu")
-
-
-@pytest.fixture(scope="module")
 def double(bundled: Backbone) -> Backbone:
     return in_double(bundled)
 

@@ -79,11 +79,6 @@ def test_state_loads_back_and_gradients_are_right(name: str) -> None:
         assert abs((values[0] - values[1]) / 2e-6 - slope) < 1e-4 * max(1, abs(slope))
 
 
-@pytest.fixture(scope="module")
-def bundled() -> Backbone:
-    return Backbone.load("bundled", device="cpu")
-
-
 def test_fedamp_draws_clients_to_those_who_are_alike(bundled: Backbone) -> None:
     """Rows survive weights and an absentee; u_i is the formula."""
     train, test = sets.generated_sets(6, ["sketch"], 4, 2, 0)

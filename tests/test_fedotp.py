@@ -163,11 +163,6 @@ def test_resnet_patches_let_every_cell_query() -> None:
 # -- the method ----------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def bundled() -> Backbone:
-    return Backbone.load("bundled", device="cpu")
-
-
 def otp(**changes: Any) -> MethodSettings:
     return MethodSettings(method="fedotp", n_ctx=4, lr=0.02, batch_size=16, **changes)
 

@@ -235,11 +235,6 @@ def test_splits_are_never_pooled(
 # -- predict ---------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def bundled() -> Backbone:
-    return Backbone.load("bundled", device="cpu")
-
-
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_predict_works_for_every_method_and_loses_no_image(
     bundled: Backbone, tmp_path: Path, method: str, capsys: pytest.CaptureFixture[str]
