@@ -66,6 +66,8 @@ class Purpose(IntEnum):
     BOXES = 33
     KEY_ASK = 34
     AGREEMENT = 35
+    SUM_TAG = 36
+    SUM_TAG_OFFSET = 37
 
 
 _TAGS = {purpose: TAG + purpose.name.lower().encode() + b"\0" for purpose in Purpose}

@@ -1,0 +1,137 @@
+"""Keyed linear tags: clients check that a sum is the sum of what its members sent.
+
+Clients share a key K that the server does not hold. The ring integers x_k of an upload, after
+weighting, rounding and noise, are seen as rows X_k of m values. For each plan, K gives a in F_p^m,
+b in F_p^rows and one offset for each member, p = 2^61 - 1, and
+
+    t_k = b . (X_k a) + offset(k)     mod p, twice, independently.
+
+The map is linear, so a sum S over the members L has the tag T = b . (S a) + sum of L's offsets.
+Whoever does not hold K and wants (S', L', T') accepted in place of the true ones has to hit
+
+    T' - T = b . ((S' - S) a)    if L' = L and S' != S: (S' - S) a = 0 for at most one a in p, and
+                                 else the right side is uniform over b: at most 2/p;
+    an offset that no T holds    if L' != L: uniform, so 1/p.
+
+Offsets make each T uniform whatever S is, so one T per plan tells nothing of a and b, and two tags
+make (2/p)^2 < 2^-119 a try. Linear hashing under a secret key is that of the MACs of SPDZ (Damgard
+et al., CRYPTO 2012) and of VerSA (Hahn et al., IEEE TDSC 2021). See docs/sum-tags.md.
+"""
+
+from __future__ import annotations
+
+import hmac
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from secure_fedprompt.protocol import mersenne
+from secure_fedprompt.protocol.errors import FieldError
+from secure_fedprompt.protocol.expand import Purpose, derive, keystream
+from secure_fedprompt.protocol.mersenne import Elements, P
+
+TAGS = 2
+SIZE = 8 * TAGS  # bytes of a tag
+ELEMENT = 16  # bytes of keystream for each element
+_LIMB = 9  # bits; 7 limbs hold 61
+_LIMBS = -(-61 // _LIMB)
+_MOST = 1 << 31  # magnitude of an integer: 31 + 9 bits, and 4,096 of them, stay below 2^53
+_WIDEST = 1 << 12
+
+
+def width(size: int) -> int:
+    """m, values of a row: the power of two from sqrt(size), 4,096 at most."""
+    return min(1 << math.ceil(math.log2(max(1.0, math.sqrt(size)))), _WIDEST)
+
+
+def to_bytes(tag: Elements) -> bytes:
+    """16 bytes, little-endian."""
+    return tag.astype("<u8").tobytes()
+
+
+def from_bytes(data: bytes | memoryview) -> Elements:
+    """Inverse of ``to_bytes``.
+
+    Raises:
+        FieldError: not two elements.
+    """
+    tag = np.frombuffer(data, "<u8").astype(np.uint64) if len(data) == SIZE else None
+    if tag is None or (tag >= P).any():
+        raise FieldError("a tag of a sum is two numbers below 2^61 - 1")
+    return tag
+
+
+@dataclass(frozen=True, repr=False)
+class TagKey:
+    """What K gives for one plan.
+
+    Attributes:
+        across: a in nine-bit limbs, (m, limbs x tags), float64.
+        down: b, (rows, tags).
+        offsets: by name, (tags,).
+    """
+
+    across: NDArray[np.float64]
+    down: Elements
+    offsets: Mapping[str, Elements]
+
+    @classmethod
+    def of(cls, secret: bytes, plan_digest: bytes, size: int, cohort: Sequence[str]) -> TagKey:
+        """For vectors of ``size`` integers.
+
+        Args:
+            secret: K, 32 bytes.
+            cohort: of the plan, whose digest binds it.
+        """
+        m = width(size)
+        rows = -(-size // m)
+        key = derive(secret, Purpose.SUM_TAG, plan_digest)
+        drawn = mersenne.elements(keystream(key, ELEMENT * TAGS * (m + rows))).reshape(-1, TAGS)
+        limbs = [
+            (drawn[:m] >> np.uint64(_LIMB * i)) & np.uint64((1 << _LIMB) - 1) for i in range(_LIMBS)
+        ]
+        across = np.concatenate(limbs, 1).astype(np.float64)
+        own = derive(secret, Purpose.SUM_TAG_OFFSET, plan_digest)
+        offsets = mersenne.elements(keystream(own, ELEMENT * TAGS * len(cohort)))
+        return cls(across, drawn[m:], dict(zip(cohort, offsets.reshape(-1, TAGS), strict=True)))
+
+    def __repr__(self) -> str:
+        return "TagKey(<private>)"
+
+    def linear(self, integers: NDArray[np.int64]) -> Elements:
+        """b . (X a), (tags,).
+
+        Raises:
+            FieldError: an integer of more than 31 bits, or too many of them.
+        """
+        m, rows = len(self.across), len(self.down)
+        if len(integers) > m * rows:
+            raise FieldError(f"{len(integers)} integers, the key is for {m * rows}")
+        if len(integers) and max(int(integers.max()), -int(integers.min())) > _MOST:
+            raise FieldError("an integer of a sum is beyond 31 bits")
+        values = np.zeros(m * rows)
+        values[: len(integers)] = integers
+        products = (values.reshape(rows, m) @ self.across).astype(np.int64)  # exact: below 2^53
+        limbs = mersenne.signed(products).reshape(rows, _LIMBS, TAGS)
+        row = limbs[:, 0]
+        for i in range(1, _LIMBS):
+            row = mersenne.add(row, mersenne.rotated(limbs[:, i], _LIMB * i))
+        return mersenne.total(mersenne.multiply(row, self.down))
+
+    def tag(self, name: str, integers: NDArray[np.int64]) -> Elements:
+        """t_k of one member's upload, (tags,)."""
+        return mersenne.add(self.linear(integers), self.offsets[name])
+
+    def holds(self, members: Sequence[str], integers: NDArray[np.int64], tag: Elements) -> bool:
+        """Whether these integers are the sum of what these members of the cohort tagged."""
+        if len(set(members)) != len(members) or not set(members) <= set(self.offsets):
+            return False
+        try:
+            parts = [self.linear(integers), *(self.offsets[name] for name in members)]
+        except FieldError:
+            return False
+        expected = mersenne.total(np.stack(parts))
+        return hmac.compare_digest(to_bytes(expected), to_bytes(tag))
