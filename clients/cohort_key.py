@@ -28,8 +28,11 @@ from numpy.typing import NDArray
 from secure_fedprompt.protocol.errors import CiphertextError, KeyMismatchError, SealError
 from secure_fedprompt.protocol.expand import Purpose, derive, digest, keystream
 from secure_fedprompt.protocol.homomorphic import Ciphertexts, Scheme, sealapi, summed_size
+from secure_fedprompt.protocol.layout import total_size
 from secure_fedprompt.protocol.packing import Integers
+from secure_fedprompt.protocol.plan import RoundPlan
 from secure_fedprompt.protocol.shamir import Entropy
+from secure_fedprompt.protocol.sum_tag import TagKey
 
 FLOOD = 0.25  # half width of the flooding, in integers
 
@@ -79,6 +82,10 @@ class CohortKey:
     def to_bytes(self) -> bytes:
         """Secret: only ever sealed."""
         return self.prompt_key + self._secret
+
+    def tags(self, plan: RoundPlan) -> TagKey:
+        """What tags uploads under a plan, and checks their sums."""
+        return TagKey.of(self.to_bytes(), plan.digest, total_size(plan.layout), plan.cohort)
 
     # -- vectors ---------------------------------------------------------------------------------
 

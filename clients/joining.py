@@ -27,6 +27,7 @@ from secure_fedprompt.protocol.errors import (
     ProtocolError,
     ReplayError,
     SecureFedPromptError,
+    SumError,
     UnexpectedMessageError,
 )
 from secure_fedprompt.protocol.expand import Purpose, digest
@@ -98,7 +99,7 @@ class Joining(Generic[L_co]):
         if isinstance(error, AcceptanceError):  # its text tells of runs of other servers
             return m.Leave(type(error).__name__, ASKS)
         told = isinstance(error, ProtocolError | MismatchError)
-        told = told and not isinstance(error, HomomorphicError)
+        told = told and not isinstance(error, HomomorphicError | SumError)
         return m.Leave(type(error).__name__ if told else "Stopped", m.line(error) if told else "")
 
     def _welcome(self, message: m.Welcome) -> Replies:

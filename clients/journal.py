@@ -32,6 +32,7 @@ from secure_fedprompt.protocol.errors import (
     ConfigError,
     OpenedError,
     ReplayError,
+    SumError,
     UpdateReusedError,
 )
 from secure_fedprompt.protocol.methods import method_facts
@@ -65,6 +66,7 @@ class _Run:
     uploaded: int = 0
     vectors: dict[int, tuple[str, str, str, str]] = field(default_factory=dict)
     opened: dict[int, int] = field(default_factory=dict)  # learning round -> round
+    distrusted: bool = False  # its server sent what is not a sum
 
 
 def _near(one: Prompt, other: NDArray[np.float32], tolerance: float) -> bool:
@@ -139,9 +141,14 @@ class MemoryJournal:
         Raises:
             ReplayError: it is no later attempt or learning round than the last.
             OpenedError: this client has opened a sum of this learning round or base.
+            SumError: the run's server has sent what is not the sum of the uploads.
         """
         run = self._runs.get(plan.run.hex(), _Run())
         short = plan.run.hex()[:8]
+        if run.distrusted:
+            raise SumError(
+                f"run {short} is over for this client: what came back was no sum; begin a new run"
+            )
         if plan.round <= run.round:
             raise ReplayError(
                 f"round {plan.round} of run {short} is not after round {run.round}, "
@@ -285,6 +292,10 @@ class MemoryJournal:
                      "learning_round": plan.learning_round,
                      "base": plan.base_digest.hex()})  # fmt: skip
 
+    def distrust(self, run: bytes) -> None:
+        """Take part in a run no more: a sum of it was not what clients sent."""
+        self._apply({"event": "distrust", "run": run.hex()})
+
     def forget(self, run: bytes) -> None:
         """A learning round is over: its vector and its opening are not needed any more."""
         self._drop(f"vector-{run.hex()}")
@@ -327,6 +338,8 @@ class MemoryJournal:
                 run.opened[int(record["learning_round"])] = int(record["round"])
                 made = self._bases.setdefault(str(record["base"]), _Base())
                 made.revealed_in.add(str(record["run"]))
+            case "distrust":
+                run.distrusted = True
             case event:
                 raise ValueError(f"unknown event {event!r}")
 

@@ -31,7 +31,7 @@ CONTENTS = """
 """
 GROUPS = {
     "Use": ["deployment", "protections", "methods", "auditing", "differential-privacy"],
-    "Believe": ["threat-model", "terms", "secure-selection", "results/privacy"],
+    "Believe": ["threat-model", "terms", "secure-selection", "sum-tags", "results/privacy"],
     "Measure": ["results/performance", "results/methods"],
     "Read and change": ["architecture", "audit-log", "json"],
 }

@@ -33,7 +33,7 @@ from secure_fedprompt.protocol.errors import (
     UnknownVersionError,
 )
 
-VERSION = 7
+VERSION = 8
 MAX_FRAME = 1 << 28
 T = TypeVar("T")
 
@@ -72,6 +72,7 @@ Digest = Annotated[bytes, Exact(32)]
 PublicKey = Annotated[bytes, Exact(32)]
 Signature = Annotated[bytes, Exact(64)]
 RunId = Annotated[bytes, Exact(16)]
+SumTag = Annotated[bytes, Exact(16)]
 Blob = bytes | memoryview
 Name = Annotated[str, Text(64)]
 Line = Annotated[str, Text(512)]

@@ -57,6 +57,7 @@
         │   ├── IsolationError                       a list that, with others, would isolate a few
         │   ├── OverlapError                     a peer both alive and dropped
         │   └── ThresholdError                   fewer than t
+        ├── SumError                             what came back is not the sum of what was sent
         └── BadShareError                        a share does not reconstruct; names the sender
 
 Messages are one line: what was wrong, with the value, and what to do. They never hold secrets.
@@ -204,6 +205,10 @@ class OverflowPlanError(PlanError):
 
 
 class ParameterError(PlanError):
+    pass
+
+
+class SumError(ProtocolError):
     pass
 
 

@@ -76,6 +76,7 @@ from secure_fedprompt.protocol.codec import (
     PublicKey,
     RunId,
     Signature,
+    SumTag,
     Text,
     UpTo,
     encode_fields,
@@ -426,21 +427,25 @@ class KeyBox(OfRound):
 
 @dataclass(frozen=True, repr=False)
 class CipherUpload(OfRound):
-    """The packed vector, encrypted under the cohort key with this digest."""
+    """The packed vector, encrypted under the cohort key with this digest, and its tag."""
 
     key: Digest
     ciphertexts: Annotated[tuple[VectorBytes, ...], Many(MAX_CIPHERTEXTS)]
+    tag: SumTag
     signature: Signature
 
     def body(self, plan: RoundPlan) -> bytes:
         """What the identity signs: these ciphertexts in this order, for this plan and key."""
-        return plan.digest + self.key + digest(Purpose.UPLOAD, *self.ciphertexts)
+        return plan.digest + self.key + digest(Purpose.UPLOAD, self.tag, *self.ciphertexts)
 
 
 @dataclass(frozen=True, repr=False)
 class CipherSum(OfRound):
+    """The encrypted sum of these members' uploads, and the sum of their tags."""
+
     survivors: Names
     ciphertexts: Annotated[tuple[VectorBytes, ...], Many(MAX_CIPHERTEXTS)]
+    tag: SumTag
 
 
 @dataclass(frozen=True, repr=False)

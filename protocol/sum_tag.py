@@ -83,7 +83,7 @@ class TagKey:
         """For vectors of ``size`` integers.
 
         Args:
-            secret: K, 32 bytes.
+            secret: K, 32 bytes or more.
             cohort: of the plan, whose digest binds it.
         """
         m = width(size)

@@ -13,7 +13,7 @@ from typing import Annotated
 from secure_fedprompt.protocol import homomorphic, masking
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.agreement_proof import check, lift
-from secure_fedprompt.protocol.codec import Digest, Many
+from secure_fedprompt.protocol.codec import Digest, Many, SumTag
 from secure_fedprompt.protocol.errors import CiphertextError, PointError, ProtocolError
 from secure_fedprompt.protocol.expand import Purpose, digest
 from secure_fedprompt.protocol.keys import unseal, verify
@@ -28,7 +28,7 @@ class Pending:
     Attributes:
         dropped: clients that are not in the sum.
         adverts, sharers, signers, words: of masks; ``words`` is the masked sum.
-        key, ciphertexts: of homomorphic encryption.
+        key, ciphertexts, tag: of homomorphic encryption.
     """
 
     plan: RoundPlan
@@ -40,6 +40,7 @@ class Pending:
     words: m.VectorBytes = b""
     key: Digest = NO_KEY
     ciphertexts: Annotated[tuple[m.VectorBytes, ...], Many(m.MAX_CIPHERTEXTS)] = ()
+    tag: SumTag = bytes(16)
 
 
 def signed_boxes(

@@ -308,7 +308,9 @@ def test_a_key_beside_ciphertexts_and_a_ciphertext_among_masks_show(tmp_path: Pa
 
     def among(sender: str, recipient: str, message: m.Message) -> m.Message:
         if isinstance(message, m.MaskedUpload) and sender == VICTIM:
-            return m.CipherUpload(message.run, message.round, bytes(32), (secret,), bytes(64))
+            return m.CipherUpload(
+                message.run, message.round, bytes(32), (secret,), bytes(16), bytes(64)
+            )
         return message
 
     for i, (tap, protection, said) in enumerate((

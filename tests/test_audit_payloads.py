@@ -167,7 +167,7 @@ def test_residues_of_a_ciphertext_are_what_is_tested() -> None:
     secret = seal.KeyGenerator(scheme.context).secret_key()
     encryptor = seal.Encryptor(scheme.context, secret)
     fresh = scheme.save(encryptor.encrypt_symmetric(seal.Plaintext("0")))
-    message = m.CipherUpload(plan.run, 1, bytes(32), (fresh,), bytes(64))
+    message = m.CipherUpload(plan.run, 1, bytes(32), (fresh,), bytes(16), bytes(64))
     halves = list(uniformity.payloads(message, plan, VICTIM))
     assert [half.part for half in halves] == ["ciphertext 0.0", "ciphertext 0.1"]
     for half in halves:

@@ -61,9 +61,9 @@ CLIENTS: dict[str, tuple[str, type, dict[str, Any], type[Exception]]] = {
     "another maker key": ("c002", m.KeyBox, {"maker": lambda b: dataclasses.replace(b.maker, seal_key=bytes(31) + b"\x09")}, errors.SignatureError),
     "sum without us": ("c002", m.CipherSum, {"survivors": ("c001", "c003", "c004")}, errors.SurvivorError),
     "too few survivors": ("c002", m.CipherSum, {"survivors": ("c001", "c002")}, errors.ThresholdError),
-    "wrong survivor count": ("c002", m.CipherSum, {"survivors": ("c001", "c002", "c003")}, errors.DecryptionError),
+    "wrong survivor count": ("c002", m.CipherSum, {"survivors": ("c001", "c002", "c003")}, errors.SumError),
     "unsorted survivors": ("c002", m.CipherSum, {"survivors": ("c002", "c001", "c003", "c004")}, errors.SurvivorError),
-    "swapped ciphertexts": ("c002", m.CipherSum, {"ciphertexts": lambda s: s.ciphertexts[::-1]}, errors.DecryptionError),
+    "swapped ciphertexts": ("c002", m.CipherSum, {"ciphertexts": lambda s: s.ciphertexts[::-1]}, errors.SumError),
     "truncated sum": ("c002", m.CipherSum, {"ciphertexts": lambda s: s.ciphertexts[:1]}, errors.CiphertextError),
     "cut ciphertext": ("c002", m.CipherSum, {"ciphertexts": lambda s: (s.ciphertexts[0], s.ciphertexts[1][:-9])}, errors.CiphertextError),
     "request of an earlier round": ("c002", m.SealedRequest, {"round": 0}, errors.ReplayError),
@@ -91,7 +91,7 @@ def test_a_client_whose_key_is_another_gets_no_prompt_and_is_noticed() -> None:
     parties["c003"].keyring.cohort = wrong
     outcome = run_round(plan, parties, make_updates(plan, 1))
     assert outcome.round.stage is Stage.ABORTED  # its upload poisons the sum, and nobody trusts it
-    assert all(isinstance(e, errors.DecryptionError) for e in outcome.errors.values())
+    assert all(isinstance(e, errors.SumError) for e in outcome.errors.values())
 
 
 def test_clients_that_open_other_prompts_are_outvoted_and_named() -> None:

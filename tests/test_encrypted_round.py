@@ -290,7 +290,7 @@ def test_early_uploads_are_kept_only_from_holders() -> None:
     _, (ask,) = start(make_parties(4, seed="again")["c003"], plan)
     server.on("c003", ask, 0.0)
     assert server.stage is Stage.KEYING
-    upload = m.CipherUpload(plan.run, plan.round, plan.key, (b"x",), bytes(64))
+    upload = m.CipherUpload(plan.run, plan.round, plan.key, (b"x",), bytes(16), bytes(64))
     for sender, message in (
         ("c003", upload), ("outsider", upload), ("c002", dataclasses.replace(upload, round=1)),
     ):  # fmt: skip

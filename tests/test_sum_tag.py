@@ -23,6 +23,7 @@ def array(*values: int) -> mersenne.Elements:
     return np.array(values, np.uint64)
 
 
+@settings(deadline=None)
 @given(element, element, st.integers(1, 60), st.integers(0, (1 << 64) - 1))
 def test_field_arithmetic_is_that_of_integers(x: int, y: int, places: int, any_word: int) -> None:
     a, b = array(x), array(y)
@@ -34,6 +35,7 @@ def test_field_arithmetic_is_that_of_integers(x: int, y: int, places: int, any_w
     assert int(mersenne.signed(np.array([-x]))[0]) == -x % P
 
 
+@settings(deadline=None)
 @given(st.lists(element, min_size=1, max_size=40), st.binary(min_size=16, max_size=16))
 def test_sums_and_drawn_elements(values: list[int], data: bytes) -> None:
     assert int(mersenne.total(array(*values))) == sum(values) % P

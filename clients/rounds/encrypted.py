@@ -24,7 +24,14 @@ from secure_fedprompt.clients.rounds.base import (
     Takes,
     words_of,
 )
-from secure_fedprompt.protocol import client_noise, fixedpoint, homomorphic, layout, masking
+from secure_fedprompt.protocol import (
+    client_noise,
+    fixedpoint,
+    homomorphic,
+    layout,
+    masking,
+    sum_tag,
+)
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.codec import MAX_FRAME, Digest, UpTo, decode_fields, encode_fields
 from secure_fedprompt.protocol.errors import (
@@ -33,6 +40,7 @@ from secure_fedprompt.protocol.errors import (
     KeyMismatchError,
     ReplayError,
     SealError,
+    SumError,
 )
 from secure_fedprompt.protocol.expand import Purpose, digest
 from secure_fedprompt.protocol.keys import agree, seal, unseal, verify
@@ -155,7 +163,8 @@ class EncryptedAwaiting(Awaiting):
         plan, party = self.plan, self.party
         integers = fixedpoint.to_integers(plan.layout, words_of(plan, data))
         ciphertexts = self.key.encrypt(_packing(plan, self.key).pack(integers))
-        reply = m.CipherUpload(plan.run, plan.round, self.key.digest, ciphertexts, m.UNSIGNED)
+        tag = sum_tag.to_bytes(self.key.tags(plan).tag(party.name, integers))
+        reply = m.CipherUpload(plan.run, plan.round, self.key.digest, ciphertexts, tag, m.UNSIGNED)
         reply = m.signed(reply, party.identity, Purpose.UPLOAD, plan)
         return Sent(party, plan, self.key), [reply]
 
@@ -176,8 +185,15 @@ class Sent(State):
         party.journal.record_survivors(plan, survivors, b"")
         packing = _packing(plan, self.key)
         ciphertexts = tuple(bytes(data) for data in message.ciphertexts)
-        slots = self.key.decrypt(ciphertexts, packing.slots, plan.digest)
-        integers = packing.unpack(slots)
+        tag = sum_tag.from_bytes(message.tag)
+        integers = packing.unpack(self.key.decrypt(ciphertexts, packing.slots, plan.digest))
+        if not self.key.tags(plan).holds(survivors, integers, tag):
+            party.keyring.cohort = None  # and it is taken from nobody else: see begin_round
+            party.journal.distrust(plan.run)
+            raise SumError(
+                f"what the server returned in round {plan.round} is not the sum of what "
+                f"{len(survivors)} clients sent: this client has left the run for good"
+            )
         check_sum(plan, integers, len(survivors))
         party.journal.record_reveal(plan)
         total = layout.unflatten(plan.layout, fixedpoint.decode(plan.layout, integers))
@@ -189,8 +205,7 @@ class Sent(State):
 def check_sum(plan: RoundPlan, integers: Integers, uploads: int) -> None:
     """Refuse what cannot be the sum of this many uploads.
 
-    This finds accidents: a wrong key, ciphertexts of another position or round, a wrong count. It
-    is no defence against a server that sends something else on purpose.
+    Its tag holds, so that it is the sum of what members sent: one of them did not keep to the plan.
 
     Raises:
         DecryptionError: naming the field.

@@ -17,6 +17,7 @@ from secure_fedprompt.protocol.plan import RoundPlan
 TYPES = {cls.__name__: cls for cls in m.CATALOGUE.types.values()}
 SEALED_PROMPT = "AES-256-SIV under the cohort key"
 AEAD = "AES-256-GCM to the recipient"
+KEYED = "a tag that is uniform without the cohort key"
 SHARE = "a share that is uniform without the other one"
 PROTECTED: dict[type, dict[str, str]] = {
     m.Shares: {"boxes": AEAD},
@@ -25,8 +26,8 @@ PROTECTED: dict[type, dict[str, str]] = {
     m.MaskedUpload: {"vector": "pairwise and self masks"},
     m.KeyGrant: {"grants": AEAD},
     m.KeyBox: {"grant": AEAD},
-    m.CipherUpload: {"ciphertexts": "homomorphic encryption"},
-    m.CipherSum: {"ciphertexts": "homomorphic encryption"},
+    m.CipherUpload: {"ciphertexts": "homomorphic encryption", "tag": KEYED},
+    m.CipherSum: {"ciphertexts": "homomorphic encryption", "tag": KEYED},
     m.SealedPrompt: {"box": SEALED_PROMPT},
     m.KeyShares: {"share": SHARE, "box": AEAD},
     m.HelperOffer: {"offer": "oblivious transfer"},
@@ -114,10 +115,10 @@ _SIZES: dict[type, Size] = {
         _ROUND + 4 + sum(66 + len(n.encode()) for n in plan.cohort[: plan.quorum]) + 4
     ),
     m.CipherUpload: lambda plan, name: (
-        _ROUND + 32 + 64 + _ciphertexts(plan, homomorphic.fresh_size(plan.parameters))
+        _ROUND + 32 + 16 + 64 + _ciphertexts(plan, homomorphic.fresh_size(plan.parameters))
     ),
     m.CipherSum: lambda plan, name: (
-        _ROUND + _names(plan) + _ciphertexts(plan, homomorphic.summed_size(plan.parameters))
+        _ROUND + 16 + _names(plan) + _ciphertexts(plan, homomorphic.summed_size(plan.parameters))
     ),
     m.RoundEnd: lambda plan, name: _ROUND + 2,
 }

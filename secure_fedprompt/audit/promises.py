@@ -32,6 +32,8 @@ ALLOWED = {
     "ckks": COMMON | KEYING | {"CipherUpload"},
     "none": COMMON | {"PlainUpload"},
 }
+P = (1 << 61) - 1  # modulus of tags
+_WORD = (1 << 64) - 1
 SEAL_HEADER = b"\x5e\xa1\x10"  # magic number, and 16 bytes of header
 Decoded = Sequence[tuple[Entry, m.Message]]
 
@@ -46,6 +48,7 @@ def check_promises(log: Log, run: str) -> Iterator[Finding]:
     yield from _initial(log, run, entries, decoded)
     yield from _protection(log, run, entries)
     yield from _masks(log, run, decoded)
+    yield from _tags(log, decoded)
     yield from _keys(log, run, decoded)
     yield from _uniform(log, run, decoded)
     yield from _kept(log, run)
@@ -192,6 +195,27 @@ def _masks(log: Log, run: str, decoded: Decoded) -> Iterator[Finding]:
             if plan and len(survivors) < plan.quorum:
                 text = f"a sum over {len(survivors)} clients, the quorum is {plan.quorum}"
                 yield failed("protection", where, text)
+
+
+def _tags(log: Log, decoded: Decoded) -> Iterator[Finding]:
+    """The tag that goes with an encrypted sum is that of the uploads on its list."""
+    tags = dict[tuple[int, str], int]()
+    for entry, message in decoded:
+        if isinstance(message, m.CipherUpload) and entry.way == "in":
+            tags.setdefault((message.round, entry.peer), _pair(message.tag))
+        if not isinstance(message, m.CipherSum) or entry.way != "out":
+            continue
+        members = [tags.get((message.round, name)) for name in message.survivors]
+        known = [tag for tag in members if tag is not None]
+        low, high = (sum(tag >> s & _WORD for tag in known) % P for s in (0, 64))
+        if len(known) == len(members) and _pair(message.tag) != low | high << 64:
+            text = f"the tag of the sum to {entry.peer} is not that of its members' uploads"
+            yield failed("protection", f"{log.name}: record {entry.n}", text)
+
+
+def _pair(tag: bytes) -> int:
+    """Two numbers of a tag in one."""
+    return int.from_bytes(tag, "little")
 
 
 def _keys(log: Log, run: str, decoded: Decoded) -> Iterator[Finding]:

@@ -12,7 +12,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from secure_fedprompt.protocol import homomorphic
+import numpy as np
+
+from secure_fedprompt.protocol import homomorphic, mersenne, sum_tag
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.agreement_proof import lift
 from secure_fedprompt.protocol.errors import (
@@ -66,6 +68,7 @@ class EncryptedRound(Round):
         scheme = homomorphic.scheme(self.plan.protection, self.plan.parameters)
         packing = Packing.of(self.plan.layout, scheme.limit, self.plan.parameters.clients)
         self._ciphers = RunningSum(scheme, -(-packing.slots // scheme.slots))
+        self._tag = np.zeros(sum_tag.TAGS, np.uint64)
         self._agreed = NO_KEY
         self._reporters: list[str] = []
         self._reported: set[str] = set()  # who can send the sealed prompt
@@ -154,7 +157,7 @@ class EncryptedRound(Round):
     def _request(self) -> m.Message:
         assert self.pending is not None
         names, data = self.pending.survivors, self.pending.ciphertexts
-        return m.CipherSum(self.plan.run, self.plan.round, names, data)
+        return m.CipherSum(self.plan.run, self.plan.round, names, data, self.pending.tag)
 
     def _unawaited(self, sender: str, message: m.Message) -> Outbox:
         """Holders of the key go on while others are given it."""
@@ -216,7 +219,9 @@ class EncryptedRound(Round):
                         f"{self.key.hex()[:16]}"
                     )
                 verify(identity, Purpose.UPLOAD, message.body(plan), message.signature, sender)
+                tag = sum_tag.from_bytes(message.tag)
                 self._ciphers.add(message.ciphertexts)
+                self._tag = mersenne.add(self._tag, tag)
                 self.holders.add(sender)
             case m.SealedPrompt():
                 if digest(Purpose.BASE, message.box) != self._agreed:
@@ -259,7 +264,7 @@ class EncryptedRound(Round):
             self._begin(Stage.OPENING, names, now)
             self.pending = Pending(
                 self.plan, names, tuple(sorted(self.dropped)), key=self.key,
-                ciphertexts=self._ciphers.result(),
+                ciphertexts=self._ciphers.result(), tag=sum_tag.to_bytes(self._tag),
             )  # fmt: skip
             message = self._request()
             return [(name, message) for name in names]
