@@ -89,7 +89,7 @@ def ours(n: int, dim: int, tensors: int, protection: str, repeat: int) -> list[d
         plan = replace(plan, key=server.key, grants=())
         if number > 1:
             encrypt = [meter.total(name, ("upload",)) for name in parties]
-            decrypt = [meter.total(name, ("CipherSum",)) for name in parties]
+            decrypt = [meter.total(name, ("CipherSum", "SumSigned")) for name in parties]
             rows.append({
                 "client_encrypt_s": float(np.median(encrypt)),
                 "client_decrypt_s": float(np.median(decrypt)),

@@ -68,6 +68,7 @@ class Purpose(IntEnum):
     AGREEMENT = 35
     SUM_TAG = 36
     SUM_TAG_OFFSET = 37
+    SUM = 38
 
 
 _TAGS = {purpose: TAG + purpose.name.lower().encode() + b"\0" for purpose in Purpose}

@@ -30,6 +30,8 @@ Under ``bfv`` and ``ckks`` a round goes like this, the first four only if somebo
                        <-           KeyBox           to each of them
       CipherUpload     ->
                        <-           CipherSum        the encrypted sum
+      Consistent       ->                            signature on it
+                       <-           SumSigned        by a quorum: it may be decrypted
       Opened           ->                            digest of the next prompt, sealed
                        <-           SealedRequest    to one client
       SealedPrompt     ->
@@ -441,11 +443,28 @@ class CipherUpload(OfRound):
 
 @dataclass(frozen=True, repr=False)
 class CipherSum(OfRound):
-    """The encrypted sum of these members' uploads, and the sum of their tags."""
+    """The encrypted sum of these members' uploads, and the sum of their tags.
+
+    Attributes:
+        signers: none as long as it is to be signed; else, to who comes back, as in ``SumSigned``.
+    """
 
     survivors: Names
     ciphertexts: Annotated[tuple[VectorBytes, ...], Many(MAX_CIPHERTEXTS)]
     tag: SumTag
+    signers: Annotated[tuple[Signed, ...], Many(MAX_COHORT)]
+
+    def body(self, plan: RoundPlan) -> bytes:
+        """What each client signs before it decrypts: this sum, over this list, under this plan."""
+        names = digest(Purpose.SURVIVORS, *(name.encode() for name in self.survivors))
+        return plan.digest + names + digest(Purpose.SUM, self.tag, *self.ciphertexts)
+
+
+@dataclass(frozen=True, repr=False)
+class SumSigned(OfRound):
+    """Who signed the encrypted sum: a quorum, hence nobody saw another one."""
+
+    signers: Annotated[tuple[Signed, ...], Many(MAX_COHORT)]
 
 
 @dataclass(frozen=True, repr=False)
@@ -603,7 +622,7 @@ CATALOGUE = Catalogue(
     KeyRequest, KeyGrant, KeyBox, CipherUpload, CipherSum, Opened, SealedRequest, SealedPrompt,
     HelperPlan, HelperOffer, HelperAnswer, KeyShares, HelperInputs, HelperChoices, HelperTables,
     HelperOutcome, Outcome, LogHead, Terms, Accept, Contest, Complaint, Evidence,
-    Accusation, KeyAsk, Probe, Probed,
+    Accusation, KeyAsk, Probe, Probed, SumSigned,
 )  # fmt: skip
 
 TO_HELPER = (HelperPlan, HelperAnswer, HelperInputs, HelperTables)

@@ -27,7 +27,8 @@ class Pending:
 
     Attributes:
         dropped: clients that are not in the sum.
-        adverts, sharers, signers, words: of masks; ``words`` is the masked sum.
+        signers: of the list, and of the encrypted sum.
+        adverts, sharers, words: of masks; ``words`` is the masked sum.
         key, ciphertexts, tag: of homomorphic encryption.
     """
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from rounds import (
     later,
     make_encrypted_plan,
@@ -22,9 +24,11 @@ SCHEMES = homomorphic.SCHEMES
 BIG = (TensorSpec("ctx", (40, 60)),)
 
 
-def keyed(count: int, protection: str = "bfv") -> tuple[RoundPlan, dict[str, Party]]:
+def keyed(
+    count: int, protection: str = "bfv", **changes: Any
+) -> tuple[RoundPlan, dict[str, Party]]:
     """A plan of a later round, and clients that hold the key."""
-    first = make_encrypted_plan(count, protection)
+    first = make_encrypted_plan(count, protection, **changes)
     parties = make_parties(count)
     outcome = run_round(first, parties, make_updates(first))
     assert isinstance(outcome.round, EncryptedRound)

@@ -63,3 +63,16 @@ def federation(tmp_path: Path) -> Iterator[Any]:
     yield make
     for each in made:
         each.stop()
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a finished demo of four clients and two rounds."""
+    from programs import python
+
+    folder = tmp_path_factory.mktemp("demo")
+    done = python("secure_fedprompt", "demo", "--run-dir", "d", "--rounds", "2",
+                  "--audit", "full", "--json", "result.json", cwd=folder)  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    (folder / "stdout").write_text(done.stdout)
+    return folder

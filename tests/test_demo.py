@@ -23,17 +23,6 @@ from secure_fedprompt.commands import demo_files
 from secure_fedprompt.protocol.keys import Identity
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a finished demo of four clients and two rounds."""
-    folder = tmp_path_factory.mktemp("demo")
-    done = python("secure_fedprompt", "demo", "--run-dir", "d", "--rounds", "2",
-                  "--audit", "full", "--json", "result.json", cwd=folder)  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    (folder / "stdout").write_text(done.stdout)
-    return folder
-
-
 def test_demo_learns_and_reports(finished: Path) -> None:
     result = json.loads((finished / "result.json").read_text())
     assert result["method"] == "promptfl"

@@ -61,11 +61,11 @@ CLIENTS: dict[str, tuple[str, type, dict[str, Any], type[Exception]]] = {
     "another maker key": ("c002", m.KeyBox, {"maker": lambda b: dataclasses.replace(b.maker, seal_key=bytes(31) + b"\x09")}, errors.SignatureError),
     "sum without us": ("c002", m.CipherSum, {"survivors": ("c001", "c003", "c004")}, errors.SurvivorError),
     "too few survivors": ("c002", m.CipherSum, {"survivors": ("c001", "c002")}, errors.ThresholdError),
-    "wrong survivor count": ("c002", m.CipherSum, {"survivors": ("c001", "c002", "c003")}, errors.SumError),
+    "too few signers": ("c002", m.SumSigned, {"signers": lambda s: s.signers[:2]}, errors.ThresholdError),
+    "a signer twice": ("c002", m.SumSigned, {"signers": lambda s: s.signers[:2] * 2}, errors.SurvivorError),
+    "an unsigned sum": ("c002", m.SumSigned, {"signers": lambda s: (
+        *s.signers[:2], dataclasses.replace(s.signers[2], signature=bytes(64)))}, errors.SignatureError),
     "unsorted survivors": ("c002", m.CipherSum, {"survivors": ("c002", "c001", "c003", "c004")}, errors.SurvivorError),
-    "swapped ciphertexts": ("c002", m.CipherSum, {"ciphertexts": lambda s: s.ciphertexts[::-1]}, errors.SumError),
-    "truncated sum": ("c002", m.CipherSum, {"ciphertexts": lambda s: s.ciphertexts[:1]}, errors.CiphertextError),
-    "cut ciphertext": ("c002", m.CipherSum, {"ciphertexts": lambda s: (s.ciphertexts[0], s.ciphertexts[1][:-9])}, errors.CiphertextError),
     "request of an earlier round": ("c002", m.SealedRequest, {"round": 0}, errors.ReplayError),
 }  # fmt: skip
 

@@ -57,7 +57,12 @@ def test_clients_open_the_sum_and_the_server_does_not(protection: str, clients: 
 
 @pytest.mark.parametrize(
     ("stage", "inside"),
-    [(Stage.COLLECTING, False), (Stage.OPENING, True), (Stage.REPORTING, True)],
+    [
+        (Stage.COLLECTING, False),
+        (Stage.CONSISTENCY, True),
+        (Stage.OPENING, True),
+        (Stage.REPORTING, True),
+    ],
 )
 @pytest.mark.parametrize("who", ["c001", "c003"])
 def test_a_dropout_at_any_stage_costs_nothing(stage: Stage, inside: bool, who: str) -> None:

@@ -84,10 +84,10 @@ def test_a_server_killed_while_a_sum_opens_finishes_that_sum(
     ("kind", "who"),
     [
         (kind, who)
-        for kind in (m.CipherSum, m.Opened, m.SealedRequest, m.SealedPrompt)
+        for kind in (m.SumSigned, m.Opened, m.SealedRequest, m.SealedPrompt)
         for who in ("the same processes", "new processes")
         # Who restarts without having opened the sum has no key to open it with.
-        if kind is not m.CipherSum or who == "the same processes"
+        if kind is not m.SumSigned or who == "the same processes"
     ],
 )
 def test_a_server_killed_while_clients_open_a_sum_finishes_that_sum(
@@ -179,7 +179,7 @@ def test_an_opening_waits_for_who_can_finish_it_and_then_says_so(tmp_path: Path)
 def test_who_is_left_with_the_key_can_finish_an_opening(tmp_path: Path, left: int) -> None:
     """Under encryption a restarted client cannot open the sum that it is in: the key is gone."""
     world = world_of(tmp_path, protection="bfv", rounds=3)
-    world.pump(nth(m.CipherSum, 2, 1))
+    world.pump(nth(m.SumSigned, 2, 1))
     for name in names(4)[left:]:
         world.join(name)
     world.pump()

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 from audited import VICTIM, audited, failures
-from ciphered import keyed
+from ciphered import BIG, keyed
 from federation import World
-from rounds import identity, make_updates, names
+from rounds import identity, make_encrypted_plan, make_updates, names
 
 from secure_fedprompt.clients.journal import FileJournal
+from secure_fedprompt.clients.rounds.encrypted import Opening, Signing
 from secure_fedprompt.clients.rounds.start import start
 from secure_fedprompt.memory import SimulatedRound, run_round
 from secure_fedprompt.protocol import errors, homomorphic, mersenne, sum_tag
@@ -23,6 +24,7 @@ from secure_fedprompt.protocol.expand import Purpose
 from secure_fedprompt.protocol.plan import RoundPlan
 from secure_fedprompt.protocol.sum_tag import TagKey
 from secure_fedprompt.server.rounds.base import Stage
+from secure_fedprompt.server.rounds.encrypted import EncryptedRound
 
 Forge = Callable[[RoundPlan, dict[str, m.CipherUpload], m.CipherSum], dict[str, Any]]
 
@@ -44,50 +46,65 @@ def one_for_all(
     return added(plan, [uploads["c001"]] * len(honest.survivors))
 
 
-FORGED: dict[str, Forge] = {
-    "one upload in the place of all": one_for_all,
-    "a single upload": lambda plan, uploads, honest: added(plan, [uploads["c001"]]),
-    "a subset under the full list": lambda plan, uploads, honest: added(
-        plan, [u for name, u in uploads.items() if name != "c001"]
-    ),
-    "the full sum under another list": lambda plan, uploads, honest: {
-        "survivors": tuple(n for n in honest.survivors if n != "c001")
-    },
-    "one of them twice": lambda plan, uploads, honest: added(
-        plan, [uploads[name] for name in ("c001", "c001", "c002", "c003")]
-    ),
-    "another tag": lambda plan, uploads, honest: {"tag": bytes(15) + b"\x01"},
-    "a tag that is none": lambda plan, uploads, honest: {"tag": b"\xff" * 16},
-}
+Case = tuple[Forge, type[Exception]]
+FORGED: dict[str, Case] = {
+    "one upload in the place of all": (one_for_all, errors.SumError),
+    "a single upload": (
+        lambda plan, uploads, honest: added(plan, [uploads["c001"]]), errors.SumError),
+    "a subset under the full list": (
+        lambda plan, uploads, honest: added(
+            plan, [u for name, u in uploads.items() if name != "c001"]), errors.SumError),
+    "one of them twice": (
+        lambda plan, uploads, honest: added(
+            plan, [uploads[name] for name in ("c001", "c001", "c002", "c003")]), errors.SumError),
+    "swapped ciphertexts": (
+        lambda plan, uploads, honest: {"ciphertexts": honest.ciphertexts[::-1]}, errors.SumError),
+    "another tag": (
+        lambda plan, uploads, honest: {"tag": bytes(15) + b"\x01"}, errors.SumError),
+    "a tag that is none": (lambda plan, uploads, honest: {"tag": b"\xff" * 16}, errors.FieldError),
+    "a ciphertext too few": (
+        lambda plan, uploads, honest: {"ciphertexts": honest.ciphertexts[:1]},
+        errors.CiphertextError),
+    "a cut ciphertext": (
+        lambda plan, uploads, honest: {
+            "ciphertexts": (honest.ciphertexts[0], honest.ciphertexts[1][:-9])},
+        errors.CiphertextError),
+}  # fmt: skip
 
 
 def forged(
-    protection: str, forge: Forge, victim: str = "c002"
+    monkeypatch: pytest.MonkeyPatch, protection: str, forge: Forge
 ) -> tuple[RoundPlan, SimulatedRound, dict[str, Any]]:
-    plan, parties = keyed(4, protection)
+    """A round of a server that shows all clients the same forgery."""
+    plan, parties = keyed(4, protection, tensors=BIG)
     uploads: dict[str, m.CipherUpload] = {}
+    honest = EncryptedRound._summed
 
-    def tap(sender: str, recipient: str, message: m.Message) -> m.Message:
+    def keep(sender: str, recipient: str, message: m.Message) -> m.Message:
         if isinstance(message, m.CipherUpload):
             uploads[sender] = message
-        if isinstance(message, m.CipherSum) and recipient == victim:
-            return dataclasses.replace(message, **forge(plan, uploads, message))
         return message
 
+    def summed(self: EncryptedRound, names: tuple[str, ...]) -> m.CipherSum:
+        made = honest(self, names)
+        return dataclasses.replace(made, **forge(plan, uploads, made))
+
+    monkeypatch.setattr(EncryptedRound, "_summed", summed)
     updates = make_updates(plan, 1)
-    return plan, run_round(plan, parties, updates, tap=tap), {"parties": parties, **updates}
+    return plan, run_round(plan, parties, updates, tap=keep), {"parties": parties, **updates}
 
 
 @pytest.mark.parametrize("protection", homomorphic.SCHEMES)
 @pytest.mark.parametrize("what", FORGED)
-def test_what_is_not_the_sum_is_refused(protection: str, what: str) -> None:
-    plan, outcome, made = forged(protection, FORGED[what])
-    expected = errors.FieldError if what == "a tag that is none" else errors.SumError
-    assert isinstance(outcome.errors["c002"], expected), outcome.errors
-    assert "c002" not in outcome.opened
-    assert set(outcome.opened) == {"c001", "c003", "c004"}  # theirs was the sum
-    if expected is errors.SumError:
-        victim = made["parties"]["c002"]
+def test_what_is_not_the_sum_is_refused(
+    monkeypatch: pytest.MonkeyPatch, protection: str, what: str
+) -> None:
+    forge, expected = FORGED[what]
+    plan, outcome, made = forged(monkeypatch, protection, forge)
+    assert set(outcome.errors) == set(names(4))
+    assert {type(error) for error in outcome.errors.values()} == {expected}
+    assert not outcome.opened
+    for victim in made["parties"].values() if expected is errors.SumError else ():
         assert victim.keyring.cohort is None
         later = dataclasses.replace(plan, round=9, learning_round=9, rounds=9)
         with pytest.raises(errors.SumError, match="over for this client"):
@@ -99,7 +116,7 @@ def test_without_tags_one_upload_could_be_returned_as_the_sum(
 ) -> None:
     """And its owner's update read by all: every other check of a client holds."""
     monkeypatch.setattr(TagKey, "holds", lambda *_: True)
-    plan, outcome, made = forged("bfv", one_for_all)
+    plan, outcome, made = forged(monkeypatch, "bfv", one_for_all)
     assert not outcome.errors
     found = outcome.opened["c002"]
     assert (found.integers % 4 == 0).all()
@@ -108,61 +125,128 @@ def test_without_tags_one_upload_could_be_returned_as_the_sum(
     assert np.abs(read - np.clip(values["ctx"], -plan.clip, plan.clip)).max() < 1e-4
 
 
-def test_the_sum_of_another_round_is_refused() -> None:
+def test_the_sum_of_another_round_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     plan, parties = keyed(4)
     sums: list[m.CipherSum] = []
+    honest = EncryptedRound._summed
 
-    def keep(sender: str, recipient: str, message: m.Message) -> m.Message:
-        if isinstance(message, m.CipherSum):
-            sums.append(message)
-        return message
+    def summed(self: EncryptedRound, names: tuple[str, ...]) -> m.CipherSum:
+        sums.append(honest(self, names))
+        return dataclasses.replace(sums[0], round=self.plan.round)
 
-    def replay(sender: str, recipient: str, message: m.Message) -> m.Message:
-        if isinstance(message, m.CipherSum) and recipient == "c003":
-            return dataclasses.replace(sums[0], round=message.round)
-        return message
-
+    monkeypatch.setattr(EncryptedRound, "_summed", summed)
     updates = make_updates(plan, 1)
-    assert run_round(plan, parties, updates, tap=keep).round.stage is Stage.DONE
+    assert run_round(plan, parties, updates).round.stage is Stage.DONE
     base = (7).to_bytes(32, "little")
     again = dataclasses.replace(plan, round=3, learning_round=3, rounds=3, base_digest=base)
-    outcome = run_round(again, parties, updates, tap=replay)
-    assert isinstance(outcome.errors["c003"], errors.SumError)
+    outcome = run_round(again, parties, updates)
+    assert {type(error) for error in outcome.errors.values()} == {errors.SumError}
 
 
-def test_a_forged_sum_ends_the_run_at_its_victim_and_the_server_is_told_nothing(
-    tmp_path: Path,
-) -> None:
-    """The others, whom the server gave the sum, go on; the victim stays away, restarted as well."""
-    world = World(tmp_path / "run", 5, protection="bfv", alive_seconds=12.0, rounds=3)
-    world.withdraws = True
-    world.journals["c002"] = FileJournal(tmp_path / "journal.jsonl")
-    left: list[m.Leave] = []
+@pytest.mark.parametrize("what", ["survivors", "ciphertexts", "tag"])
+def test_who_is_shown_another_sum_than_the_rest_opens_none(what: str) -> None:
+    """Its signature is on something else: it counts for nobody, and nobody's counts for it."""
+    plan, parties = keyed(4)
+    signed: list[m.SumSigned] = []
+    changes = {"survivors": names(3), "ciphertexts": (), "tag": bytes(16)}
 
     def tap(sender: str, recipient: str, message: m.Message) -> m.Message:
-        if isinstance(message, m.CipherSum) and recipient == "c002" and message.round == 2:
-            return dataclasses.replace(message, survivors=message.survivors[:4])
-        if isinstance(message, m.Leave) and sender == "c002":
-            left.append(world.sessions["c002"].leave(world.errors["c002"]))
+        if isinstance(message, m.CipherSum) and recipient == "c002":
+            return dataclasses.replace(message, **{what: changes[what]})
+        if isinstance(message, m.SumSigned):
+            signed.append(message)
         return message
 
-    world.tamper = tap
+    outcome = run_round(plan, parties, make_updates(plan, 1), tap=tap)
+    assert outcome.round.stage is Stage.DONE
+    assert "SignatureError" in outcome.round.faults["c002"]
+    assert set(outcome.opened) == {"c001", "c003", "c004"}
+    assert {s.name for s in signed[0].signers} == {"c001", "c003", "c004"}
+
+
+def signing(count: int = 4) -> tuple[RoundPlan, Signing, list[m.SumSigned], dict[str, Any]]:
+    """A client that has signed a sum, and the quorum's signatures on it."""
+    plan, parties = keyed(count)
+    signed: list[m.SumSigned] = []
+    sums: list[m.CipherSum] = []
+
+    def tap(sender: str, recipient: str, message: m.Message) -> m.Message | None:
+        if isinstance(message, m.CipherSum):
+            sums.append(message)
+        if isinstance(message, m.SumSigned):
+            signed.append(message)
+            return None if recipient == "c002" else message
+        return message
+
+    run_round(plan, parties, make_updates(plan, 1), tap=tap)
+    key = parties["c002"].keyring.cohort
+    assert key is not None
+    return plan, Signing(parties["c002"], plan, key, sums[0]), signed, parties
+
+
+def test_a_sum_is_decrypted_for_a_quorum_of_its_members_alone() -> None:
+    plan, state, (request, *_), parties = signing()
+    one, two, three = request.signers
+    other = m.Signed("c009", one.signature)
+    forged_ = m.Signed(three.name, bytes(64))
+    for signers, error in (
+        ((one, two), errors.ThresholdError),
+        ((), errors.ThresholdError),
+        ((one, two, two), errors.SurvivorError),
+        ((one, two, other), errors.SurvivorError),
+        ((one, two, forged_), errors.SignatureError),
+        ((one, two, m.Signed(three.name, two.signature)), errors.SignatureError),
+    ):
+        with pytest.raises(error):
+            state.on(m.SumSigned(plan.run, plan.round, signers))
+    elsewhere = dataclasses.replace(state.sum, tag=bytes(16))
+    with pytest.raises(errors.SurvivorError, match="a second sum"):
+        state.on(elsewhere)
+    same, replies = state.on(state.sum)
+    assert same is state
+    assert not replies  # signed once
+    opened, _ = state.on(dataclasses.replace(state.sum, signers=request.signers))
+    assert isinstance(opened, Opening)
+    assert isinstance(state.on(request)[0], Opening)
+    assert parties["c002"].keyring.cohort is not None
+
+
+def test_a_client_that_left_over_a_sum_stays_away_when_it_is_started_again(tmp_path: Path) -> None:
+    plan = make_encrypted_plan(4, "bfv")
+    for last in (False, True):
+        journal = FileJournal(tmp_path / "journal.jsonl")
+        if last:
+            with pytest.raises(errors.SumError, match="begin a new run"):
+                journal.begin_round(plan)
+        else:
+            journal.distrust(plan.run)
+        journal.begin_round(
+            dataclasses.replace(plan, run=b"n" * 16, round=1 + last, attempt=1 + last)
+        )
+        journal.close()
+
+
+def test_a_forged_sum_ends_the_run_and_the_server_is_told_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = World(tmp_path, 5, protection="bfv", alive_seconds=12.0, rounds=3)
+    world.withdraws = True
+    honest = EncryptedRound._summed
+
+    def summed(self: EncryptedRound, names: tuple[str, ...]) -> m.CipherSum:
+        made = honest(self, names)
+        return dataclasses.replace(made, tag=bytes(16)) if self.plan.round == 2 else made
+
+    monkeypatch.setattr(EncryptedRound, "_summed", summed)
     for name in names(5):
         world.join(name)
-    world.pump(lambda w, message: "c002" in w.errors and isinstance(message, m.Plan))
-    assert isinstance(world.errors["c002"], errors.SumError)
-    world.journals["c002"].close()
-    world.journals["c002"] = FileJournal(tmp_path / "journal.jsonl")
-    world.errors.clear()
-    world.join("c002")
     world.pump()
-    world.journals["c002"].close()
-    assert isinstance(world.errors["c002"], errors.SumError)
-    assert "over for this client" in str(world.errors["c002"])
-    assert world.run.error is None
-    assert sum(s.final is not None for s in world.sessions.values()) == 4
-    assert left
-    assert all((leave.error, leave.reason) == ("Stopped", "") for leave in left)
+    assert isinstance(world.run.error, errors.RunFailedError)
+    assert {type(error) for error in world.errors.values()} == {errors.SumError}
+    assert set(world.errors) == set(names(5))
+    for name in names(5):
+        left = world.sessions[name].leave(world.errors[name])
+        assert (left.error, left.reason) == ("Stopped", "")
 
 
 def test_the_server_refuses_a_tag_that_is_none_and_counts_none_of_it() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -145,6 +145,19 @@ class Awaiting(State):
 
     def _send(self, data: bytes) -> Step:
         raise NotImplementedError
+
+
+def check_signers(plan: RoundPlan, signers: Sequence[m.Signed], survivors: Sequence[str]) -> None:
+    """Refuse signers of a survivor list that are no quorum of it.
+
+    Raises:
+        SurvivorError, ThresholdError
+    """
+    names = [signed.name for signed in signers]
+    if len(set(names)) != len(names) or not set(names) <= set(survivors):
+        raise SurvivorError("survivor list is signed twice by one client, or by a non-survivor")
+    if len(names) < plan.quorum:
+        raise ThresholdError(f"{len(names)} signed the survivor list, quorum is {plan.quorum}")
 
 
 def words_of(plan: RoundPlan, data: bytes) -> Words:

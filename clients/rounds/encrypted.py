@@ -9,6 +9,7 @@ decrypts the sum and computes the next global prompt, which the server keeps onl
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
@@ -22,6 +23,7 @@ from secure_fedprompt.clients.rounds.base import (
     State,
     Step,
     Takes,
+    check_signers,
     words_of,
 )
 from secure_fedprompt.protocol import (
@@ -41,6 +43,7 @@ from secure_fedprompt.protocol.errors import (
     ReplayError,
     SealError,
     SumError,
+    SurvivorError,
 )
 from secure_fedprompt.protocol.expand import Purpose, digest
 from secure_fedprompt.protocol.keys import agree, seal, unseal, verify
@@ -180,12 +183,48 @@ class Sent(State):
     key: CohortKey
 
     def _on_cipher_sum(self, message: m.CipherSum) -> Step:
-        plan, party, survivors = self.plan, self.party, message.survivors
-        self.check_survivors(survivors)
-        party.journal.record_survivors(plan, survivors, b"")
+        plan, party = self.plan, self.party
+        self.check_survivors(message.survivors)
+        party.journal.record_survivors(plan, message.survivors, b"")
+        after = Signing(party, plan, self.key, message)
+        if message.signers:  # what others signed while we were away
+            return after.decrypt(message.signers)
+        signature = party.identity.sign(Purpose.SUM, message.body(plan))
+        return after, [m.Consistent(plan.run, plan.round, signature)]
+
+    takes: ClassVar[Takes] = {m.CipherSum: _on_cipher_sum}
+
+
+@dataclass(frozen=True, repr=False)
+class Signing(Sent):
+    """The encrypted sum is signed; it is decrypted once a quorum has signed the same."""
+
+    sum: m.CipherSum
+
+    def _on_other_sum(self, message: m.CipherSum) -> Step:
+        """After a reconnection the same one, with its signers; a second one is not signed."""
+        if message.body(self.plan) != self.sum.body(self.plan):
+            raise SurvivorError(f"a second sum in {self}")
+        return self.decrypt(message.signers) if message.signers else (self, [])
+
+    def _on_sum_signed(self, message: m.SumSigned) -> Step:
+        return self.decrypt(message.signers)
+
+    def decrypt(self, signers: Sequence[m.Signed]) -> Step:
+        """Open the sum, and check that it is one.
+
+        Raises:
+            SurvivorError, ThresholdError, SignatureError: no quorum signed it.
+            SumError: it is not the sum of what its members sent.
+        """
+        plan, party, survivors = self.plan, self.party, self.sum.survivors
+        check_signers(plan, signers, survivors)
+        for signed in signers:
+            identity = party.roster.identity_of(signed.name)
+            verify(identity, Purpose.SUM, self.sum.body(plan), signed.signature, signed.name)
         packing = _packing(plan, self.key)
-        ciphertexts = tuple(bytes(data) for data in message.ciphertexts)
-        tag = sum_tag.from_bytes(message.tag)
+        ciphertexts = tuple(bytes(data) for data in self.sum.ciphertexts)
+        tag = sum_tag.from_bytes(self.sum.tag)
         integers = packing.unpack(self.key.decrypt(ciphertexts, packing.slots, plan.digest))
         if not self.key.tags(plan).holds(survivors, integers, tag):
             party.keyring.cohort = None  # and it is taken from nobody else: see begin_round
@@ -199,7 +238,7 @@ class Sent(State):
         total = layout.unflatten(plan.layout, fixedpoint.decode(plan.layout, integers))
         return Opening(party, plan, self.key, integers, total), []
 
-    takes: ClassVar[Takes] = {m.CipherSum: _on_cipher_sum}
+    takes: ClassVar[Takes] = {m.SumSigned: _on_sum_signed, m.CipherSum: _on_other_sum}
 
 
 def check_sum(plan: RoundPlan, integers: Integers, uploads: int) -> None:

@@ -22,6 +22,7 @@ from secure_fedprompt.clients.rounds.base import (
     State,
     Step,
     Takes,
+    check_signers,
     words_of,
 )
 from secure_fedprompt.protocol import client_noise, fixedpoint, masking, shamir
@@ -288,11 +289,7 @@ class Agreed(State):
         near = set(masking.neighbourhoods(plan)[party.name])
         if set(message.dropped) & near != set(self.dropped):
             raise SurvivorError("dropped clients are not those that shared keys and then vanished")
-        names = [s.name for s in message.signers]
-        if len(set(names)) != len(names) or not set(names) <= set(self.survivors):
-            raise SurvivorError("survivor list is signed twice by one client, or by a non-survivor")
-        if len(names) < plan.quorum:
-            raise ThresholdError(f"{len(names)} signed the survivor list, quorum is {plan.quorum}")
+        check_signers(plan, message.signers, self.survivors)
         for signed in message.signers:
             identity = party.roster.identity_of(signed.name)
             verify(identity, Purpose.SURVIVORS, self.body, signed.signature, signed.name)

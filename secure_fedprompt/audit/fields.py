@@ -89,6 +89,10 @@ def _names(plan: RoundPlan, without: str = "") -> int:
     return 4 + sum(2 + len(n.encode()) for n in plan.cohort if n != without)
 
 
+def _signers(plan: RoundPlan) -> int:
+    return sum(66 + len(n.encode()) for n in plan.cohort[: plan.quorum])
+
+
 def _advert(name: str) -> int:
     return 16 + 4 + 2 + len(name.encode()) + 32 * 3 + 64
 
@@ -111,15 +115,14 @@ _SIZES: dict[type, Size] = {
     m.Reveal: lambda plan, name: (
         _ROUND + 4 + 32 * len(masking.neighbourhoods(plan).get(name, plan.cohort))
     ),
-    m.UnmaskRequest: lambda plan, name: (
-        _ROUND + 4 + sum(66 + len(n.encode()) for n in plan.cohort[: plan.quorum]) + 4
-    ),
+    m.UnmaskRequest: lambda plan, name: _ROUND + 4 + _signers(plan) + 4,
     m.CipherUpload: lambda plan, name: (
         _ROUND + 32 + 16 + 64 + _ciphertexts(plan, homomorphic.fresh_size(plan.parameters))
     ),
     m.CipherSum: lambda plan, name: (
-        _ROUND + 16 + _names(plan) + _ciphertexts(plan, homomorphic.summed_size(plan.parameters))
+        _ROUND + _names(plan) + _ciphertexts(plan, homomorphic.summed_size(plan.parameters)) + 20
     ),
+    m.SumSigned: lambda plan, name: _ROUND + 4 + _signers(plan),
     m.RoundEnd: lambda plan, name: _ROUND + 2,
 }
 

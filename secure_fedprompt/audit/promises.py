@@ -22,8 +22,8 @@ UPLOADS = {"masks": "MaskedUpload", "bfv": "CipherUpload", "ckks": "CipherUpload
            "none": "PlainUpload"}  # fmt: skip
 MASKING = {"Advert", "Adverts", "Shares", "Inbox", "SurvivorList", "Consistent", "UnmaskRequest",
            "Reveal", "Complaint", "Evidence", "Accusation"}  # fmt: skip
-KEYING = {"KeyAsk", "Accusation", "KeyRequest", "KeyGrant", "KeyBox", "CipherSum", "Opened",
-          "SealedRequest", "SealedPrompt"}  # fmt: skip
+KEYING = {"KeyAsk", "Accusation", "KeyRequest", "KeyGrant", "KeyBox", "CipherSum", "Consistent",
+          "SumSigned", "Opened", "SealedRequest", "SealedPrompt"}  # fmt: skip
 SELECTING = {cls.__name__ for cls in (*m.TO_HELPER, *m.FROM_HELPER, m.KeyShares, m.Outcome)}
 COMMON = {"Plan", "RoundEnd", "Withdraw", "LogHead"}
 ALLOWED = {

@@ -1,6 +1,6 @@
 """The server in one round under homomorphic encryption.
 
-    [asking -> keying ->] collecting -> opening -> reporting -> done | aborted
+    [asking -> keying ->] collecting -> consistency -> opening -> reporting -> done | aborted
 
 It relays the cohort key sealed, adds ciphertexts, hands the sum back, and keeps the next global
 prompt in the sealed form on which the clients agree. It imports nothing that could decrypt.
@@ -49,6 +49,7 @@ class EncryptedRound(Round):
     awaited: ClassVar = {
         Stage.ASKING: m.KeyAsk,
         Stage.KEYING: m.KeyGrant,
+        Stage.CONSISTENCY: m.Consistent,
         Stage.OPENING: m.Opened,
         Stage.REPORTING: m.SealedPrompt,
     }
@@ -69,6 +70,7 @@ class EncryptedRound(Round):
         packing = Packing.of(self.plan.layout, scheme.limit, self.plan.parameters.clients)
         self._ciphers = RunningSum(scheme, -(-packing.slots // scheme.slots))
         self._tag = np.zeros(sum_tag.TAGS, np.uint64)
+        self._sum: m.CipherSum | None = None  # that is signed
         self._agreed = NO_KEY
         self._reporters: list[str] = []
         self._reported: set[str] = set()  # who can send the sealed prompt
@@ -156,8 +158,16 @@ class EncryptedRound(Round):
 
     def _request(self) -> m.Message:
         assert self.pending is not None
-        names, data = self.pending.survivors, self.pending.ciphertexts
-        return m.CipherSum(self.plan.run, self.plan.round, names, data, self.pending.tag)
+        p = self.pending
+        return m.CipherSum(
+            self.plan.run, self.plan.round, p.survivors, p.ciphertexts, p.tag, p.signers
+        )
+
+    def _summed(self, names: tuple[str, ...]) -> m.CipherSum:
+        """The sum of these members' uploads, to be signed."""
+        tag = sum_tag.to_bytes(self._tag)
+        data = self._ciphers.result()
+        return m.CipherSum(self.plan.run, self.plan.round, names, data, tag, ())
 
     def _unawaited(self, sender: str, message: m.Message) -> Outbox:
         """Holders of the key go on while others are given it."""
@@ -223,6 +233,10 @@ class EncryptedRound(Round):
                 self._ciphers.add(message.ciphertexts)
                 self._tag = mersenne.add(self._tag, tag)
                 self.holders.add(sender)
+            case m.Consistent():
+                assert self._sum is not None
+                body = self._sum.body(plan)
+                verify(identity, Purpose.SUM, body, message.signature, sender)
             case m.SealedPrompt():
                 if digest(Purpose.BASE, message.box) != self._agreed:
                     raise FieldError("sealed prompt is not the one that was announced")
@@ -260,14 +274,11 @@ class EncryptedRound(Round):
             if present < self.plan.quorum:  # nothing is open yet: another attempt may do better
                 return self._abort(f"{present} of those who uploaded are still there, "
                                    f"{self.plan.quorum} are needed")  # fmt: skip
-            self._survivors = names
-            self._begin(Stage.OPENING, names, now)
-            self.pending = Pending(
-                self.plan, names, tuple(sorted(self.dropped)), key=self.key,
-                ciphertexts=self._ciphers.result(), tag=sum_tag.to_bytes(self._tag),
-            )  # fmt: skip
-            message = self._request()
-            return [(name, message) for name in names]
+            self._survivors, self._sum = names, self._summed(names)
+            self._begin(Stage.CONSISTENCY, names, now)
+            return [(name, self._sum) for name in names]
+        if self.stage is Stage.CONSISTENCY:
+            return self._open(names, now)
         announced = {n: a.sealed for n, a in self.answers.items() if isinstance(a, m.Opened)}
         (self._agreed, votes), *others = Counter(announced.values()).most_common()
         for name in names:
@@ -285,6 +296,22 @@ class EncryptedRound(Round):
         self._reporters = [name for name in names if announced[name] == self._agreed]
         self._reported = set(self._reporters)
         return self._ask_for_prompt(now)
+
+    def _open(self, names: tuple[str, ...], now: float) -> Outbox:
+        """A quorum has signed the sum: from here on no other one is opened."""
+        assert self._sum is not None
+        signers = tuple(
+            m.Signed(name, a.signature)
+            for name in names[: self.plan.quorum]
+            if isinstance(a := self.answers[name], m.Consistent)
+        )
+        self._begin(Stage.OPENING, names, now)
+        self.pending = Pending(
+            self.plan, self._survivors, tuple(sorted(self.dropped)), signers=signers,
+            key=self.key, ciphertexts=self._sum.ciphertexts, tag=self._sum.tag,
+        )  # fmt: skip
+        message = m.SumSigned(self.plan.run, self.plan.round, signers)
+        return [(name, message) for name in names]
 
     def _ask_for_prompt(self, now: float) -> Outbox:
         while self._reporters:
