@@ -29,7 +29,6 @@ def test_field_arithmetic_is_that_of_integers(x: int, y: int, places: int, any_w
     a, b = array(x), array(y)
     assert int(mersenne.add(a, b)[0]) == (x + y) % P
     assert int(mersenne.multiply(a, b)[0]) == x * y % P
-    assert int(mersenne.negated(a)[0]) == -x % P
     assert int(mersenne.rotated(a, places)[0]) == (x << places) % P
     assert int(mersenne.reduced(array(any_word))[0]) == any_word % P
     assert int(mersenne.signed(np.array([-x]))[0]) == -x % P
@@ -114,7 +113,7 @@ def test_a_sum_has_the_sum_of_its_members_tags_and_nothing_else_has_it() -> None
     ):
         assert not key.holds(members, integers, tag), what
     one = key.tag("d", uploads["d"])
-    assert key.holds("abc", without, mersenne.add(tag, mersenne.negated(one)))  # who has the tag
+    assert key.holds("abc", without, mersenne.add(tag, np.uint64(P) - one))  # who has the tag
     for other in (TagKey.of(K, b"q" * 32, 100, COHORT), TagKey.of(b"l" * 32, PLAN, 100, COHORT)):
         assert not other.holds("abcd", total, tag)
     for k in range(TAGS):  # both count
