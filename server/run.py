@@ -58,6 +58,7 @@ class Run(Gathering):
         self.unfit: set[str] = set()  # whose cohort keys failed
         self.unhelpful: set[str] = set()  # who failed as helpers
         self.stranded_until = 0.0  # wait for somebody who can open the prompt
+        self._stored: Pending | None = None
         self._resume()
 
     def _resume(self) -> None:
@@ -77,6 +78,7 @@ class Run(Gathering):
             pending = decode_fields(Pending, state.pending)
             self.current = self._make_round(pending.plan, {})
             self.current.reopen(pending, self.began)
+            self._stored = self.current.pending
 
     def _make_round(self, plan: RoundPlan, ready: Mapping[str, m.Ready]) -> Round:
         assert self.state.terms is not None
@@ -130,8 +132,9 @@ class Run(Gathering):
     def _register(self, current: Round) -> None:
         """Note a granted cohort key before any client is told of it."""
         state = self.state
-        if current.pending is not None and not state.pending:
+        if current.pending is not None and current.pending is not self._stored:
             state.pending = encode_fields(current.pending)  # before anybody is asked to open it
+            self._stored = current.pending
             self.store.save(state)
         if not isinstance(current, EncryptedRound) or current.key in (NO_KEY, state.key):
             return

@@ -84,10 +84,17 @@ def test_a_server_killed_while_a_sum_opens_finishes_that_sum(
     ("kind", "who"),
     [
         (kind, who)
-        for kind in (m.SumSigned, m.Opened, m.SealedRequest, m.SealedPrompt)
+        for kind in (
+            m.CipherSum,
+            m.Consistent,
+            m.SumSigned,
+            m.Opened,
+            m.SealedRequest,
+            m.SealedPrompt,
+        )
         for who in ("the same processes", "new processes")
         # Who restarts without having opened the sum has no key to open it with.
-        if kind is not m.SumSigned or who == "the same processes"
+        if kind not in (m.CipherSum, m.Consistent, m.SumSigned) or who == "the same processes"
     ],
 )
 def test_a_server_killed_while_clients_open_a_sum_finishes_that_sum(

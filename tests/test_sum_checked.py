@@ -23,10 +23,11 @@ from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.expand import Purpose
 from secure_fedprompt.protocol.plan import RoundPlan
 from secure_fedprompt.protocol.sum_tag import TagKey
+from secure_fedprompt.server.opening import Pending
 from secure_fedprompt.server.rounds.base import Stage
 from secure_fedprompt.server.rounds.encrypted import EncryptedRound
 
-Forge = Callable[[RoundPlan, dict[str, m.CipherUpload], m.CipherSum], dict[str, Any]]
+Forge = Callable[[RoundPlan, dict[str, m.CipherUpload], Pending], dict[str, Any]]
 
 
 def added(plan: RoundPlan, uploads: list[m.CipherUpload]) -> dict[str, Any]:
@@ -40,7 +41,7 @@ def added(plan: RoundPlan, uploads: list[m.CipherUpload]) -> dict[str, Any]:
 
 
 def one_for_all(
-    plan: RoundPlan, uploads: dict[str, m.CipherUpload], honest: m.CipherSum
+    plan: RoundPlan, uploads: dict[str, m.CipherUpload], honest: Pending
 ) -> dict[str, Any]:
     """One client's upload as often as there are clients: counters and bounds agree."""
     return added(plan, [uploads["c001"]] * len(honest.survivors))
@@ -85,7 +86,7 @@ def forged(
             uploads[sender] = message
         return message
 
-    def summed(self: EncryptedRound, names: tuple[str, ...]) -> m.CipherSum:
+    def summed(self: EncryptedRound, names: tuple[str, ...]) -> Pending:
         made = honest(self, names)
         return dataclasses.replace(made, **forge(plan, uploads, made))
 
@@ -127,12 +128,12 @@ def test_without_tags_one_upload_could_be_returned_as_the_sum(
 
 def test_the_sum_of_another_round_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     plan, parties = keyed(4)
-    sums: list[m.CipherSum] = []
+    sums: list[Pending] = []
     honest = EncryptedRound._summed
 
-    def summed(self: EncryptedRound, names: tuple[str, ...]) -> m.CipherSum:
+    def summed(self: EncryptedRound, names: tuple[str, ...]) -> Pending:
         sums.append(honest(self, names))
-        return dataclasses.replace(sums[0], round=self.plan.round)
+        return dataclasses.replace(sums[0], plan=self.plan)
 
     monkeypatch.setattr(EncryptedRound, "_summed", summed)
     updates = make_updates(plan, 1)
@@ -204,11 +205,39 @@ def test_a_sum_is_decrypted_for_a_quorum_of_its_members_alone() -> None:
         state.on(elsewhere)
     same, replies = state.on(state.sum)
     assert same is state
-    assert not replies  # signed once
+    assert replies == [state.signed()]  # the same, again
     opened, _ = state.on(dataclasses.replace(state.sum, signers=request.signers))
     assert isinstance(opened, Opening)
     assert isinstance(state.on(request)[0], Opening)
     assert parties["c002"].keyring.cohort is not None
+
+
+def test_who_signed_a_sum_signs_no_other_of_its_prompt() -> None:
+    """A server that opens one with a client, and tells the rest that it was aborted, gets no
+    second quorum: two of them share an honest client."""
+    plan, _, _, parties = signing()
+    for party in parties.values():
+        again = dataclasses.replace(plan, round=plan.round + 1, attempt=plan.attempt + 1)
+        with pytest.raises(errors.OpenedError, match="a second one could be subtracted"):
+            start(party, again)
+
+
+def test_signatures_are_waited_for_as_long_as_openings(tmp_path: Path) -> None:
+    world = World(tmp_path, protection="bfv", alive_seconds=12.0, rounds=3)
+    for name in names(4):
+        world.join(name)
+    world.pump(lambda w, message: isinstance(message, m.Consistent) and message.round == 2)
+    world.lost |= {"c003", "c004"}
+    begun = world.clock
+    world.pump(lambda w, message: w.clock > begun + 25)
+    assert world.run.current is not None
+    assert world.run.current.stage is Stage.CONSISTENCY
+    for name in ("c003", "c004"):
+        world.reconnect(name)
+    world.pump()
+    assert world.run.error is None, world.run.error
+    done = [(r["round"], r["learning_round"]) for r in world.store.summary()["rounds"]]
+    assert done == [(1, 1), (2, 2), (3, 3), (4, 4)]
 
 
 def test_a_client_that_left_over_a_sum_stays_away_when_it_is_started_again(tmp_path: Path) -> None:
@@ -233,7 +262,7 @@ def test_a_forged_sum_ends_the_run_and_the_server_is_told_nothing(
     world.withdraws = True
     honest = EncryptedRound._summed
 
-    def summed(self: EncryptedRound, names: tuple[str, ...]) -> m.CipherSum:
+    def summed(self: EncryptedRound, names: tuple[str, ...]) -> Pending:
         made = honest(self, names)
         return dataclasses.replace(made, tag=bytes(16)) if self.plan.round == 2 else made
 

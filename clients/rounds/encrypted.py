@@ -189,8 +189,8 @@ class Sent(State):
         after = Signing(party, plan, self.key, message)
         if message.signers:  # what others signed while we were away
             return after.decrypt(message.signers)
-        signature = party.identity.sign(Purpose.SUM, message.body(plan))
-        return after, [m.Consistent(plan.run, plan.round, signature)]
+        party.journal.record_reveal(plan)  # nothing else of this prompt will be signed
+        return after, [after.signed()]
 
     takes: ClassVar[Takes] = {m.CipherSum: _on_cipher_sum}
 
@@ -202,10 +202,15 @@ class Signing(Sent):
     sum: m.CipherSum
 
     def _on_other_sum(self, message: m.CipherSum) -> Step:
-        """After a reconnection the same one, with its signers; a second one is not signed."""
+        """The same one after a reconnection; a second one is not signed."""
         if message.body(self.plan) != self.sum.body(self.plan):
             raise SurvivorError(f"a second sum in {self}")
-        return self.decrypt(message.signers) if message.signers else (self, [])
+        return self.decrypt(message.signers) if message.signers else (self, [self.signed()])
+
+    def signed(self) -> m.Consistent:
+        """Our signature on the sum."""
+        signature = self.party.identity.sign(Purpose.SUM, self.sum.body(self.plan))
+        return m.Consistent(self.plan.run, self.plan.round, signature)
 
     def _on_sum_signed(self, message: m.SumSigned) -> Step:
         return self.decrypt(message.signers)

@@ -60,7 +60,6 @@ UPLOADING = {  # who leaves is not in the sum
 }  # fmt: skip
 OUTCOME_ERRORS = ("SealError", "GarblingError", "FieldError")  # what a wrong outcome causes
 BEFORE_OUTCOME = UPLOADING - {Stage.COLLECTING} | {Stage.ASKING, Stage.KEYING}
-OPENINGS = {Stage.UNMASKING, Stage.OPENING, Stage.REPORTING}  # no other sum will be opened
 
 
 LONG_AGO = "before a restart"  # when who is missing was lost, where nothing else is known
@@ -82,7 +81,8 @@ class Round(ABC):
 
     Attributes:
         uploads: message that carries an update; awaited: messages of the protection's own stages;
-            opening: the stage in which clients open the sum, or None.
+        openings: stages from which on no other sum will be opened; asking: those of them in which
+            every survivor is asked, again if it comes back.
         run_keys: the clients' signed keys of this run, where something is sealed to or by them.
         entropy: source of random bytes.
         helper_failed: whether the round aborted for want of its helper, or of right outcomes.
@@ -98,7 +98,8 @@ class Round(ABC):
 
     uploads: ClassVar[type[m.Message]]
     awaited: ClassVar[dict[Stage, type[m.Message]]]
-    opening: ClassVar[Stage | None]
+    openings: ClassVar[frozenset[Stage]]
+    asking: ClassVar[frozenset[Stage]]
 
     plan: RoundPlan
     base: bytes
@@ -247,7 +248,7 @@ class Round(ABC):
 
     def back(self, name: str, now: float) -> Outbox:
         """A client came back, with a new connection: an opening asks it again."""
-        if self.stage is not self.opening or name not in self._survivors or name in self.answers:
+        if self.stage not in self.asking or name not in self._survivors or name in self.answers:
             return []
         self._gone.discard(name)
         self.waiting.add(name)
@@ -312,7 +313,7 @@ class Round(ABC):
         self.stage, self.waiting, self.answers = stage, set(names) - self._gone, {}
         limit = self.deadlines.training if self._trains else self.deadlines.stage
         self.began, self.deadline, self._short = now, now + limit, False
-        if stage in OPENINGS:
+        if stage in self.openings:
             self._open_until = now + max(limit, self.deadlines.opening)
 
     def _accept(self, sender: str, message: m.Message) -> None:
@@ -339,7 +340,7 @@ class Round(ABC):
             for name in set(self.plan.cohort) - set(names) - set(self.dropped):
                 self.dropped[name] = self.doing
         if not self._suffices(now):
-            if self.stage in OPENINGS and now < self._open_until:
+            if self.stage in self.openings and now < self._open_until:
                 return self._hope(now)
             return self._abort(
                 f"{len(names)} of {len(self.plan.cohort)} clients answered while {self.doing}, "
@@ -357,7 +358,7 @@ class Round(ABC):
     def _suffices(self, now: float) -> bool:
         """Whether the stage can end with the answers that it has."""
         wanted = self._needed if now < self._open_until else self.plan.quorum
-        return len(self.answers) >= (wanted if self.stage in OPENINGS else self.plan.quorum)
+        return len(self.answers) >= (wanted if self.stage in self.openings else self.plan.quorum)
 
     def _hope(self, now: float) -> Outbox:
         """Wait for survivors to come back: nothing but this sum can be opened any more."""

@@ -9,7 +9,7 @@ prompt in the sealed form on which the clients agree. It imports nothing that co
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import numpy as np
@@ -53,7 +53,8 @@ class EncryptedRound(Round):
         Stage.OPENING: m.Opened,
         Stage.REPORTING: m.SealedPrompt,
     }
-    opening: ClassVar = Stage.OPENING
+    openings: ClassVar = frozenset({Stage.CONSISTENCY, Stage.OPENING, Stage.REPORTING})
+    asking: ClassVar = frozenset({Stage.CONSISTENCY, Stage.OPENING})
 
     key: bytes = NO_KEY
     holders: set[str] = field(default_factory=set)
@@ -70,7 +71,6 @@ class EncryptedRound(Round):
         packing = Packing.of(self.plan.layout, scheme.limit, self.plan.parameters.clients)
         self._ciphers = RunningSum(scheme, -(-packing.slots // scheme.slots))
         self._tag = np.zeros(sum_tag.TAGS, np.uint64)
-        self._sum: m.CipherSum | None = None  # that is signed
         self._agreed = NO_KEY
         self._reporters: list[str] = []
         self._reported: set[str] = set()  # who can send the sealed prompt
@@ -138,7 +138,7 @@ class EncryptedRound(Round):
     def reopen(self, pending: Pending, now: float) -> None:
         self.pending, self._survivors, self.key = pending, pending.survivors, pending.key
         self.dropped = dict.fromkeys(pending.dropped, LONG_AGO)
-        self._begin(Stage.OPENING, (), now)
+        self._begin(Stage.OPENING if pending.signers else Stage.CONSISTENCY, (), now)
         self._hope(now)
 
     def _suffices(self, now: float) -> bool:
@@ -156,18 +156,18 @@ class EncryptedRound(Round):
         present = sorted(self.waiting - self._gone)  # a lost frame costs nothing to send again
         return [(name, self._request()) for name in present]
 
-    def _request(self) -> m.Message:
+    def _request(self) -> m.CipherSum:
         assert self.pending is not None
         p = self.pending
         return m.CipherSum(
             self.plan.run, self.plan.round, p.survivors, p.ciphertexts, p.tag, p.signers
         )
 
-    def _summed(self, names: tuple[str, ...]) -> m.CipherSum:
-        """The sum of these members' uploads, to be signed."""
-        tag = sum_tag.to_bytes(self._tag)
-        data = self._ciphers.result()
-        return m.CipherSum(self.plan.run, self.plan.round, names, data, tag, ())
+    def _summed(self, names: tuple[str, ...]) -> Pending:
+        """The sum of these members' uploads, to be signed and opened."""
+        tag, data = sum_tag.to_bytes(self._tag), self._ciphers.result()
+        dropped = tuple(sorted(self.dropped))
+        return Pending(self.plan, names, dropped, key=self.key, ciphertexts=data, tag=tag)
 
     def _unawaited(self, sender: str, message: m.Message) -> Outbox:
         """Holders of the key go on while others are given it."""
@@ -234,8 +234,7 @@ class EncryptedRound(Round):
                 self._tag = mersenne.add(self._tag, tag)
                 self.holders.add(sender)
             case m.Consistent():
-                assert self._sum is not None
-                body = self._sum.body(plan)
+                body = self._request().body(plan)
                 verify(identity, Purpose.SUM, body, message.signature, sender)
             case m.SealedPrompt():
                 if digest(Purpose.BASE, message.box) != self._agreed:
@@ -274,9 +273,10 @@ class EncryptedRound(Round):
             if present < self.plan.quorum:  # nothing is open yet: another attempt may do better
                 return self._abort(f"{present} of those who uploaded are still there, "
                                    f"{self.plan.quorum} are needed")  # fmt: skip
-            self._survivors, self._sum = names, self._summed(names)
+            self._survivors, self.pending = names, self._summed(names)
             self._begin(Stage.CONSISTENCY, names, now)
-            return [(name, self._sum) for name in names]
+            message = self._request()
+            return [(name, message) for name in names]
         if self.stage is Stage.CONSISTENCY:
             return self._open(names, now)
         announced = {n: a.sealed for n, a in self.answers.items() if isinstance(a, m.Opened)}
@@ -298,18 +298,15 @@ class EncryptedRound(Round):
         return self._ask_for_prompt(now)
 
     def _open(self, names: tuple[str, ...], now: float) -> Outbox:
-        """A quorum has signed the sum: from here on no other one is opened."""
-        assert self._sum is not None
+        """A quorum has signed the sum, and will sign no other of this prompt: it may be opened."""
+        assert self.pending is not None
         signers = tuple(
             m.Signed(name, a.signature)
             for name in names[: self.plan.quorum]
             if isinstance(a := self.answers[name], m.Consistent)
         )
         self._begin(Stage.OPENING, names, now)
-        self.pending = Pending(
-            self.plan, self._survivors, tuple(sorted(self.dropped)), signers=signers,
-            key=self.key, ciphertexts=self._sum.ciphertexts, tag=self._sum.tag,
-        )  # fmt: skip
+        self.pending = replace(self.pending, signers=signers)
         message = m.SumSigned(self.plan.run, self.plan.round, signers)
         return [(name, message) for name in names]
 

@@ -40,7 +40,8 @@ class MaskedRound(Round):
         Stage.CONSISTENCY: m.Consistent,
         Stage.UNMASKING: m.Reveal,
     }
-    opening = Stage.UNMASKING
+    openings: ClassVar[frozenset[Stage]] = frozenset({Stage.UNMASKING})
+    asking: ClassVar[frozenset[Stage]] = openings
 
     def _prepare(self) -> None:
         self._adverts: dict[str, m.Advert] = {}

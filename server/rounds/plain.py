@@ -38,7 +38,8 @@ class PlainRound(Round):
 
     uploads = m.PlainUpload
     awaited: ClassVar[dict[Stage, type[m.Message]]] = {}
-    opening = None
+    openings: ClassVar[frozenset[Stage]] = frozenset()
+    asking: ClassVar[frozenset[Stage]] = frozenset()
 
     def _prepare(self) -> None:
         self._sum = PlainSum(self.plan)
