@@ -65,7 +65,7 @@ class Session(Joining[L_co]):
     """One client in one run.
 
     Attributes:
-        work: the round to train for, or None.
+        work: the round to train for, or None. base: the global prompt that it begins from, opened.
         final: the last global prompt, once the run has ended well.
         history: aggregate metrics by learning round, where clients and not the server open sums.
         declined: why the last plan was refused, until another one is taken up.
@@ -93,6 +93,7 @@ class Session(Joining[L_co]):
         self._entered: RoundPlan | None = None  # the round that we could withdraw from
         self._sealed: bool | None = None  # whether prompts come sealed, once a plan has told
         self._raw = b""  # the global prompt of the plan, as it came
+        self.base: Prompt | None = None
         self._opened: tuple[int, dict[str, float]] | None = None  # until the round is over
         self._made: tuple[int, bytes] | None = None  # the next prompt, as we computed it
         self._agreed: tuple[int, bytes] | None = None  # the same, once the round is over
@@ -334,14 +335,16 @@ class Session(Joining[L_co]):
         if isinstance(state, Awaiting) and self.work is None:
             plan = state.plan
             if state.choice is None:
-                self._base = self._prompt(plan, self._open(plan))
-            replies = replies + self._again(state, Work(plan, self._base, state.choice))
+                self.base = self._prompt(plan, self._open(plan))
+            assert self.base is not None
+            replies = replies + self._again(state, Work(plan, self.base, state.choice))
         if isinstance(state, Opening):
             plan = state.plan
             self._opened = plan.learning_round, metrics_of(state.total)
             data = b""
             if plan.training:
-                data = prompt_bytes(averaged(self._base, plan.layout, state.total))
+                assert self.base is not None
+                data = prompt_bytes(averaged(self.base, plan.layout, state.total))
                 self._made = plan.learning_round + 1, data
             self.round, more = state.report(data)
             replies = replies + more

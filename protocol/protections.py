@@ -50,7 +50,7 @@ class Protection:
         """c: how many clients may collude with the server (masks) or pool what they know.
 
         Complete graph: ``tolerated_colluders``. Regular graph: the corruption that chose k.
-        Homomorphic encryption, honest server: a sum of a quorum hides an honest client while
+        Homomorphic encryption: a sum of a quorum hides an honest client while
         another honest one is in it. Nobody without protection.
         """
         if not self.hides:
@@ -68,7 +68,7 @@ class Protection:
         if self.encrypted:
             return (
                 f"{self.name}: the server adds ciphertexts and learns no sum. All clients share "
-                "one key: safe while this server follows the protocol and no client colludes with "
+                "one key: safe, also from a dishonest server, while no client colludes with "
                 f"it; among themselves, {max(0, threshold - 2)} clients learn no more than sums"
             )
         if regular:
@@ -102,8 +102,7 @@ _CIPHER = {
     "server": "sizes and who takes part; not even the sum",
     "client": "the sum, and with it the global prompt and its accuracy; the key that opens every "
     "upload",
-    "assumes": "a server that follows the protocol and colludes with no client: all clients share "
-    "the key",
+    "assumes": "a server that colludes with no client: all clients share the key",
 }
 PROTECTIONS: dict[str, Protection] = {
     row.name: row

@@ -31,7 +31,12 @@ from secure_fedprompt.host.recorded import RecordedLink
 from secure_fedprompt.host.recorder import recorder
 from secure_fedprompt.pace import Pace
 from secure_fedprompt.protocol import messages as m
-from secure_fedprompt.protocol.errors import DataError, SecureFedPromptError, UpdateError
+from secure_fedprompt.protocol.errors import (
+    DataError,
+    SecureFedPromptError,
+    SumError,
+    UpdateError,
+)
 from secure_fedprompt.protocol.transport import Link
 
 if TYPE_CHECKING:
@@ -170,7 +175,11 @@ def _take_part(settings: ClientSettings, json_path: str | None, log: Log) -> int
             session = Session(party, trainer, settings.method, settings.accept)
             record = state_dir if settings.private_record else None
             watched = RecordedLink(link, frames) if frames else link
-            loop(watched, session, trainer, log, record, settings.patience)
+            try:
+                loop(watched, session, trainer, log, record, settings.patience)
+            except SumError:
+                keep_base(session, state_dir, log)
+                raise
         path, run = save(session, state_dir), session.run.hex()
         rounds = len({u.learning_round for u in ledger.uploads if u.run == run})
         words = f"run {run[:8]} is finished; prompt in {path}"
@@ -351,6 +360,13 @@ def keep_private(folder: Path, session: Client, work: Work, update: Update) -> N
         prompt = {"local prompt": work.base + flat}
     found = {**tensors, **weighted, **counters, **prompt}
     private.write_round(path, work.plan.round, found)
+
+
+def keep_base(session: Client, folder: Path, log: Log) -> None:
+    """After a sum that was none: what the sums before it gave is not lost."""
+    if session.base is not None:
+        session.final = session.base
+        log.warning("kept", f"the prompt of the rounds before is in {save(session, folder)}")
 
 
 def save(session: Client, folder: Path) -> Path:

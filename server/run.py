@@ -327,9 +327,9 @@ class Run(Gathering):
             out = [*out, (current.excluded, refused(error)), *self.gone(current.excluded, now)]
         if current.stage is not Stage.DONE and current.pending is not None:
             return out + self._fail(RunFailedError(
-                f"the sum of learning round {state.learning_round} was opened by some clients and "
-                f"not by enough ({current.reason}): no other sum of it may be opened, so start a "
-                "new run"
+                f"the sum of learning round {state.learning_round} was signed or opened by some "
+                f"clients and not by enough ({current.reason}): no other sum of it may be opened, "
+                "so start a new run"
             ))  # fmt: skip
         if self.attempts >= settings.max_attempts:
             return out + self._fail(RunFailedError(

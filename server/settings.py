@@ -55,8 +55,8 @@ class ServerSettings(MethodSettings, frozen=True, forbid_unknown_fields=True, kw
         stop_after: stop in good order after this learning round (or after the one that is under
             way), to go on later with the same run_dir, and perhaps a larger roster; 0 is off.
         max_attempts: tries of a learning round before the run fails; clients allow 10.
-        protection: "masks"; "bfv" or "ckks" (the server adds ciphertexts and learns no sum; it must
-            be honest-but-curious, and no client may collude with it); "none" for benchmarks.
+        protection: "masks"; "bfv" or "ckks" (the server adds ciphertexts and learns no sum; no
+            client may collude with it); "none" for benchmarks.
         key_maker: client that makes the cohort key of bfv and ckks; empty is the lowest name.
         flood_bits: k of the statistical distance 2^-k of ckks' flooding.
         selection: of FedMGP's groups to upload: "client" (published: each client draws its own), or

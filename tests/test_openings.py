@@ -177,7 +177,9 @@ def test_an_opening_waits_for_who_can_finish_it_and_then_says_so(tmp_path: Path)
     world.pump(nth(m.UnmaskRequest, 1, 1))
     world.lost |= {"c003", "c004"}
     world.pump()
-    assert "learning round 1 was opened by some clients and not by enough" in str(world.run.error)
+    assert "learning round 1 was signed or opened by some clients and not by enough" in str(
+        world.run.error
+    )
     rounds = world.store.summary()["rounds"]
     assert [r["outcome"] for r in rounds] == ["aborted"]  # nothing else was tried
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,15 @@ import pytest
 from audited import VICTIM, audited, failures
 from ciphered import BIG, keyed
 from federation import World
-from rounds import identity, make_encrypted_plan, make_updates, names
+from rich.console import Console
+from rounds import identity, make_encrypted_plan, make_parties, make_updates, names
 
+from secure_fedprompt import client
 from secure_fedprompt.clients.journal import FileJournal
 from secure_fedprompt.clients.rounds.encrypted import Opening, Signing
 from secure_fedprompt.clients.rounds.start import start
+from secure_fedprompt.clients.session import Session
+from secure_fedprompt.host.log import Log
 from secure_fedprompt.memory import SimulatedRound, run_round
 from secure_fedprompt.protocol import errors, homomorphic, mersenne, sum_tag
 from secure_fedprompt.protocol import messages as m
@@ -276,6 +281,27 @@ def test_a_forged_sum_ends_the_run_and_the_server_is_told_nothing(
     for name in names(5):
         left = world.sessions[name].leave(world.errors[name])
         assert (left.error, left.reason) == ("Stopped", "")
+
+
+def test_the_prompt_of_the_rounds_before_a_wrong_sum_is_not_lost(
+    bundled: Any, tmp_path: Path
+) -> None:
+    from secure_fedprompt.clients.data import sets
+    from secure_fedprompt.clients.training import LocalTrainer
+    from secure_fedprompt.prompt_file import read_prompt
+    from secure_fedprompt.protocol.settings import MethodSettings
+
+    train, test = sets.generated_sets(3, ["sketch"], 4, 2, 0)
+    trainer = LocalTrainer(bundled, train, test, 0)
+    session = Session(make_parties(3)["c001"], trainer)
+    log = Log("client", console=Console(file=io.StringIO()))
+    client.keep_base(session, tmp_path, log)  # nothing was opened: nothing is written
+    assert not list(tmp_path.iterdir())
+    session._learner = trainer.prepare(MethodSettings(n_ctx=4, init="a photo of a"))
+    session.run, session.base = b"r" * 16, session.learner.initial() + np.float32(1)
+    client.keep_base(session, tmp_path, log)
+    (path,) = tmp_path.glob("prompt-*.safetensors")
+    assert np.array_equal(read_prompt(path).tensors["ctx"].reshape(-1), session.base)
 
 
 def test_the_server_refuses_a_tag_that_is_none_and_counts_none_of_it() -> None:

@@ -166,6 +166,7 @@ class EncryptedAwaiting(Awaiting):
         plan, party = self.plan, self.party
         integers = fixedpoint.to_integers(plan.layout, words_of(plan, data))
         ciphertexts = self.key.encrypt(_packing(plan, self.key).pack(integers))
+        # One upload in a plan, as the journal sees to: two under one offset would show b . (D a).
         tag = sum_tag.to_bytes(self.key.tags(plan).tag(party.name, integers))
         reply = m.CipherUpload(plan.run, plan.round, self.key.digest, ciphertexts, tag, m.UNSIGNED)
         reply = m.signed(reply, party.identity, Purpose.UPLOAD, plan)
@@ -227,6 +228,7 @@ class Signing(Sent):
         for signed in signers:
             identity = party.roster.identity_of(signed.name)
             verify(identity, Purpose.SUM, self.sum.body(plan), signed.signature, signed.name)
+        party.journal.record_reveal(plan)  # first: whatever comes of it, nothing else is opened
         packing = _packing(plan, self.key)
         ciphertexts = tuple(bytes(data) for data in self.sum.ciphertexts)
         tag = sum_tag.from_bytes(self.sum.tag)
@@ -235,11 +237,11 @@ class Signing(Sent):
             party.keyring.cohort = None  # and it is taken from nobody else: see begin_round
             party.journal.distrust(plan.run)
             raise SumError(
-                f"what the server returned in round {plan.round} is not the sum of what "
-                f"{len(survivors)} clients sent: this client has left the run for good"
+                f"what came back in round {plan.round} is not the sum of what {len(survivors)} "
+                "clients tagged: the server returned something else, or one of them sent something "
+                "else; this client has left the run for good"
             )
         check_sum(plan, integers, len(survivors))
-        party.journal.record_reveal(plan)
         total = layout.unflatten(plan.layout, fixedpoint.decode(plan.layout, integers))
         return Opening(party, plan, self.key, integers, total), []
 

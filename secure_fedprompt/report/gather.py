@@ -174,8 +174,8 @@ def _learned(
             found.append("On the k-regular graph it holds against an honest-but-curious server.")
     if facts.encrypted:
         found.append(
-            "Every client holds the key that opens every upload: this holds while the server "
-            "follows the protocol and no client colludes with it."
+            "Every client holds the key that opens every upload: this holds while no client "
+            "colludes with the server."
         )
     if settings["selection"] == "secure":
         helpers = sorted({p.selection.helper for p in plans if p.selecting})
