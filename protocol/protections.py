@@ -68,7 +68,7 @@ class Protection:
         if self.encrypted:
             return (
                 f"{self.name}: the server adds ciphertexts and learns no sum. All clients share "
-                "one key: safe, also from a dishonest server, while no client colludes with "
+                "one key: safe, against a dishonest server too, while no client colludes with "
                 f"it; among themselves, {max(0, threshold - 2)} clients learn no more than sums"
             )
         if regular:

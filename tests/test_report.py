@@ -120,7 +120,7 @@ def test_what_is_learned_follows_the_protection(tmp_path: Path) -> None:
     folder = run_folder(tmp_path, protection="bfv")
     report = gather(folder, [], [], None)
     assert report.accuracy == [None, None, None]
-    assert "no client colludes with it" in " ".join(report.learned)
+    assert "while no client colludes with the server" in " ".join(report.learned)
     assert "give a client&#x27;s result file" in page(report) or "give a client's" in page(report)
     client = tmp_path / "alice.json"
     history = {str(i): {"accuracy": 0.1 * i, "contributors": 4.0} for i in (1, 2, 3)}
