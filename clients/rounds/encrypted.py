@@ -225,9 +225,10 @@ class Signing(Sent):
         """
         plan, party, survivors = self.plan, self.party, self.sum.survivors
         check_signers(plan, signers, survivors)
+        body = self.sum.body(plan)  # hashes the ciphertexts
         for signed in signers:
             identity = party.roster.identity_of(signed.name)
-            verify(identity, Purpose.SUM, self.sum.body(plan), signed.signature, signed.name)
+            verify(identity, Purpose.SUM, body, signed.signature, signed.name)
         party.journal.record_reveal(plan)  # first: whatever comes of it, nothing else is opened
         packing = _packing(plan, self.key)
         ciphertexts = tuple(bytes(data) for data in self.sum.ciphertexts)

@@ -8,6 +8,7 @@ prompt in the sealed form on which the clients agree. It imports nothing that co
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
@@ -163,6 +164,11 @@ class EncryptedRound(Round):
             self.plan.run, self.plan.round, p.survivors, p.ciphertexts, p.tag, p.signers
         )
 
+    @functools.cached_property
+    def _sum_body(self) -> bytes:
+        """What every client signs: one sum in a round."""
+        return self._request().body(self.plan)
+
     def _summed(self, names: tuple[str, ...]) -> Pending:
         """The sum of these members' uploads, to be signed and opened."""
         tag, data = sum_tag.to_bytes(self._tag), self._ciphers.result()
@@ -234,8 +240,7 @@ class EncryptedRound(Round):
                 self._tag = mersenne.add(self._tag, tag)
                 self.holders.add(sender)
             case m.Consistent():
-                body = self._request().body(plan)
-                verify(identity, Purpose.SUM, body, message.signature, sender)
+                verify(identity, Purpose.SUM, self._sum_body, message.signature, sender)
             case m.SealedPrompt():
                 if digest(Purpose.BASE, message.box) != self._agreed:
                     raise FieldError("sealed prompt is not the one that was announced")
