@@ -36,9 +36,8 @@ from secure_fedprompt.protocol.mersenne import Elements, P
 TAGS = 2
 SIZE = 8 * TAGS  # bytes of a tag
 ELEMENT = 16  # bytes of keystream for each element
-_LIMB = 9  # bits; 7 limbs hold 61
-_LIMBS = -(-61 // _LIMB)
-_MOST = 1 << 31  # magnitude of an integer: 31 + 9 bits, and 4,096 of them, stay below 2^53
+_LIMB, _LIMBS = 16, 4  # bits, and how many hold an element
+_MOST = 1 << 31  # magnitude of an integer: 31 + 16 bits, and 4,096 of them, stay below 2^63
 _WIDEST = 1 << 12
 
 
@@ -69,12 +68,12 @@ class TagKey:
     """What K gives for one plan.
 
     Attributes:
-        across: a in nine-bit limbs, (m, limbs x tags), float64.
+        across: a in 16-bit limbs, (limbs x tags, m).
         down: b, (rows, tags).
         offsets: by name, (tags,).
     """
 
-    across: NDArray[np.float64]
+    across: NDArray[np.int64]
     down: Elements
     offsets: Mapping[str, Elements]
 
@@ -93,7 +92,7 @@ class TagKey:
         limbs = [
             (drawn[:m] >> np.uint64(_LIMB * i)) & np.uint64((1 << _LIMB) - 1) for i in range(_LIMBS)
         ]
-        across = np.concatenate(limbs, 1).astype(np.float64)
+        across = np.ascontiguousarray(np.concatenate(limbs, 1).T.astype(np.int64))
         own = derive(secret, Purpose.SUM_TAG_OFFSET, plan_digest)
         offsets = mersenne.elements(keystream(own, ELEMENT * TAGS * len(cohort)))
         return cls(across, drawn[m:], dict(zip(cohort, offsets.reshape(-1, TAGS), strict=True)))
@@ -107,14 +106,15 @@ class TagKey:
         Raises:
             FieldError: an integer of more than 31 bits, or too many of them.
         """
-        m, rows = len(self.across), len(self.down)
+        m, rows = self.across.shape[1], len(self.down)
         if len(integers) > m * rows:
             raise FieldError(f"{len(integers)} integers, the key is for {m * rows}")
         if len(integers) and max(int(integers.max()), -int(integers.min())) > _MOST:
             raise FieldError("an integer of a sum is beyond 31 bits")
-        values = np.zeros(m * rows)
+        values = np.zeros(m * rows, np.int64)
         values[: len(integers)] = integers
-        products = (values.reshape(rows, m) @ self.across).astype(np.int64)  # exact: below 2^53
+        # Not by matrix product: BLAS' threads would wait for more, and burn ten times its own time.
+        products = np.einsum("rm,km->rk", values.reshape(rows, m), self.across)
         limbs = mersenne.signed(products).reshape(rows, _LIMBS, TAGS)
         row = limbs[:, 0]
         for i in range(1, _LIMBS):

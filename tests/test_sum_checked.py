@@ -187,7 +187,7 @@ def signing(count: int = 4) -> tuple[RoundPlan, Signing, list[m.SumSigned], dict
     run_round(plan, parties, make_updates(plan, 1), tap=tap)
     key = parties["c002"].keyring.cohort
     assert key is not None
-    return plan, Signing(parties["c002"], plan, key, sums[0]), signed, parties
+    return plan, Signing(parties["c002"], plan, key, sums[0], sums[0].body(plan)), signed, parties
 
 
 def test_a_sum_is_decrypted_for_a_quorum_of_its_members_alone() -> None:

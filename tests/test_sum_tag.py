@@ -75,13 +75,13 @@ def test_tags_are_those_of_the_reference(data: st.DataObject) -> None:
 
 @pytest.mark.parametrize("worst", [(1 << 31) - 1, -(1 << 31)])
 def test_the_largest_integers_stay_exact_at_the_widest_row(worst: int) -> None:
-    """4,096 values of 31 bits in each row: where float64 has the least room."""
+    """4,096 values of 31 bits in each row: where 64 bits have the least room."""
     size = 1 << 24
     assert sum_tag.width(size) == 4096
     key = TagKey.of(K, PLAN, size, COHORT)
-    key = TagKey(np.full_like(key.across, 511.0), key.down, {})
+    key = TagKey(np.full_like(key.across, 65535), key.down, {})
     found = key.linear(np.full(size, worst, np.int64))
-    a = sum(511 << 9 * i for i in range(7)) % P
+    a = sum(65535 << 16 * i for i in range(4)) % P
     down = [sum(int(x) for x in key.down[:, k]) for k in range(TAGS)]
     assert found.tolist() == [d * a * 4096 * worst % P for d in down]
 

@@ -187,7 +187,7 @@ class Sent(State):
         plan, party = self.plan, self.party
         self.check_survivors(message.survivors)
         party.journal.record_survivors(plan, message.survivors, b"")
-        after = Signing(party, plan, self.key, message)
+        after = Signing(party, plan, self.key, message, message.body(plan))
         if message.signers:  # what others signed while we were away
             return after.decrypt(message.signers)
         party.journal.record_reveal(plan)  # nothing else of this prompt will be signed
@@ -198,19 +198,20 @@ class Sent(State):
 
 @dataclass(frozen=True, repr=False)
 class Signing(Sent):
-    """The encrypted sum is signed; it is decrypted once a quorum has signed the same."""
+    """The encrypted sum is signed; it is decrypted once a quorum has signed the same ``body``."""
 
     sum: m.CipherSum
+    body: bytes
 
     def _on_other_sum(self, message: m.CipherSum) -> Step:
         """The same one after a reconnection; a second one is not signed."""
-        if message.body(self.plan) != self.sum.body(self.plan):
+        if message.body(self.plan) != self.body:
             raise SurvivorError(f"a second sum in {self}")
         return self.decrypt(message.signers) if message.signers else (self, [self.signed()])
 
     def signed(self) -> m.Consistent:
         """Our signature on the sum."""
-        signature = self.party.identity.sign(Purpose.SUM, self.sum.body(self.plan))
+        signature = self.party.identity.sign(Purpose.SUM, self.body)
         return m.Consistent(self.plan.run, self.plan.round, signature)
 
     def _on_sum_signed(self, message: m.SumSigned) -> Step:
@@ -225,10 +226,9 @@ class Signing(Sent):
         """
         plan, party, survivors = self.plan, self.party, self.sum.survivors
         check_signers(plan, signers, survivors)
-        body = self.sum.body(plan)  # hashes the ciphertexts
         for signed in signers:
             identity = party.roster.identity_of(signed.name)
-            verify(identity, Purpose.SUM, body, signed.signature, signed.name)
+            verify(identity, Purpose.SUM, self.body, signed.signature, signed.name)
         party.journal.record_reveal(plan)  # first: whatever comes of it, nothing else is opened
         packing = _packing(plan, self.key)
         ciphertexts = tuple(bytes(data) for data in self.sum.ciphertexts)
