@@ -6,6 +6,7 @@ A state machine without I/O. What a client agrees to are terms, once; plans only
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Generic
 
 import numpy as np
@@ -38,30 +39,26 @@ ASKS = "its operator has to accept these terms first, as its own log says"
 _SAME_START = 1e-5  # initial prompts of two machines may differ by this much
 
 
+@dataclass(eq=False, repr=False)
 class Joining(Generic[L_co]):
     """One client, up to the terms of a run that it accepts.
 
     Attributes:
+        method: to take part with, or empty for the run's.
+        accept: first hex digits of terms that the operator accepts by name.
+        exempt: simulation: every client is one's own.
         run: its id, once welcomed. settings: of its method.
         terms: of the run, once accepted.
     """
 
-    def __init__(
-        self,
-        party: Party,
-        workload: Workload[L_co],
-        method: str = "",
-        accept: Collection[str] = (),
-        exempt: bool = False,
-    ) -> None:
-        """
-        Args:
-            accept: first hex digits of terms that the operator accepts by name.
-            exempt: simulation: every client is one's own.
-        """
-        self.party, self.workload, self.method = party, workload, method
-        self._accept, self._exempt = accept, exempt
-        self._nonce, self._opened_nonce = party.entropy(32), False
+    party: Party
+    workload: Workload[L_co]
+    method: str = ""
+    accept: Collection[str] = ()
+    exempt: bool = False
+
+    def __post_init__(self) -> None:
+        self._nonce, self._opened_nonce = self.party.entropy(32), False
         self._greeting = False  # until we are welcomed
         self._commitments: tuple[m.Nonce, ...] = ()
         self.run = b""
@@ -198,7 +195,7 @@ class Joining(Generic[L_co]):
     def _ask(self, terms: RunTerms, what: str) -> None:
         """Ask the operator's word for terms, unless it was given."""
         word = terms.digest.hex()
-        if not self._exempt and not any(given and word.startswith(given) for given in self._accept):
+        if not self.exempt and not any(given and word.startswith(given) for given in self.accept):
             raise AcceptanceError(
                 f"this client took part in a run {what}: if that is meant, start it again with "
                 f"--accept {word[:16]}"

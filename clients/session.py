@@ -6,13 +6,13 @@ plan and the global prompt; the caller trains and hands the result to ``trained`
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from dataclasses import dataclass
 
 import numpy as np
 
 from secure_fedprompt.clients.helper import Helper
 from secure_fedprompt.clients.joining import Joining
-from secure_fedprompt.clients.party import Party, Replies, refusal
+from secure_fedprompt.clients.party import Replies, refusal
 from secure_fedprompt.clients.rounds.base import Awaiting, Revealed, State
 from secure_fedprompt.clients.rounds.encrypted import Opening, Reported, Sent
 from secure_fedprompt.clients.rounds.masks import Agreed
@@ -24,7 +24,6 @@ from secure_fedprompt.clients.work import (
     Place,
     Update,
     Work,
-    Workload,
     choice_bytes,
     nothing,
     place_of,
@@ -61,6 +60,7 @@ SEAL_BYTES = 16  # that sealing a prompt adds
 _NEAR = 1e-4  # prompts that differ by less, in initial standard deviations, count as one
 
 
+@dataclass(eq=False, repr=False)
 class Session(Joining[L_co]):
     """One client in one run.
 
@@ -72,15 +72,8 @@ class Session(Joining[L_co]):
         failed_because: the first reason why training failed, for this client's own user.
     """
 
-    def __init__(
-        self,
-        party: Party,
-        workload: Workload[L_co],
-        method: str = "",
-        accept: Collection[str] = (),
-        exempt: bool = False,
-    ) -> None:
-        super().__init__(party, workload, method, accept, exempt)
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self._greetings = -1  # since the last plan of this process, but for the first
         self._planned = False
         self._parked: State | None = None  # an opening that a reconnection interrupted
@@ -99,7 +92,7 @@ class Session(Joining[L_co]):
         self._agreed: tuple[int, bytes] | None = None  # the same, once the round is over
         self._withdrawn = 0
         self.declined: PolicyError | None = None  # why the last plan was, and none followed
-        self._helper = Helper(party)
+        self._helper = Helper(self.party)
         self.final: Prompt | None = None
         self.over = False
         self.failed_because: SecureFedPromptError | None = None  # told to nobody but our user

@@ -79,7 +79,7 @@ def test_other_bounds_for_the_same_start_need_the_operators_word(tmp_path: Path)
     other.start_server()
     for name in names(5):
         other.join(name)
-        other.sessions[name]._exempt = True  # as a simulation, or with the right word
+        other.sessions[name].exempt = True  # as a simulation, or with the right word
     other.pump()
     assert other.run.error is None
 
@@ -94,7 +94,7 @@ def test_the_word_accepts_these_terms_and_no_others(tmp_path: Path) -> None:
         assert world.run.state.terms is not None
         right = world.run.state.terms.digest.hex()[:16]
         for session in world.sessions.values():
-            session._accept = (right if good else word,)
+            session.accept = (right if good else word,)
         world.queue.clear()
         for client in world.run.clients.values():
             client.told = False
