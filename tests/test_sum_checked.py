@@ -18,7 +18,7 @@ from rounds import identity, make_encrypted_plan, make_parties, make_updates, na
 
 from secure_fedprompt import client
 from secure_fedprompt.clients.journal import FileJournal
-from secure_fedprompt.clients.rounds.encrypted import Opening, Signing
+from secure_fedprompt.clients.rounds.encrypted import Opening, Sent, Signing
 from secure_fedprompt.clients.rounds.start import start
 from secure_fedprompt.clients.session import Session
 from secure_fedprompt.host.log import Log
@@ -227,6 +227,27 @@ def test_who_signed_a_sum_signs_no_other_of_its_prompt() -> None:
             start(party, again)
 
 
+def test_who_comes_back_to_a_signed_sum_opens_it_and_no_other() -> None:
+    plan, parties = keyed(4)
+    sums, signed = list[m.CipherSum](), list[m.SumSigned]()
+
+    def tap(sender: str, recipient: str, message: m.Message) -> m.Message | None:
+        if isinstance(message, m.SumSigned):
+            signed.append(message)
+        if isinstance(message, m.CipherSum):
+            sums.append(message)
+            return None if recipient == "c003" else message
+        return message
+
+    run_round(plan, parties, make_updates(plan, 1), tap=tap)
+    party, key = parties["c003"], parties["c003"].keyring.cohort
+    assert key is not None
+    back, _ = Sent(party, plan, key).on(dataclasses.replace(sums[0], signers=signed[0].signers))
+    assert isinstance(back, Opening)
+    with pytest.raises(errors.OpenedError):
+        start(party, dataclasses.replace(plan, round=plan.round + 1, attempt=plan.attempt + 1))
+
+
 def test_signatures_are_waited_for_as_long_as_openings(tmp_path: Path) -> None:
     world = World(tmp_path, protection="bfv", alive_seconds=12.0, rounds=3)
     for name in names(4):
@@ -302,6 +323,19 @@ def test_the_prompt_of_the_rounds_before_a_wrong_sum_is_not_lost(
     client.keep_base(session, tmp_path, log)
     (path,) = tmp_path.glob("prompt-*.safetensors")
     assert np.array_equal(read_prompt(path).tensors["ctx"].reshape(-1), session.base)
+
+
+def test_a_tag_is_under_its_senders_signature() -> None:
+    plan, parties = keyed(4)
+
+    def tap(sender: str, recipient: str, message: m.Message) -> m.Message:
+        if isinstance(message, m.CipherUpload) and sender == "c004":
+            return dataclasses.replace(message, tag=bytes(16))
+        return message
+
+    outcome = run_round(plan, parties, make_updates(plan), tap=tap)
+    assert "SignatureError" in outcome.round.faults["c004"]
+    assert outcome.round.stage is Stage.DONE
 
 
 def test_the_server_refuses_a_tag_that_is_none_and_counts_none_of_it() -> None:
