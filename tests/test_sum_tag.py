@@ -114,6 +114,8 @@ def test_a_sum_has_the_sum_of_its_members_tags_and_nothing_else_has_it() -> None
         assert not key.holds(members, integers, tag), what
     one = key.tag("d", uploads["d"])
     assert key.holds("abc", without, mersenne.add(tag, np.uint64(P) - one))  # who has the tag
+    doubled = mersenne.add(tag, one), total + uploads["d"]  # linear as well, and no sum of members
+    assert not key.holds("abcdd", doubled[1], doubled[0])
     for other in (TagKey.of(K, b"q" * 32, 100, COHORT), TagKey.of(b"l" * 32, PLAN, 100, COHORT)):
         assert not other.holds("abcd", total, tag)
     for k in range(TAGS):  # both count
