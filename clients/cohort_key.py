@@ -79,6 +79,11 @@ class CohortKey:
             raise KeyMismatchError("granted key is not the one that its maker announced")
         return key
 
+    @property
+    def public(self) -> bytes:
+        """SEAL parameters."""
+        return self.scheme.public
+
     def to_bytes(self) -> bytes:
         """Secret: only ever sealed."""
         return self.prompt_key + self._secret

@@ -122,6 +122,7 @@ class Joining(Generic[L_co]):
             self.workload.resuming = self.party.journal.knows(message.run)
             self._learner = self.workload.prepare(settings)
         self.settings, self.run = settings, message.run
+        self.party.recall(message.run)
         self._commitments = message.commitments
         self._opened_nonce, self._greeting = True, False
         ready = self.party.ready(self.run, self._nonce)

@@ -7,29 +7,24 @@ Its rules are promises to the client's own user, so nothing that a server says r
   takes part in nothing else for it. It can only repeat the very frame that it sent.
 - Until then an upload is repeated bit by bit, under fresh masks.
 - Lists whose sums may be open are remembered with the base, so that near bases can be told.
+- The prompt that follows from a sum which was checked is the only one for its learning round.
 
-Records are JSON lines; vectors, frames and bases are files beside them, mode 0600.
+``file_journal`` has them on the disk.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from secure_fedprompt.clients.record_file import RecordFile
 from secure_fedprompt.protocol.averaging import Prompt
 from secure_fedprompt.protocol.codec import encode_fields
 from secure_fedprompt.protocol.errors import (
-    ConfigError,
     OpenedError,
     ReplayError,
     SumError,
@@ -66,6 +61,7 @@ class _Run:
     uploaded: int = 0
     vectors: dict[int, tuple[str, str, str, str]] = field(default_factory=dict)
     opened: dict[int, int] = field(default_factory=dict)  # learning round -> round
+    made: dict[int, tuple[str, bool]] = field(default_factory=dict)  # by learning round
     distrusted: bool = False  # its server sent what is not a sum
 
 
@@ -292,9 +288,43 @@ class MemoryJournal:
                      "learning_round": plan.learning_round,
                      "base": plan.base_digest.hex()})  # fmt: skip
 
+    def note_made(self, run: bytes, learning_round: int, prompt: bytes, *, own: bool) -> None:
+        """Remember the digest of the prompt that a learning round begins from.
+
+        Args:
+            own: whether this client computed it, from a sum that it checked; else others did.
+        """
+        if self.made(run, learning_round)[0] != prompt:
+            self._apply({"event": "made", "run": run.hex(), "learning_round": learning_round,
+                         "prompt": prompt.hex(), "own": own})  # fmt: skip
+
+    def made(self, run: bytes, learning_round: int) -> tuple[bytes, bool]:
+        """That digest, or nothing if it is not known; and whether it is this client's own."""
+        prompt, own = self._runs.get(run.hex(), _Run()).made.get(learning_round, ("", False))
+        return bytes.fromhex(prompt), own
+
+    def base(self, plan: RoundPlan) -> Prompt | None:
+        """The global prompt of a plan that ``note_base`` has seen."""
+        data = self._get(f"base-{plan.base_digest.hex()[:32]}")
+        return None if data is None else np.frombuffer(data, "<f4").astype(np.float32)
+
+    def keep_key(self, run: bytes, key: bytes) -> None:
+        """Keep the key that checks the sums of a run."""
+        self._put(f"sums-{run.hex()}", key)
+
+    def key(self, run: bytes) -> bytes:
+        """What was kept."""
+        return self._get(f"sums-{run.hex()}") or b""
+
     def distrust(self, run: bytes) -> None:
         """Take part in a run no more: a sum of it was not what clients sent."""
         self._apply({"event": "distrust", "run": run.hex()})
+        self._drop(f"sums-{run.hex()}")
+
+    def finish(self, run: bytes) -> None:
+        """A run has ended well."""
+        self.forget(run)
+        self._drop(f"sums-{run.hex()}")
 
     def forget(self, run: bytes) -> None:
         """A learning round is over: its vector and its opening are not needed any more."""
@@ -338,63 +368,10 @@ class MemoryJournal:
                 run.opened[int(record["learning_round"])] = int(record["round"])
                 made = self._bases.setdefault(str(record["base"]), _Base())
                 made.revealed_in.add(str(record["run"]))
+            case "made":
+                made_here = str(record["prompt"]), bool(record["own"])
+                run.made[int(record["learning_round"])] = made_here
             case "distrust":
                 run.distrusted = True
             case event:
                 raise ValueError(f"unknown event {event!r}")
-
-
-class FileJournal(MemoryJournal):
-    """The same rules over a ``RecordFile``.
-
-    Raises:
-        ConfigError: it is in use, damaged, or cannot be written.
-    """
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self._folder = path.parent
-        remedy = "restore it from a backup, or give this client a new state_dir and a new key"
-        self._file = RecordFile(path, "journal", self._read, remedy)
-
-    def _read(self, line: bytes) -> None:
-        super()._apply(json.loads(line))
-
-    def _apply(self, record: Record) -> None:
-        self._file.append(json.dumps(record, separators=(",", ":")).encode())
-        super()._apply(record)
-
-    def _path(self, name: str) -> Path:
-        if not re.fullmatch(r"[a-z]+-[0-9a-f]{32}", name):
-            raise ConfigError(f"journal names a file {name!r}: it is damaged")
-        return self._folder / "kept" / name
-
-    def _put(self, name: str, data: bytes) -> None:
-        path = self._path(name)
-        partial = path.with_suffix(".partial")
-        try:
-            path.parent.mkdir(exist_ok=True, mode=0o700)
-            descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-        except OSError as error:
-            raise ConfigError(
-                f"{path} cannot be written ({error.strerror}): free the disk"
-            ) from None
-
-    def _get(self, name: str) -> bytes | None:
-        try:
-            return self._path(name).read_bytes()
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise ConfigError(f"{self._path(name)} cannot be read ({error.strerror})") from None
-
-    def _drop(self, name: str) -> None:
-        self._path(name).unlink(missing_ok=True)
-
-    def close(self) -> None:
-        self._file.close()

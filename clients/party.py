@@ -11,12 +11,15 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from secure_fedprompt.clients.journal import MemoryJournal
 from secure_fedprompt.clients.ledger import Ledger, Upload
+from secure_fedprompt.clients.sum_key import SumKey
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.errors import (
     AdvertMismatchError,
+    IsolationError,
     KeyInUseError,
     MismatchError,
     NotOnRosterError,
+    PolicyError,
     ReplayError,
     RosterMismatchError,
     RunFailedError,
@@ -26,7 +29,7 @@ from secure_fedprompt.protocol.errors import (
 from secure_fedprompt.protocol.expand import Purpose, digest
 from secure_fedprompt.protocol.keys import Identity, verify
 from secure_fedprompt.protocol.plan import NO_KEY, RoundPlan
-from secure_fedprompt.protocol.policy import Policy
+from secure_fedprompt.protocol.policy import Policy, check_isolation
 from secure_fedprompt.protocol.roster import Roster
 from secure_fedprompt.protocol.shamir import Entropy
 from secure_fedprompt.protocol.terms import RunTerms, nonces_digest
@@ -50,10 +53,22 @@ def refusal(message: m.Refused) -> SecureFedPromptError:
 
 @dataclass
 class Keyring:
-    """Keys of one run: what others seal to this client, and the cohort key once it is held."""
+    """Keys of one run: what others seal to this client, and the key that clients share once it is
+    held, ``cohort`` under homomorphic encryption and ``sums`` under masks."""
 
     secret: X25519PrivateKey = field(default_factory=X25519PrivateKey.generate)
     cohort: CohortKey | None = None
+    sums: SumKey | None = None
+
+    @property
+    def digest(self) -> bytes:
+        """Of the shared key that is held, or zeros."""
+        held = self.cohort or self.sums
+        return held.digest if held else NO_KEY
+
+    def drop(self) -> None:
+        """Hold no shared key any more."""
+        self.cohort = self.sums = None
 
     def __repr__(self) -> str:
         return "Keyring(<private>)"
@@ -78,10 +93,9 @@ class Party:
         return len(self.roster.with_role("client"))
 
     def ready(self, run: bytes, nonce: bytes = bytes(32)) -> m.Ready:
-        """The signed key of this run, which cohort key is held, and the committed nonce."""
-        held = self.keyring.cohort.digest if self.keyring.cohort else NO_KEY
+        """The signed key of this run, which shared key is held, and the committed nonce."""
         public = self.keyring.secret.public_key().public_bytes_raw()
-        ready = m.Ready(run, self.name, public, held, nonce, m.UNSIGNED)
+        ready = m.Ready(run, self.name, public, self.keyring.digest, nonce, m.UNSIGNED)
         return m.signed(ready, self.identity, Purpose.RUN_KEY, self.roster.digest)
 
     def count(self, plan: RoundPlan) -> None:
@@ -93,6 +107,23 @@ class Party:
         cost = self.policy.cost(plan)
         upload = Upload(plan.run.hex(), plan.learning_round, cost if math.isfinite(cost) else None)
         self.ledger.release(upload, self.policy.max_client_epsilon, self.policy.client_delta)
+
+    def recall(self, run: bytes) -> None:
+        """Hold the key of sums that was kept before a restart, unless the roster has changed."""
+        kept, known = self.journal.key(run), self.roster.digest
+        if self.keyring.sums is None and kept.startswith(known):
+            self.keyring.sums = SumKey(kept[len(known) :])
+
+    def check_cohort(self, plan: RoundPlan) -> None:
+        """Decline, before anything is trained, a cohort whose sum no client would help to open."""
+        c = plan.facts.tolerated(bool(plan.degree), plan.members, plan.quorum)
+        try:
+            check_isolation(plan.cohort, self.journal.near_lists(plan), c)
+        except IsolationError as error:
+            raise PolicyError(
+                f"{error}; begin from another prompt (other words in init, or another seed), or "
+                "with the clients of that run"
+            ) from None
 
     def check_run_key(self, plan: RoundPlan, ready: m.Ready, name: str) -> None:
         """Refuse another member's run key unless its identity signed it for this run.

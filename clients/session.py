@@ -13,11 +13,11 @@ import numpy as np
 from secure_fedprompt.clients.helper import Helper
 from secure_fedprompt.clients.joining import Joining
 from secure_fedprompt.clients.party import Replies, refusal
-from secure_fedprompt.clients.rounds.base import Awaiting, Revealed, State
-from secure_fedprompt.clients.rounds.encrypted import Opening, Reported, Sent
-from secure_fedprompt.clients.rounds.masks import Agreed
+from secure_fedprompt.clients.rounds.base import Awaiting, Opening, State
+from secure_fedprompt.clients.rounds.encrypted import Reported, Sent
 from secure_fedprompt.clients.rounds.selecting import share_keys
 from secure_fedprompt.clients.rounds.start import start
+from secure_fedprompt.clients.rounds.unmasking import Agreed, InSum
 from secure_fedprompt.clients.work import (
     L_co,
     Made,
@@ -34,7 +34,6 @@ from secure_fedprompt.protocol.errors import (
     AdvertMismatchError,
     FieldError,
     HomomorphicError,
-    IsolationError,
     MismatchError,
     PolicyError,
     ReplayError,
@@ -49,7 +48,6 @@ from secure_fedprompt.protocol.errors import (
 )
 from secure_fedprompt.protocol.expand import Purpose, digest
 from secure_fedprompt.protocol.plan import RoundPlan
-from secure_fedprompt.protocol.policy import check_isolation
 from secure_fedprompt.protocol.selection.shares import Keys
 
 MAX_WITHDRAWN = 3  # rounds in a row
@@ -66,8 +64,9 @@ class Session(Joining[L_co]):
 
     Attributes:
         work: the round to train for, or None. base: the global prompt that it begins from, opened.
-        final: the last global prompt, once the run has ended well.
-        history: aggregate metrics by learning round, where clients and not the server open sums.
+        final: the last global prompt, once the run has ended well; checked: whether it follows
+            from sums that were, by this client or c + 1 others.
+        history: aggregate metrics by learning round, of sums that this client checked.
         declined: why the last plan was refused, until another one is taken up.
         failed_because: the first reason why training failed, for this client's own user.
     """
@@ -89,17 +88,16 @@ class Session(Joining[L_co]):
         self.base: Prompt | None = None
         self._opened: tuple[int, dict[str, float]] | None = None  # until the round is over
         self._made: tuple[int, bytes] | None = None  # the next prompt, as we computed it
-        self._agreed: tuple[int, bytes] | None = None  # the same, once the round is over
         self._withdrawn = 0
         self.declined: PolicyError | None = None  # why the last plan was, and none followed
         self._helper = Helper(self.party)
         self.final: Prompt | None = None
-        self.over = False
+        self.checked = self.over = False
         self.failed_because: SecureFedPromptError | None = None  # told to nobody but our user
 
     def hello(self) -> m.Hello:
         """The first frame of each connection. What is under way is given up, but for openings."""
-        if isinstance(self.round, Agreed | Revealed | Sent | Reported):
+        if isinstance(self.round, InSum | Sent | Reported):
             self._parked = self.round
         self.round = self.work = self._entered = None
         self._resumed = False
@@ -135,10 +133,9 @@ class Session(Joining[L_co]):
                 self._helper.end(message.run, message.round)
                 if self.round and message.is_of(self.round.plan):
                     self.round = self.work = self._entered = None
-                    self._agreed = self._agreed if message.reason else self._made or self._agreed
                     self._conclude(done=not message.reason)
                 return []
-            case m.UnmaskRequest() | m.CipherSum() | m.SealedRequest() if (
+            case m.UnmaskRequest() | m.OpenedSum() | m.CipherSum() | m.SealedRequest() if (
                 self.round is None or self._resumed
             ):
                 return self._resume(message)
@@ -223,17 +220,6 @@ class Session(Joining[L_co]):
         reason = "" if isinstance(error, HomomorphicError | SelectionError) else m.line(error)
         return [m.Withdraw(plan.run, plan.round, type(error).__name__, reason)]
 
-    def _check_cohort(self, plan: RoundPlan) -> None:
-        """Decline, before anything is trained, a cohort whose sum no client would help to open."""
-        c = plan.facts.tolerated(bool(plan.degree), plan.members, plan.quorum)
-        try:
-            check_isolation(plan.cohort, self.party.journal.near_lists(plan), c)
-        except IsolationError as error:
-            raise PolicyError(
-                f"{error}; begin from another prompt (other words in init, or another seed), or "
-                "with the clients of that run"
-            ) from None
-
     def _plan(self, message: m.Plan) -> Replies:
         plan, terms = message.plan, self.terms
         if self._greeting:
@@ -242,9 +228,14 @@ class Session(Joining[L_co]):
             raise UnexpectedMessageError("plan of a run that did not welcome us")
         if terms is None:
             raise UnexpectedMessageError("a plan before the terms of its run")
-        if digest(Purpose.BASE, message.base) != plan.base_digest:
-            raise MismatchError("global prompt is not the one that the plan names")
         terms.admit(plan)
+        raw = bytes(message.base)
+        if not raw and terms.facts.masked:
+            if self._made is None or self._made[0] != plan.learning_round:
+                return [self.hello()]  # we missed the sum that it follows from: ask for the whole
+            raw = self._made[1]
+        if digest(Purpose.BASE, raw) != plan.base_digest:
+            raise MismatchError("global prompt is not the one that the plan names")
         before, late = self.party.journal.progress(plan.run), self.party.policy.allow_late_join
         if plan.learning_round > before + 1 and not (late and self._away):
             raise ReplayError(
@@ -256,13 +247,13 @@ class Session(Joining[L_co]):
         if plan.learning_round > before:
             self.party.journal.forget(plan.run)
             self._parked = self._kept = None
-        self.work, self._entered, self._made, self._sealed = None, plan, None, plan.encrypted
+        self.work, self._entered, self._sealed = None, plan, plan.encrypted
         self._conclude(done=plan.learning_round > before)  # if its end was lost
-        self._raw = bytes(message.base)
+        self._raw = raw
         if not (plan.encrypted and plan.learning_round > 1):
             self._prompt(plan, self._raw)  # refused before anything is done
         if plan.learning_round == 1:
-            self._check_cohort(plan)
+            self.party.check_cohort(plan)
         self.round, replies = start(self.party, plan)
         self.declined = None
         self._greetings, self._planned, self._resumed = 0, True, False
@@ -299,7 +290,8 @@ class Session(Joining[L_co]):
     def _prompt(self, plan: RoundPlan, data: bytes) -> Prompt:
         """The global prompt in the clear, checked as far as it can be, and remembered."""
         base = self._floats(data)
-        if self._agreed and self._agreed[0] == plan.learning_round and self._agreed[1] != data:
+        made, _ = self.party.journal.made(self.run, plan.learning_round)
+        if made and made != digest(Purpose.BASE, data):
             raise MismatchError("global prompt is not the one that the last sum gives")
         start, terms = self.learner.initial(), self.terms
         assert terms is not None
@@ -336,9 +328,12 @@ class Session(Joining[L_co]):
             self._opened = plan.learning_round, metrics_of(state.total)
             data = b""
             if plan.training:
-                assert self.base is not None
-                data = prompt_bytes(averaged(self.base, plan.layout, state.total))
-                self._made = plan.learning_round + 1, data
+                base = self.party.journal.base(plan) if self.base is None else self.base
+                assert base is not None  # kept before the round began
+                data = prompt_bytes(averaged(base, plan.layout, state.total))
+                self._made = now, _ = plan.learning_round + 1, data
+                made = digest(Purpose.BASE, data)
+                self.party.journal.note_made(self.run, now, made, own=True)
             self.round, more = state.report(data)
             replies = replies + more
         return replies
@@ -370,8 +365,8 @@ class Session(Joining[L_co]):
             return []
         self.over = True
         self._conclude(done=not message.reason)
-        self.party.journal.forget(self.run)
         if message.reason:
+            self.party.journal.forget(self.run)
             raise RunFailedError(f"server ended the run: {message.reason}")
         size, data = sum(t.size for t in self.learner.tensors()), bytes(message.vector)
         if self._sealed and (cohort := self.party.keyring.cohort):
@@ -388,5 +383,9 @@ class Session(Joining[L_co]):
         final = np.frombuffer(data, "<f4").astype(np.float32)
         if not np.isfinite(final).all():
             raise FieldError("final prompt holds NaN or infinity")
-        self.final = final
+        made, _ = self.party.journal.made(self.run, self.terms.rounds + 1 if self.terms else 0)
+        if made and made != digest(Purpose.BASE, data):
+            raise MismatchError("final prompt is not the one that the last sum gives")
+        self.party.journal.finish(self.run)
+        self.final, self.checked = final, bool(made)
         return []

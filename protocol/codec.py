@@ -33,7 +33,7 @@ from secure_fedprompt.protocol.errors import (
     UnknownVersionError,
 )
 
-VERSION = 8
+VERSION = 9
 MAX_FRAME = 1 << 28
 T = TypeVar("T")
 

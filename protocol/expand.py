@@ -69,6 +69,7 @@ class Purpose(IntEnum):
     SUM_TAG = 36
     SUM_TAG_OFFSET = 37
     SUM = 38
+    SUM_KEY = 39
 
 
 _TAGS = {purpose: TAG + purpose.name.lower().encode() + b"\0" for purpose in Purpose}
@@ -118,10 +119,13 @@ def expand(key: bytes, count: int) -> Words:
     return np.frombuffer(keystream(key, 4 * count), "<u4").astype(np.uint32)
 
 
-def add_masks(total: Words, plus: list[bytes], minus: list[bytes]) -> None:
+def add_masks(total: Words, plus: list[bytes], minus: list[bytes], after: int = 0) -> bytes:
     """``total += sum expand(plus) - sum expand(minus)`` modulo 2^32, in place.
 
     Works chunk by chunk over all keys, so the accumulator is read and written once.
+
+    Returns:
+        the next ``after`` bytes of each keystream, in the order of the keys.
     """
     streams: list[tuple[CipherContext, Any]] = [(_stream(key), np.add) for key in plus]
     streams += [(_stream(key), np.subtract) for key in minus]
@@ -133,3 +137,4 @@ def add_masks(total: Words, plus: list[bytes], minus: list[bytes]) -> None:
         for stream, combine in streams:
             stream.update_into(zeros[: 4 * len(part)], buffer)
             combine(part, words[: len(part)], out=part)
+    return b"".join([stream.update(zeros[:after]) for stream, _ in streams])

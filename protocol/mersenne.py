@@ -41,6 +41,10 @@ def add(one: Elements, other: Elements) -> Elements:
     return reduced(one + other)
 
 
+def negative(values: Elements) -> Elements:
+    return reduced(_P - values)
+
+
 def multiply(one: Elements, other: Elements) -> Elements:
     """Element by element; the partial products of 31-bit halves stay below 2^64 in sum."""
     a1, a0 = one >> np.uint64(31), one & _LOW31

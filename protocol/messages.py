@@ -19,15 +19,20 @@
       Consistent       ->                            signature on the list
                        <-           UnmaskRequest
       Reveal           ->                            shares of self masks and of dropped keys
+                       <-           OpenedSum        to the survivors, who check it
                        <-           RoundEnd         or the next Plan
                        <-           Finish           final prompt
 
-Under ``bfv`` and ``ckks`` a round goes like this, the first four only if somebody lacks the key:
+Where somebody lacks the key that clients share (the sum key, or the cohort key under ``bfv`` and
+``ckks``), after the plan:
 
-      KeyAsk           ->                            who lacks the cohort key, with a fresh key
-                       <-           KeyRequest       to the maker: who needs the cohort key
+      KeyAsk           ->                            who lacks it, with a fresh key
+                       <-           KeyRequest       to the maker: who needs it
       KeyGrant         ->                            the key, sealed to each of them
                        <-           KeyBox           to each of them
+
+Under ``bfv`` and ``ckks`` a round then goes like this:
+
       CipherUpload     ->
                        <-           CipherSum        the encrypted sum
       Consistent       ->                            signature on it
@@ -57,7 +62,7 @@ the end of each round. ``repr`` never shows vectors, shares or boxes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Protocol, TypeVar
 
@@ -83,6 +88,7 @@ from secure_fedprompt.protocol.codec import (
     UpTo,
     encode_fields,
 )
+from secure_fedprompt.protocol.errors import FieldError
 from secure_fedprompt.protocol.expand import Purpose, digest
 from secure_fedprompt.protocol.keys import Identity
 from secure_fedprompt.protocol.layout import TensorSpec
@@ -249,7 +255,8 @@ class Contest(Printable):
 
 @dataclass(frozen=True, repr=False)
 class Plan(Printable):
-    """``base`` is the global prompt, float32 little-endian, or sealed by the clients."""
+    """``base`` is the global prompt, float32 little-endian, or sealed by the clients. Under masks
+    it is empty to those who were sent the sum that it follows from."""
 
     plan: RoundPlan
     base: VectorBytes
@@ -257,17 +264,24 @@ class Plan(Printable):
 
 @dataclass(frozen=True, repr=False)
 class Advert(OfRound):
-    """Fresh X25519 keys (``seal_key`` seals shares, ``mask_key`` makes pair masks) and H(b)."""
+    """Fresh X25519 keys (``seal_key`` seals shares, ``mask_key`` makes pair masks) and H(b).
+
+    Attributes:
+        key: digest of the sum key that the sender holds.
+        vouches: 1 if it has computed the plan's global prompt itself, from sums that it checked.
+    """
 
     name: Name
     seal_key: PublicKey
     mask_key: PublicKey
     commitment: Digest
+    key: Digest
+    vouches: U8
     signature: Signature
 
     def body(self, plan: RoundPlan) -> bytes:
-        """What the identity signs: the keys under this plan and roster."""
-        unsigned = (self.seal_key, self.mask_key, self.commitment)
+        """What the identity signs: the keys under this plan, its global prompt and roster."""
+        unsigned = (self.seal_key, self.mask_key, self.commitment, self.key, bytes((self.vouches,)))
         return b"".join((plan.digest, plan.roster_digest, *unsigned, self.name.encode()))
 
 
@@ -328,7 +342,10 @@ class Accusation(OfRound):
 
 @dataclass(frozen=True, repr=False)
 class MaskedUpload(OfRound):
+    """``tag`` of the vector, masked like it."""
+
     vector: VectorBytes
+    tag: SumTag
 
 
 @dataclass(frozen=True, repr=False)
@@ -371,8 +388,21 @@ class Reveal(OfRound):
 
 
 @dataclass(frozen=True, repr=False)
+class OpenedSum(OfRound):
+    """The sum that the masks hid, as an upload is packed, and the sum of its members' tags.
+
+    Attributes:
+        members: a bit for each of the plan's cohort, from the lowest of the first byte.
+    """
+
+    vector: VectorBytes
+    tag: SumTag
+    members: Annotated[Blob, UpTo(MAX_COHORT // 8)]
+
+
+@dataclass(frozen=True, repr=False)
 class KeyAsk(OfRound):
-    """A client that lacks the cohort key, with a fresh X25519 key for this one grant."""
+    """A client that lacks the key that others share, with a fresh X25519 key for this one grant."""
 
     name: Name
     seal_key: PublicKey
@@ -392,7 +422,7 @@ class KeyRequest(OfRound):
 
 @dataclass(frozen=True, repr=False)
 class Grant(Printable):
-    """The cohort key, sealed to ``recipient``."""
+    """The shared key, sealed to ``recipient``."""
 
     recipient: Name
     box: Annotated[Blob, UpTo(MAX_KEY)]
@@ -407,7 +437,7 @@ class Grant(Printable):
 
 @dataclass(frozen=True, repr=False)
 class KeyGrant(OfRound):
-    """``context`` is the public SEAL parameters and nothing else."""
+    """``context`` is the public SEAL parameters and nothing else; empty under masks."""
 
     key: Digest
     context: Annotated[Blob, UpTo(MAX_KEY)]
@@ -622,7 +652,7 @@ CATALOGUE = Catalogue(
     KeyRequest, KeyGrant, KeyBox, CipherUpload, CipherSum, Opened, SealedRequest, SealedPrompt,
     HelperPlan, HelperOffer, HelperAnswer, KeyShares, HelperInputs, HelperChoices, HelperTables,
     HelperOutcome, Outcome, LogHead, Terms, Accept, Contest, Complaint, Evidence,
-    Accusation, KeyAsk, Probe, Probed, SumSigned,
+    Accusation, KeyAsk, Probe, Probed, SumSigned, OpenedSum,
 )  # fmt: skip
 
 TO_HELPER = (HelperPlan, HelperAnswer, HelperInputs, HelperTables)
@@ -655,6 +685,25 @@ def run_id(server_nonce: bytes, commitments: Sequence[Nonce]) -> bytes:
 
 def adverts_digest(adverts: Sequence[Advert]) -> bytes:
     return digest(Purpose.ADVERT_LIST, *(encode_fields(a) for a in adverts))
+
+
+def members_bits(cohort: Sequence[str], members: Collection[str]) -> bytes:
+    """Who of a cohort is meant, as in ``OpenedSum``."""
+    chosen = set(members)
+    bits = sum(1 << i for i, name in enumerate(cohort) if name in chosen)
+    return bits.to_bytes(-(-len(cohort) // 8), "little")
+
+
+def members_of(cohort: Sequence[str], bits: bytes | memoryview) -> tuple[str, ...]:
+    """Inverse of ``members_bits``.
+
+    Raises:
+        FieldError: of another length, or with bits behind the last name.
+    """
+    found = int.from_bytes(bits, "little")
+    if len(bits) != -(-len(cohort) // 8) or found >> len(cohort):
+        raise FieldError(f"{len(bits)} bytes of members for a cohort of {len(cohort)}")
+    return tuple(name for i, name in enumerate(cohort) if found >> i & 1)
 
 
 def survivors_body(plan: RoundPlan, adverts: bytes, survivors: Sequence[str]) -> bytes:

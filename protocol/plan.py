@@ -77,8 +77,9 @@ class RoundPlan:
             are rounded down to powers of two.
         base_digest: of the global prompt that the round starts from, as it is on the wire.
         parameters: of the homomorphic encryption; ``homomorphic.NONE`` for other protections.
-        maker, election: who makes the cohort key, and how many keys the run had with it.
-        key: digest of the cohort key; zeros if the maker makes a new one in this round.
+        maker, election: who makes the key that the clients share (the cohort key, under masks the
+            sum key), and how many keys the run had with it.
+        key: its digest; zeros if the maker makes a new one in this round.
         grants: sorted names of the clients that are given the key in this round.
         selection: of the groups to upload, by server and helper; ``task.NONE`` without it.
         noise: that clients add to their updates; ``client_noise.NONE`` without it.
@@ -255,11 +256,22 @@ class RoundPlan:
         chosen = self.parameters
         if chosen != homomorphic.choose(self.protection, chosen.clients, chosen.flood):
             raise PlanError(f"parameters {chosen} are no set for {self.protection}")
-        if not self.encrypted:
+        if not self.facts.keyed:
             if self.maker or self.grants or self.election or self.key != NO_KEY:
-                raise PlanError(f"a cohort key under protection {self.protection}")
+                raise PlanError(f"a shared key under protection {self.protection}")
             return
         others = set(self.cohort) - {self.maker}
+        if self.encrypted:
+            self._check_ciphertexts()
+        if list(self.grants) != sorted(set(self.grants)) or not set(self.grants) <= others:
+            raise PlanError("grants are doubled, unsorted, or not to other clients of the cohort")
+        if self.grants and self.maker not in self.cohort:
+            raise PlanError(f"key maker {self.maker!r} is not in the cohort")
+        if self.key == NO_KEY and set(self.grants) != others:
+            raise PlanError("a new key is not granted to everybody")
+
+    def _check_ciphertexts(self) -> None:
+        chosen = self.parameters
         if len(self.cohort) > chosen.clients:
             raise PlanError(f"{len(self.cohort)} clients, parameters are for {chosen.clients}")
         ciphertexts = 1 + -(-total_size(self.layout) // chosen.degree)
@@ -268,12 +280,6 @@ class RoundPlan:
                 f"an encrypted sum of {total_size(self.layout)} values does not fit a frame of "
                 f"{MAX_FRAME} bytes: use masks, or a smaller prompt"
             )
-        if list(self.grants) != sorted(set(self.grants)) or not set(self.grants) <= others:
-            raise PlanError("grants are doubled, unsorted, or not to other clients of the cohort")
-        if self.grants and self.maker not in self.cohort:
-            raise PlanError(f"key maker {self.maker!r} is not in the cohort")
-        if self.key == NO_KEY and set(self.grants) != others:
-            raise PlanError("a new cohort key is not granted to everybody")
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,11 @@ class Protection:
     client: str = ""
     assumes: str = ""
 
+    @property
+    def keyed(self) -> bool:
+        """Whether clients share a key that the server does not hold, and check sums with it."""
+        return self.masked or self.encrypted
+
     def least(self, clients: int) -> int:
         """The smallest quorum: two lists of survivors must share an honest client."""
         return default_threshold(clients) if self.hides else 1
@@ -113,9 +118,10 @@ PROTECTIONS: dict[str, Protection] = {
             masked=True,
             default=True,
             server="the sum of updates of each round, and the sum of counts of right answers",
-            client="the global prompt",
+            client="the sum of each round, counters included, and with it the global prompt",
             assumes="on the complete graph nothing of the server, and at most c colluding clients; "
-            "on a regular one that it is honest but curious",
+            "on a regular one that it is honest but curious; that the sum is right, as long as no "
+            "client colludes",
         ),
         Protection(
             "bfv",

@@ -36,6 +36,7 @@ from secure_fedprompt.protocol.mersenne import Elements, P
 TAGS = 2
 SIZE = 8 * TAGS  # bytes of a tag
 ELEMENT = 16  # bytes of keystream for each element
+MASK = ELEMENT * TAGS  # bytes of keystream that mask a tag
 _LIMB, _LIMBS = 16, 4  # bits, and how many hold an element
 _MOST = 1 << 31  # magnitude of an integer: 31 + 16 bits, and 4,096 of them, stay below 2^63
 _WIDEST = 1 << 12
@@ -61,6 +62,18 @@ def from_bytes(data: bytes | memoryview) -> Elements:
     if tag is None or (tag >= P).any():
         raise FieldError("a tag of a sum is two numbers below 2^61 - 1")
     return tag
+
+
+def mask(drawn: bytes, plus: int) -> Elements:
+    """What masks add to a tag, (tags,).
+
+    Args:
+        drawn: ``MASK`` bytes of each keystream, those behind the masks of the vector.
+        plus: how many of them, the first, are added; the others are subtracted.
+    """
+    parts = mersenne.elements(drawn).reshape(-1, TAGS)
+    minus = mersenne.negative(mersenne.total(parts[plus:]))
+    return mersenne.add(mersenne.total(parts[:plus]), minus)
 
 
 @dataclass(frozen=True, repr=False)

@@ -74,7 +74,7 @@ class RunTerms:
         metrics: "off", "final" (counted in one evaluation sum at the end) or "rounds".
         regular: 1 for a k-regular graph, for shares ``dropout`` and ``corruption`` of N.
         flood: of ckks.
-        makers, helpers: who may make the cohort key, and who may be the helper, in this order.
+        makers, helpers: who may make the clients' key, and who may be the helper, in this order.
         selection: scope as in ``Selection``; fillers likewise; keep likewise, 0 is slots x cohort.
         noise: that clients add to every training sum.
         stage_seconds, training_seconds: deadlines. upload_after: seconds from a plan before which
@@ -219,7 +219,7 @@ class RunTerms:
     def sample(self, number: int) -> PlanInputs:
         """What a learning round in which everybody takes part could choose, under other names."""
         names = tuple(f"{i:05d}" for i in range(self.clients))
-        maker = names[0] if self.facts.encrypted else ""
+        maker = names[0] if self.facts.keyed else ""
         helper = names[0] if self.selecting(number) else ""
         return PlanInputs(
             1, 1, number, names, bytes(32), maker, 0, NO_KEY, names[1:] if maker else (), helper
@@ -347,7 +347,7 @@ class RunTerms:
                 f"plan has a cohort of {len(plan.cohort)}, the terms allow {self.quorum} to "
                 f"{self.clients}"
             )
-        if plan.encrypted and plan.maker not in self.makers:
+        if plan.facts.keyed and plan.maker not in self.makers:
             raise TermsError(f"plan's key maker {plan.maker!r} is not one of the terms'")
         if plan.selecting and plan.selection.helper not in self.helpers:
             raise TermsError(f"plan's helper {plan.selection.helper!r} is not one of the terms'")

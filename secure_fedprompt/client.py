@@ -18,7 +18,7 @@ from secure_fedprompt import narration
 from secure_fedprompt.audit import private
 from secure_fedprompt.clients.accounting import epsilon
 from secure_fedprompt.clients.conversation import Conversation
-from secure_fedprompt.clients.journal import FileJournal
+from secure_fedprompt.clients.file_journal import FileJournal
 from secure_fedprompt.clients.ledger import NAME, Ledger
 from secure_fedprompt.clients.link import CurveLink
 from secure_fedprompt.clients.party import Party

@@ -11,8 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from secure_fedprompt.clients.party import Party, Replies
-from secure_fedprompt.clients.rounds.base import Awaiting, State
-from secure_fedprompt.clients.rounds.encrypted import Opening
+from secure_fedprompt.clients.rounds.base import Awaiting, Opening, State
 from secure_fedprompt.clients.rounds.start import start
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.errors import SecureFedPromptError

@@ -104,6 +104,10 @@ class Gathering(ABC):
     def _back(self, name: str, now: float) -> Outbox:
         """A client has accepted the terms while a round is under way."""
 
+    @abstractmethod
+    def _remind(self, name: str) -> Outbox:
+        """What a client that has accepted the terms may have missed."""
+
     def everybody(self) -> dict[str, Client]:
         """Clients and helpers that are there."""
         return {**self.clients, **self.helpers}
@@ -190,9 +194,10 @@ class Gathering(ABC):
             return []
         client.accepted = isinstance(message, m.Accept)
         client.contests = not client.accepted
+        out = self._remind(sender) if client.accepted else []
         if self.current is None:
-            return self._maybe_start(now)
-        return self._dismiss(sender, now) if client.contests else self._back(sender, now)
+            return out + self._maybe_start(now)
+        return out + (self._dismiss(sender, now) if client.contests else self._back(sender, now))
 
     def _dismiss(self, name: str, now: float) -> Outbox:
         error = MismatchError(

@@ -32,6 +32,7 @@ class Client:
     Attributes:
         commitment: to its nonce. seen, joined: when it was last heard of, and greeted.
         ready: its run key, once announced. told: the terms. key: digest of the cohort key it holds.
+        informed: the last learning round whose start it can compute, from what it was sent.
         missed: a learning round went by without it. called: to greet again.
     """
 
@@ -43,6 +44,7 @@ class Client:
     told: bool = False
     accepted: bool = False
     contests: bool = False
+    informed: int = 0
     missed: bool = False
     called: bool = False
     key: bytes = NO_KEY

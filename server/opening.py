@@ -6,16 +6,16 @@ be finished, by a restarted server as well.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
-from secure_fedprompt.protocol import homomorphic, masking
+from secure_fedprompt.protocol import masking
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.agreement_proof import check, lift
 from secure_fedprompt.protocol.codec import Digest, Many, SumTag
-from secure_fedprompt.protocol.errors import CiphertextError, PointError, ProtocolError
-from secure_fedprompt.protocol.expand import Purpose, digest
+from secure_fedprompt.protocol.errors import PointError, ProtocolError
+from secure_fedprompt.protocol.expand import Purpose
 from secure_fedprompt.protocol.keys import unseal, verify
 from secure_fedprompt.protocol.plan import MAX_COHORT, NO_KEY, RoundPlan
 from secure_fedprompt.protocol.roster import Roster
@@ -87,8 +87,10 @@ def grant_is_bad(
     ask: m.KeyAsk,
     granted: m.KeyGrant,
     accusation: m.Accusation,
+    is_key: Callable[[bytes], bool],
 ) -> bool:
-    """Whether the maker is to blame for a grant that is of no use."""
+    """Whether the maker is to blame for a grant that is of no use: it does not open, or not to
+    what ``is_key`` takes for the granted key."""
     grant = next(g for g in granted.grants if g.recipient == ask.name)
     context = accusation.body(plan, ask.name)
     try:
@@ -104,9 +106,4 @@ def grant_is_bad(
         )
     except ProtocolError:
         return True
-    scheme = homomorphic.scheme(plan.protection, plan.parameters)
-    try:
-        scheme.read(homomorphic.sealapi().SecretKey(), data[32:])
-    except CiphertextError:
-        return True
-    return digest(Purpose.COHORT_KEY, data[32:], data[:32]) != granted.key
+    return not is_key(data)

@@ -38,13 +38,14 @@ class RunState:
         round: the last round number used; learning_round: the next one to complete; attempt: the
             last at it.
         excluded: clients that dealt bad boxes, or complained falsely.
-        pending: an encoded ``Pending``, while a sum is being opened.
+        pending: an encoded ``Pending``, while a sum is being opened; summed: an encoded
+            ``LastSum``, once one was, under masks.
         tensors, start, prompt: the starting and the global prompt, float32, flat; under encryption
             both are the starting one.
         sealed: the global prompt, sealed by the clients, once a round under encryption is done.
-        maker, election, key: of the cohort key; see ``RoundPlan``. ``key`` is zeros before there is
-            one, and once it must not be used any more.
-        keys: digests of all cohort keys of the run; who holds any of them can open the prompt.
+        maker, election, key: of the clients' key; see ``RoundPlan``. ``key`` is zeros before there
+            is one, and once it must not be used any more.
+        keys: digests of all these keys; who holds any of them can open the prompt.
         model_fingerprint, classes_digest: what the first client announced; announced_by: who that
             was, if it is still known.
     """
@@ -59,6 +60,7 @@ class RunState:
     attempt: int = 0
     excluded: tuple[str, ...] = ()
     pending: bytes = b""
+    summed: bytes = b""
     tensors: tuple[TensorSpec, ...] = ()
     start: Prompt | None = None
     prompt: Prompt | None = None
@@ -84,7 +86,7 @@ class RunState:
 
 @dataclass(frozen=True)
 class Keying:
-    """Of the cohort key in a round: ``key`` is zeros if the state's maker makes a new one."""
+    """Of the clients' key in a round: ``key`` is zeros if the state's maker makes a new one."""
 
     key: bytes = NO_KEY
     grants: tuple[str, ...] = ()
@@ -97,11 +99,11 @@ def elect(
     wanted: str,
     unfit: Set[str] = frozenset(),
 ) -> Keying:
-    """Who must be given the cohort key; elects another maker, in ``state``, if the last is gone.
+    """Who must be given the clients' key; elects another maker, in ``state``, if the last is gone.
 
-    A new maker makes a new key. It must be able to open the global prompt, so it is one of those
-    who hold a key of the run, the lowest name unless ``wanted`` is one of them. The old key stays
-    registered until the new one is granted.
+    A new maker makes a new key. It must be able to open a sealed global prompt, so it is then one
+    of those who hold a key of the run, the lowest name unless ``wanted`` is one of them. The old
+    key stays registered until the new one is granted.
 
     Args:
         state: of the run; maker and election may change.
@@ -179,7 +181,7 @@ def terms_of(settings: ServerSettings, roster: Roster, state: RunState) -> RunTe
     n = len(names)
     quorum = quorum_of(settings, n)
     regular = settings.graph == "regular" and settings.facts.masked
-    encrypted, secure = settings.facts.encrypted, settings.selection == "secure"
+    secure = settings.selection == "secure"
     corruption = settings.max_corruption
     wanted = settings.key_maker
     makers = tuple([wanted] * (wanted in names) + [name for name in names if name != wanted])
@@ -209,7 +211,7 @@ def terms_of(settings: ServerSettings, roster: Roster, state: RunState) -> RunTe
         dropout=settings.max_dropout,
         corruption=corruption,
         flood=settings.flood_bits,
-        makers=makers if encrypted else (),
+        makers=makers if settings.facts.keyed else (),
         helpers=((settings.helper,) if settings.helper else tuple(names)) if secure else (),
         selection=1 + SCOPES.index(settings.selection_scope) if secure else 0,
         keep=settings.selection_keep if federation else 0,
@@ -257,14 +259,14 @@ def round_plan(
         PlanError: the terms do not allow one.
     """
     assert state.terms is not None
-    encrypted = state.terms.facts.encrypted
+    keyed = state.terms.facts.keyed
     chosen = PlanInputs(
         round=state.round,
         attempt=state.attempt,
         learning_round=state.learning_round,
         cohort=cohort,
         base_digest=digest(Purpose.BASE, state.base),
-        maker=state.maker if encrypted else "",
+        maker=state.maker if keyed else "",
         election=state.election,
         key=keying.key,
         grants=keying.grants,

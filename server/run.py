@@ -15,7 +15,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from secure_fedprompt.protocol import messages as m
-from secure_fedprompt.protocol.averaging import averaged, metrics_of
 from secure_fedprompt.protocol.codec import decode_fields, encode_fields
 from secure_fedprompt.protocol.errors import (
     PlanError,
@@ -32,8 +31,9 @@ from secure_fedprompt.server.gathering import Gathering, refused
 from secure_fedprompt.server.members import Client
 from secure_fedprompt.server.opening import Pending
 from secure_fedprompt.server.planning import Keying, elect, elect_helper, grown_terms, round_plan
+from secure_fedprompt.server.results import apply, remind, survivors
 from secure_fedprompt.server.rounds.base import Deadlines, Round, Stage
-from secure_fedprompt.server.rounds.encrypted import EncryptedRound
+from secure_fedprompt.server.rounds.keying import KeyedRound
 from secure_fedprompt.server.rounds.start import make_round
 from secure_fedprompt.server.serve import Outbox
 
@@ -84,7 +84,11 @@ class Run(Gathering):
         assert self.state.terms is not None
         terms, opening = self.state.terms, self._longest
         deadlines = Deadlines(terms.stage_seconds, terms.training_seconds, opening)
-        return make_round(plan, self.state.base, self.roster, deadlines, ready, self.entropy)
+        made = make_round(plan, self.state.base, self.roster, deadlines, ready, self.entropy)
+        if terms.facts.masked:
+            now = self.state.learning_round
+            made.informed = frozenset(n for n, c in self.clients.items() if c.informed == now)
+        return made
 
     # -- frames and time -------------------------------------------------------------------------
 
@@ -130,13 +134,13 @@ class Run(Gathering):
         return self._after(out, now)
 
     def _register(self, current: Round) -> None:
-        """Note a granted cohort key before any client is told of it."""
+        """Note a granted key before any client is told of it."""
         state = self.state
         if current.pending is not None and current.pending is not self._stored:
             state.pending = encode_fields(current.pending)  # before anybody is asked to open it
             self._stored = current.pending
             self.store.save(state)
-        if not isinstance(current, EncryptedRound) or current.key in (NO_KEY, state.key):
+        if not isinstance(current, KeyedRound) or current.key in (NO_KEY, state.key):
             return
         if current.burnt:
             return
@@ -199,7 +203,8 @@ class Run(Gathering):
         assert self.current is not None
         return self._after(self.current.back(name, now), now)
 
-    # -- admission -------------------------------------------------------------------------------
+    def _remind(self, name: str) -> Outbox:
+        return remind(self.state, name)
 
     # -- rounds ----------------------------------------------------------------------------------
 
@@ -280,7 +285,7 @@ class Run(Gathering):
             settings, state, {**outside, **able} if settings.helper else able, self.unhelpful
         )
         keying = Keying()
-        if settings.facts.encrypted:
+        if settings.facts.keyed:
             held = {name: client.key for name, client in self.clients.items()}
             keying = elect(state, cohort, held, settings.key_maker, self.unfit)
         self.stranded_until = 0.0
@@ -306,11 +311,12 @@ class Run(Gathering):
             self.store.event("fault", f"round {current.plan.round}: {name}: {fault}")
         self.benched = {current.suspect} & set(self.clients)
         if current.excluded:
+            self.state.key = NO_KEY  # who is out holds the old one
             self.state.excluded = (*self.state.excluded, current.excluded)
             self.store.event("excluded", f"{current.excluded}: {current.reason}")
         if current.helper_failed:
             self.unhelpful.add(current.plan.selection.helper)
-        if isinstance(current, EncryptedRound):
+        if isinstance(current, KeyedRound):
             self._note_holders(current)
         if current.stage is Stage.DONE:
             self._apply(current)
@@ -360,7 +366,7 @@ class Run(Gathering):
         self.declined = self._unwilling(current).removeprefix("; ")
         self.attempts = 0
 
-    def _note_holders(self, current: EncryptedRound) -> None:
+    def _note_holders(self, current: KeyedRound) -> None:
         for name in current.plan.cohort:
             if client := self.clients.get(name):
                 client.key = current.key if name in current.holders else client.key
@@ -373,18 +379,9 @@ class Run(Gathering):
             self.unfit.add(current.plan.maker)
 
     def _apply(self, done: Round) -> None:
-        state = self.state
-        assert state.prompt is not None
-        training, metrics = done.plan.training, dict[str, float]()
-        if isinstance(done, EncryptedRound):  # all that is known of the sum
-            metrics["contributors"] = len(done.plan.cohort) - len(done.dropped)
-            state.sealed = done.sealed or state.sealed
-        else:
-            assert done.result is not None
-            metrics = metrics_of(done.result)
-            if training:
-                state.prompt = averaged(state.prompt, done.plan.layout, done.result)
-        state.learning_round, state.attempt, state.pending = state.learning_round + 1, 0, b""
+        state, metrics = self.state, apply(self.state, done)
+        for name in set(survivors(done)) & set(self.clients):
+            self.clients[name].informed = state.learning_round
         for name, client in self.clients.items():
             committed = m.Nonce(name, client.commitment) in state.commitments
             client.missed = client.missed or (committed and name not in done.plan.cohort)

@@ -57,7 +57,7 @@ class ServerSettings(MethodSettings, frozen=True, forbid_unknown_fields=True, kw
         max_attempts: tries of a learning round before the run fails; clients allow 10.
         protection: "masks"; "bfv" or "ckks" (the server adds ciphertexts and learns no sum; no
             client may collude with it); "none" for benchmarks.
-        key_maker: client that makes the cohort key of bfv and ckks; empty is the lowest name.
+        key_maker: client that makes the key that clients share; empty is the lowest name.
         flood_bits: k of the statistical distance 2^-k of ckks' flooding.
         selection: of FedMGP's groups to upload: "client" (published: each client draws its own), or
             "secure" (server and a helper, on scores that neither can read).

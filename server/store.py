@@ -2,6 +2,7 @@
 
 run.sqlite      state, rounds, traffic, events
 pending.bin     a sum that is being opened, until it is
+summed.bin      the last one that was, for clients that come back (masks)
 prompts/        global-NNNN.safetensors after each learning round, global-0000 the start;
                 sealed-NNNN.safetensors under bfv and ckks, which only the run's clients can open
 server.json     the settings of the run (no keys)
@@ -45,6 +46,7 @@ CREATE TABLE IF NOT EXISTS traffic (
     round INTEGER, peer TEXT, direction TEXT, type TEXT, frames INTEGER, bytes INTEGER,
     PRIMARY KEY (round, peer, direction, type));
 CREATE TABLE IF NOT EXISTS events (at REAL, kind TEXT, text TEXT);
+CREATE TABLE IF NOT EXISTS checked (learning_round INTEGER PRIMARY KEY, clients TEXT);
 """
 TROUBLE = (
     "waiting",
@@ -76,7 +78,8 @@ def open_run(folder: Path) -> sqlite3.Connection:
 
 
 def rounds_of(db: sqlite3.Connection) -> list[dict[str, Any]]:
-    """All attempted rounds as dictionaries, with bytes by direction and peer."""
+    """All attempted rounds as dictionaries, with bytes by direction and peer, and with the clients
+    that have said that a sum is right."""
     names = ("round", "learning_round", "outcome", "reason", "cohort", "dropped", "faults",
              "metrics", "seconds", "at")  # fmt: skip
     rows: dict[int, dict[str, Any]] = {}
@@ -89,6 +92,11 @@ def rounds_of(db: sqlite3.Connection) -> list[dict[str, Any]]:
     for number, peer, direction, size in db.execute(query):
         if number in rows:
             rows[number]["bytes"][direction][peer] = size
+    said = dict[int, list[str]]()
+    if db.execute("SELECT 1 FROM sqlite_master WHERE name = 'checked'").fetchone():
+        said = {number: json.loads(who) for number, who in db.execute("SELECT * FROM checked")}
+    for row in rows.values():
+        row["checked"] = said.get(row["learning_round"], []) if row["outcome"] == "done" else []
     return list(rows.values())
 
 
@@ -119,6 +127,7 @@ class Store:
         self._traffic: dict[tuple[int, str, str, str], list[int]] = {}
         self._keep_settings(settings)
         self.on_event: list[Any] = []
+        self._summed = b""  # what the file holds
 
     def _keep_settings(self, settings: ServerSettings) -> None:
         path, now = self.folder / "server.json", msgspec.to_builtins(settings)
@@ -158,6 +167,8 @@ class Store:
         )
         if body["pending"]:
             state.pending = (self.folder / "pending.bin").read_bytes()
+        if body["summed"]:
+            state.summed = (self.folder / "summed.bin").read_bytes()
         if state.tensors:
             rounds = json.loads((self.folder / "server.json").read_text())["rounds"]
             number = min(state.learning_round - 1, rounds)
@@ -183,6 +194,9 @@ class Store:
         pending = self.folder / "pending.bin"
         if state.pending:
             write_durably(pending, state.pending)
+        if state.summed and state.summed is not self._summed:
+            write_durably(self.folder / "summed.bin", state.summed)
+            self._summed = state.summed
         body = {
             "run": state.run.hex(),
             "server_nonce": state.server_nonce.hex(),
@@ -192,6 +206,7 @@ class Store:
             "attempt": state.attempt,
             "excluded": list(state.excluded),
             "pending": bool(state.pending),
+            "summed": bool(state.summed),
             "round": state.round,
             "learning_round": state.learning_round,
             "tensors": [encode_fields(t).hex() for t in state.tensors],
@@ -215,6 +230,10 @@ class Store:
                                          round.seconds)), time.time())  # fmt: skip
         with self._db:
             self._db.execute("INSERT OR REPLACE INTO rounds VALUES (?,?,?,?,?,?,?,?,?,?)", row)
+            self._db.executemany(
+                "INSERT OR REPLACE INTO checked VALUES (?,?)",
+                [(number, json.dumps(names)) for number, names in round.checked.items()],
+            )
         self._keep_best(plan.learning_round - 1, metrics)
         self.flush_traffic()
         for listener in self.on_event:

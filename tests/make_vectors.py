@@ -27,6 +27,7 @@ from secure_fedprompt.protocol.expand import Purpose
 from secure_fedprompt.protocol.messages import CATALOGUE
 from secure_fedprompt.protocol.plan import RoundPlan
 from secure_fedprompt.server.rounds.base import Stage
+from secure_fedprompt.server.rounds.masks import MaskedRound
 
 FOLDER = Path(__file__).parent / "vectors"
 CLIENT, DROPPED = "c001", "c003"
@@ -47,6 +48,15 @@ def good_round() -> tuple[Frames, list[int]]:
     return outcome.frames, outcome.round.integers.tolist()
 
 
+def sum_of_another_round() -> m.OpenedSum:
+    """It holds, in its own."""
+    p = dataclasses.replace(plan(), round=2)
+    outcome = run_round(p, make_parties(5, seed="another"), make_updates(p, 8))
+    assert isinstance(outcome.round, MaskedRound)
+    assert outcome.round.opened is not None
+    return outcome.round.opened
+
+
 # name -> (the frame to spoil, how, the error)
 BAD: dict[str, tuple[type, Callable[[Any], Any], str]] = {
     "overlapping_lists": (
@@ -62,6 +72,14 @@ BAD: dict[str, tuple[type, Callable[[Any], Any], str]] = {
     "truncated": (m.Adverts, lambda a: CATALOGUE.encode(a)[:-1], "TruncatedError"),
     "trailing_bytes": (m.Adverts, lambda a: CATALOGUE.encode(a) + b"\0", "TrailingBytesError"),
     "unknown_version": (m.Adverts, lambda a: b"\xfe" + CATALOGUE.encode(a)[1:], "UnknownVersionError"),
+    "wrong_tag": (m.OpenedSum, lambda o: dataclasses.replace(o, tag=bytes(16)), "SumError"),
+    "wrong_sum": (
+        m.OpenedSum,
+        lambda o: dataclasses.replace(o, vector=bytes((o.vector[0] ^ 1,)) + bytes(o.vector[1:])),
+        "SumError"),
+    "wrong_list": (m.OpenedSum, lambda o: dataclasses.replace(o, members=b"\x1f"), "SumError"),
+    "replayed_sum": (
+        m.OpenedSum, lambda o: dataclasses.replace(sum_of_another_round(), round=o.round), "SumError"),
     "unknown_type": (m.Adverts, lambda a: bytes((VERSION, 0xFF)) + CATALOGUE.encode(a)[2:], "UnknownTypeError"),
 }  # fmt: skip
 

@@ -26,7 +26,9 @@ def put(log: Recorder, *messages: m.Message, way: str = "out") -> None:
 
 
 def upload(number: int, size: int = 40) -> m.MaskedUpload:
-    return m.MaskedUpload(RUN, number, hashlib.shake_128(bytes([number % 256])).digest(size))
+    return m.MaskedUpload(
+        RUN, number, hashlib.shake_128(bytes([number % 256])).digest(size), bytes(16)
+    )
 
 
 def lines_of(folder: Path) -> list[bytes]:

@@ -12,7 +12,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from secure_fedprompt.clients.journal import MemoryJournal
-from secure_fedprompt.clients.party import Party
+from secure_fedprompt.clients.party import Keyring, Party
+from secure_fedprompt.clients.sum_key import SumKey
 from secure_fedprompt.protocol import client_noise, fixedpoint, homomorphic
 from secure_fedprompt.protocol.expand import keystream
 from secure_fedprompt.protocol.keys import Identity, Member
@@ -38,6 +39,7 @@ OPEN = Policy(
     min_fillers=1,
 )
 CTX = (TensorSpec("ctx", (3, 5)),)
+SUMS = SumKey(b"k" * 32)  # what parties of masked plans hold; a run has them make one
 
 
 def entropy_from(seed: str) -> Entropy:
@@ -95,6 +97,8 @@ def make_plan(
         uniform=int(max_weight == 1), bucket=0, layout=layout, parameters=homomorphic.NONE, maker="",
         election=0, key=NO_KEY, grants=(), selection=NONE, noise=client_noise.NONE,
     )  # fmt: skip
+    if changes.get("protection", "masks") == "masks":
+        plan = replace(plan, key=SUMS.digest)
     return replace(plan, **changes)  # type: ignore[arg-type]
 
 
@@ -103,6 +107,13 @@ def later(plan: RoundPlan, round: int = 2, **changes: object) -> RoundPlan:
     base = round.to_bytes(32, "little")
     moved = replace(plan, round=round, learning_round=round, rounds=max(plan.rounds, round))
     return replace(moved, base_digest=base, **changes)  # type: ignore[arg-type]
+
+
+def vouched(parties: Mapping[str, Party], plan: RoundPlan) -> RoundPlan:
+    """The same plan, for whose prompt all parties vouch."""
+    for party in parties.values():
+        party.journal.note_made(plan.run, plan.learning_round, plan.base_digest, own=True)
+    return plan
 
 
 def make_encrypted_plan(count: int, protection: str, **changes: object) -> RoundPlan:
@@ -116,7 +127,7 @@ def make_encrypted_plan(count: int, protection: str, **changes: object) -> Round
 def make_parties(count: int, policy: Policy = OPEN, seed: str = "") -> dict[str, Party]:
     return {
         name: Party(name, identity(name), roster(count), policy, MemoryJournal(),
-                    entropy_from(f"{seed} {name}"))
+                    entropy_from(f"{seed} {name}"), Keyring(sums=SUMS))
         for name in names(count)
     }  # fmt: skip
 

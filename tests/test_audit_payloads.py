@@ -185,7 +185,7 @@ def test_every_message_has_a_decision_about_its_fields() -> None:
     opaque = {  # blobs that are in the clear on purpose
         "Initial.vector", "PlainUpload.vector", "Plan.base", "Finish.vector", "Reveal.shares",
         "Welcome.settings", "KeyGrant.context", "Terms.start",
-        "Probed.settings",
+        "Probed.settings", "OpenedSum.vector", "OpenedSum.members",
     }  # fmt: skip
     for cls in m.CATALOGUE.types.values():
         for field in dataclasses.fields(cls):
@@ -205,7 +205,7 @@ def test_sizes_by_the_plan_are_those_of_real_frames(good: dict[str, Path]) -> No
     (log,) = read(good, "server")
     rows = {(row.kind, row.way): row for row in summary.traffic(log, log.runs[-1])}
     for kind in ("MaskedUpload", "Adverts", "Inbox", "Shares", "Reveal", "UnmaskRequest",
-                 "SurvivorList", "Consistent", "Advert", "LogHead", "RoundEnd"):  # fmt: skip
+                 "SurvivorList", "Consistent", "Advert", "OpenedSum", "LogHead", "RoundEnd"):  # fmt: skip
         found = [row for (k, _), row in rows.items() if k == kind]
         assert found, kind
         for row in found:

@@ -13,6 +13,8 @@ from agreed import everybody, federation
 from federation import World
 from rounds import OPEN, names
 
+from secure_fedprompt.clients.journal import MemoryJournal
+from secure_fedprompt.clients.rounds.masks import Advertised
 from secure_fedprompt.protocol import errors, fixedpoint
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.layout import TensorSpec
@@ -37,10 +39,18 @@ def frozen(monkeypatch: pytest.MonkeyPatch, bend: Callable[[Any, int], Any]) -> 
         applied(self, done)
         assert before is not None
         self.state.prompt = before + np.float32(5e-7)
+        for client in self.clients.values():
+            client.informed = 0
 
     monkeypatch.setattr(server_run, "round_plan", plan)
     monkeypatch.setattr(Run, "_apply", apply)
     return sums
+
+
+def believing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients that take any prompt: they would refuse one that is not what the last sum gives."""
+    monkeypatch.setattr(MemoryJournal, "note_made", lambda *_, own: None)
+    monkeypatch.setattr(Advertised, "_check_prompt", lambda *_: None)
 
 
 def with_weight(plan: Any, number: int) -> Any:
@@ -71,6 +81,7 @@ def test_a_bound_that_grows_from_plan_to_plan_would_open_every_update(
 ) -> None:
     """The attack, with clients that take every plan as it comes."""
     monkeypatch.setattr(RunTerms, "admit", lambda self, plan: None)
+    believing(monkeypatch)
     sums = frozen(monkeypatch, with_weight)
     world = everybody(federation(tmp_path, policy=OPEN))
     assert world.run.error is None
@@ -116,6 +127,7 @@ def test_a_prompt_that_hardly_moves_gives_sums_over_the_same_clients_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A nudge of 5e-7 dodges the digest of the base. Lists may then not differ by a few."""
+    believing(monkeypatch)
     sums = frozen(monkeypatch, lambda plan, number: plan)
     world = federation(tmp_path, n=5, rounds=3, max_attempts=2, policy=Policy())
     for toy in world.toys.values():  # a start that has a deviation, 0.02 as in the methods

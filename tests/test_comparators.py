@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from models import tiny
-from rounds import make_parties, make_plan
+from rounds import make_parties, make_plan, vouched
 
 from secure_fedprompt.clients.backbone import Backbone
 from secure_fedprompt.clients.data import sets
@@ -175,6 +175,7 @@ def test_who_shares_nothing_can_do_so_in_every_round(name: str, bundled: Backbon
             3, tensors=learners[0].tensors(), round=number, learning_round=number, rounds=2,
             method=name,
         )  # fmt: skip
+        vouched(parties, plan)
         work = Work(plan, learners[0].initial())
         updates = {n: t.run(work) for n, t in zip(plan.cohort, learners, strict=True)}
         outcome = run_round(plan, parties, updates)

@@ -16,9 +16,10 @@ from rounds import (
     make_plan,
     make_updates,
     names,
+    vouched,
 )
 
-from secure_fedprompt.clients.rounds import encrypted
+from secure_fedprompt.clients.rounds import keying
 from secure_fedprompt.clients.rounds import masks as masks_round
 from secure_fedprompt.memory import run_round
 from secure_fedprompt.protocol import errors, masking
@@ -107,6 +108,7 @@ def test_evidence_must_be_what_the_dealer_signed_for_these_adverts(what: str) ->
         run_round(plan, parties, make_updates(plan), tap=lambda s, r, x: (
             kept.append(x) or x if isinstance(x, m.Shares) and s == "c001" else x))  # fmt: skip
         plan = dataclasses.replace(plan, round=2, learning_round=2, rounds=2, base_digest=b"2" * 32)
+        vouched(parties, plan)
 
     flip = altered_inbox(("c003",))
 
@@ -266,14 +268,14 @@ def test_no_sum_is_opened_over_a_few_even_if_most_withdraw() -> None:
 def test_a_false_complaint_about_a_grant_burns_the_key_and_excludes_the_accuser(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    plain = encrypted.unseal
+    plain = keying.unseal
 
     def unseal(key: bytes, box: bytes, context: bytes, sender: str) -> bytes:
         if context.endswith(b"c003"):
             raise errors.SealError("so it says")
         return plain(key, box, context, sender)
 
-    monkeypatch.setattr(encrypted, "unseal", unseal)
+    monkeypatch.setattr(keying, "unseal", unseal)
     plan = make_encrypted_plan(4, "bfv")
     outcome = run_round(plan, make_parties(4), make_updates(plan))
     assert outcome.round.stage is Stage.ABORTED

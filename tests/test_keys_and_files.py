@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from rounds import identity, roster
 
 from secure_fedprompt.__main__ import COMMANDS, main
-from secure_fedprompt.clients.journal import FileJournal
+from secure_fedprompt.clients.file_journal import FileJournal
 from secure_fedprompt.clients.settings import ClientSettings
 from secure_fedprompt.commands import keys as cli
 from secure_fedprompt.host import command, files

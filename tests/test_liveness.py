@@ -12,7 +12,7 @@ from federation import World
 from rounds import identity, names
 
 from secure_fedprompt.clients.cohort_key import CohortKey
-from secure_fedprompt.clients.rounds import encrypted
+from secure_fedprompt.clients.rounds import encrypted, keying
 from secure_fedprompt.clients.rounds.start import BEGIN
 from secure_fedprompt.clients.session import Session
 from secure_fedprompt.protocol import errors
@@ -172,7 +172,7 @@ def test_a_maker_cannot_take_the_prompt_from_the_others(
 
     def begin(party: Any, plan: RoundPlan) -> Any:
         state, replies = plain(party, plan)
-        if plan.key == NO_KEY and isinstance(state, encrypted.Granting):
+        if plan.key == NO_KEY and isinstance(state, keying.Granting):
             makers.append(party.name)
             if party.name == "c002":
                 key = CohortKey.make(state.key.scheme, party.entropy)
@@ -185,7 +185,7 @@ def test_a_maker_cannot_take_the_prompt_from_the_others(
         except errors.SealError:
             if self.party.name != "c002":
                 raise
-            return self._agreed[1]  # as it computed it
+            return self._made[1]  # as it computed it
 
     monkeypatch.setitem(BEGIN, "bfv", begin)
     monkeypatch.setattr(Session, "_open", open_)

@@ -20,7 +20,8 @@ from rounds import (
 )
 from test_run import expected_prompt
 
-from secure_fedprompt.clients.journal import FileJournal, MemoryJournal
+from secure_fedprompt.clients.file_journal import FileJournal
+from secure_fedprompt.clients.journal import MemoryJournal
 from secure_fedprompt.clients.rounds.start import start
 from secure_fedprompt.memory import run_round
 from secure_fedprompt.protocol import errors

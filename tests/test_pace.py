@@ -16,7 +16,7 @@ ALIVE = m.Alive()
 
 
 def upload(plan: RoundPlan) -> m.MaskedUpload:
-    return m.MaskedUpload(plan.run, plan.round, b"")
+    return m.MaskedUpload(plan.run, plan.round, b"", bytes(16))
 
 
 def leaves(pace: Pace, plan: RoundPlan, trained: float, failed: bool = False) -> float:

@@ -52,7 +52,7 @@ def test_the_chain_is_what_the_format_says(log_folder: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "record", "what"),
     [
-        (lambda x: [*x[:3], x[3].replace(b'"size":66', b'"size":67'), *x[4:]], 3, "altered"),
+        (lambda x: [*x[:3], x[3].replace(b'"size":82', b'"size":83'), *x[4:]], 3, "altered"),
         (lambda x: [*x[:3], *x[4:]], 4, "records 3 to 3 are missing"),
         (lambda x: [*x[:3], x[4], x[3], *x[5:]], 4, "records 3 to 3 are missing"),
         (lambda x: [*x[:4], x[3], *x[4:]], 3, "moved or added"),
@@ -220,8 +220,8 @@ def test_a_broadcast_is_kept_once(tmp_path: Path) -> None:
     log = made(tmp_path)
     put(log, upload(1), upload(1), upload(2))
     log.close()
-    assert (tmp_path / "frames-0000.bin").stat().st_size == 2 * 66
-    assert [entry.place for entry in Log.read(tmp_path).entries] == [(0, 0), (0, 0), (0, 66)]
+    assert (tmp_path / "frames-0000.bin").stat().st_size == 2 * 82
+    assert [entry.place for entry in Log.read(tmp_path).entries] == [(0, 0), (0, 0), (0, 82)]
 
 
 def test_the_disk_use_is_bounded_and_the_rest_still_verifies(tmp_path: Path) -> None:
@@ -248,7 +248,7 @@ def test_a_frame_beyond_the_limit_is_recorded_and_not_kept(tmp_path: Path) -> No
     log.close()
     (entry,) = Log.read(tmp_path).entries
     assert entry.place is None
-    assert entry.size == 20_026
+    assert entry.size == 20_042
 
 
 def test_a_full_disk_is_one_line(tmp_path: Path) -> None:

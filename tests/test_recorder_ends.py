@@ -159,7 +159,7 @@ def test_a_frame_of_a_run_is_from_its_own_members(tmp_path: Path) -> None:
     for run, known in ((b"a" * 16, roster(4)), (b"b" * 16, roster(3))):
         log = Recorder(tmp_path, "full", 1 << 24, identity("server"), server, known)
         for name in ("c001", "c004"):
-            log.got(name, Frame.of(m.MaskedUpload(run, 1, bytes(8))))
+            log.got(name, Frame.of(m.MaskedUpload(run, 1, bytes(8), bytes(16))))
         log.close()
     read = Log.read(tmp_path)
     found = {
@@ -185,7 +185,7 @@ def test_a_roster_may_grow_between_runs_and_an_owner_not_change(tmp_path: Path) 
     log.close()
     wider, member = roster(4), roster(4).by_name["c001"]
     log = Recorder(tmp_path, "full", 1 << 24, identity("c001"), member, wider)
-    other = m.MaskedUpload(b"s" * 16, 1, b"")
+    other = m.MaskedUpload(b"s" * 16, 1, b"", bytes(16))
     put(log, other)
     log.close()
     read = Log.read(tmp_path)

@@ -229,7 +229,7 @@ BAD_PLANS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         {"cohort": ("c001", "c002", "c003", "c004", "server")}, errors.RosterError, "server"),
     "other roster": ({"roster_digest": bytes(32)}, errors.RosterMismatchError, "same roster"),
     "protection unknown": ({"protection": "hope"}, errors.PlanError, "hope"),
-    "protection not allowed": ({"protection": "none"}, errors.PolicyError, "protections"),
+    "protection not allowed": ({"protection": "none", "key": bytes(32)}, errors.PolicyError, "protections"),
     "threshold apart from quorum": ({"threshold": 3}, errors.PlanError, "differ"),
     "too few survivors": ({"quorum": 2, "threshold": 2}, errors.PlanError, "at least 4"),
     "a smaller federation": (

@@ -267,7 +267,7 @@ def test_clients_check_plan_and_prompt_against_their_own(tmp_path: Path) -> None
         return bool(plans)
 
     world.pump(until)
-    session, good = world.sessions["c001"], plans[0]
+    session, good = world.sessions["c002"], plans[0]
     changed = {
         "method": ({"method": "fedotp"}, "'fedotp'"),
         "settings": ({"settings_digest": bytes(32)}, "settings"),

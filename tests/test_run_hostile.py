@@ -11,7 +11,7 @@ import pytest
 from federation import World
 from rounds import identity, later, make_plan, names
 
-from secure_fedprompt.clients.journal import FileJournal
+from secure_fedprompt.clients.file_journal import FileJournal
 from secure_fedprompt.protocol import errors
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.expand import Purpose

@@ -150,7 +150,7 @@ def test_stages_are_named_in_the_record(tmp_path: Path) -> None:
     world = federate(tmp_path)
     world.pump()
     first, second = ([*r["seconds"]] for r in rounds(world))
-    assert first[:3] == ["advertising", "sharing", "training"]
+    assert first[:5] == ["asking", "keying", "advertising", "sharing", "training"]
     assert second[:5] == ["advertising", "sharing", "training", "evaluating", "collecting"]
 
 

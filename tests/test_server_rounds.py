@@ -100,7 +100,7 @@ def test_frames_that_cross_the_end_of_their_round_are_ignored() -> None:
     plan = make_plan(4)
     server = MaskedRound(dataclasses.replace(plan, round=2), b"", roster(4), Deadlines(1, 1))
     server.start(0.0)
-    assert server.on("c001", m.MaskedUpload(plan.run, 1, b""), 0.0) == []
+    assert server.on("c001", m.MaskedUpload(plan.run, 1, b"", bytes(16)), 0.0) == []
     assert server.waiting == set(plan.cohort)
     assert not server.faults
 

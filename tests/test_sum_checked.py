@@ -17,7 +17,7 @@ from rich.console import Console
 from rounds import identity, make_encrypted_plan, make_parties, make_updates, names
 
 from secure_fedprompt import client
-from secure_fedprompt.clients.journal import FileJournal
+from secure_fedprompt.clients.file_journal import FileJournal
 from secure_fedprompt.clients.rounds.encrypted import Opening, Sent, Signing
 from secure_fedprompt.clients.rounds.start import start
 from secure_fedprompt.clients.session import Session

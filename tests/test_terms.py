@@ -211,14 +211,15 @@ def test_a_regular_graph_follows_from_all_nonces_and_each_attempt_has_its_own() 
     terms = dataclasses.replace(make_terms(), regular=1, clients=200, quorum=134, colluders=20,
                                 dropout=0.05, corruption=0.1)  # fmt: skip
     cohort = tuple(f"{i:03d}" for i in range(200))
+    chosen = cohort, bytes(32), "c001", 1, b"k" * 32
 
     def seed(learning_round: int, attempt: int, of: RunTerms = terms) -> bytes:
-        return of.plan(PlanInputs(1, attempt, learning_round, cohort, bytes(32))).graph_seed
+        return of.plan(PlanInputs(1, attempt, learning_round, *chosen)).graph_seed
 
     seeds = {seed(r, a) for r in (1, 2) for a in (1, 2)}
     seeds |= {seed(1, 1, dataclasses.replace(terms, nonces=b"n" * 32))}
     assert len(seeds) == 5
-    plan = terms.plan(PlanInputs(1, 1, 1, cohort, bytes(32)))
+    plan = terms.plan(PlanInputs(1, 1, 1, *chosen))
     with pytest.raises(errors.TermsError, match="graph_seed"):
         terms.admit(dataclasses.replace(plan, graph_seed=b"s" * 32))
     with pytest.raises(errors.TermsError, match="degree|threshold"):

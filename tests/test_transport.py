@@ -164,7 +164,9 @@ def test_large_frames_cross_in_chunks_both_ways(
 ) -> None:
     link = connect(identity("c003"))
     link.connect()
-    large = m.MaskedUpload(bytes(16), 1, np.random.default_rng(0).bytes(5 * chunks.CHUNK + 17))
+    large = m.MaskedUpload(
+        bytes(16), 1, np.random.default_rng(0).bytes(5 * chunks.CHUNK + 17), bytes(16)
+    )
     link.send(Frame.of(large))
     link.send(Frame.of(m.Alive()))
     (_, first), (_, second) = collect(hub, 2)

@@ -13,6 +13,7 @@ from secure_fedprompt.memory import SimulatedRound, run_round
 from secure_fedprompt.protocol import fixedpoint, layout, masking, messages, shamir
 from secure_fedprompt.protocol.layout import TensorSpec
 from secure_fedprompt.protocol.messages import CATALOGUE
+from secure_fedprompt.protocol.plan import NO_KEY
 from secure_fedprompt.protocol.protections import default_threshold, tolerated_colluders
 from secure_fedprompt.server.rounds.base import Stage
 
@@ -86,20 +87,27 @@ def test_no_frame_carries_counts_metrics_weights_or_updates_in_the_clear() -> No
             assert needle not in everything, f"{name}: {needle.hex()}"
 
     # The same search finds them without protection: the test can fail.
-    open_plan = dataclasses.replace(plan, protection="none")
+    open_plan = dataclasses.replace(plan, protection="none", key=NO_KEY)
     clear = run_round(open_plan, make_parties(4), updates)
     everything = b"\xff".join(frame for _, _, frame in clear.frames)
     assert all(any(needle in everything for needle in needles) for needles in secrets.values())
 
 
-def test_the_server_learns_the_sum_and_clients_do_not() -> None:
+def test_the_server_learns_the_sum_and_so_do_those_who_are_in_it() -> None:
     plan = make_plan(5, tensors=BIG)
     updates = make_updates(plan)
-    outcome = run_round(plan, make_parties(5), updates)
+    outcome = run_round(plan, make_parties(5), updates, {"c002": Stage.COLLECTING})
+    expected = plain_sum(plan, updates, [n for n in plan.cohort if n != "c002"])
     assert outcome.round.integers is not None
-    assert (outcome.round.integers == plain_sum(plan, updates, plan.cohort)).all()
-    longest = max(len(f) for _, recipient, f in outcome.frames if recipient)
-    assert longest < 4 * 16 * 256  # no frame to a client could hold even the masked sum
+    assert (outcome.round.integers == expected).all()
+    assert set(outcome.opened) == set(plan.cohort) - {"c002"}
+    for opened in outcome.opened.values():
+        assert (opened.integers == expected).all()
+    told = [r for _, r, f in outcome.frames if isinstance(CATALOGUE.decode(f), messages.OpenedSum)]
+    assert sorted(told) == sorted(outcome.opened)
+    others = [f for _, r, f in outcome.frames if r
+              and not isinstance(CATALOGUE.decode(f), messages.OpenedSum)]  # fmt: skip
+    assert max(map(len, others)) < 4 * 16 * 256  # none could hold even the masked sum
 
 
 @pytest.mark.parametrize("n", [3, 4, 5, 10, 31])

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from secure_fedprompt.clients.party import Party, Replies
 from secure_fedprompt.protocol import fixedpoint
@@ -15,7 +16,7 @@ from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.agreement_proof import NO_PROOF, prove
 from secure_fedprompt.protocol.errors import (
     ReplayError,
-    SecondUnmaskError,
+    SumError,
     SurvivorError,
     ThresholdError,
     UnexpectedMessageError,
@@ -75,6 +76,23 @@ class State:
         self.party.policy.check_survivors(survivors)
         c = plan.facts.tolerated(bool(plan.degree), plan.members, plan.quorum)
         check_isolation(survivors, self.party.journal.near_lists(plan), c)
+
+    def distrusted(self, what: str) -> SumError:
+        """The end of the run for this client: what came back is no sum. The key that it was to be
+        checked with is not used again, and no other is taken: see ``journal.begin_round``."""
+        party, plan = self.party, self.plan
+        party.keyring.drop()
+        party.journal.distrust(plan.run)
+        return SumError(
+            f"what came back in round {plan.round} is {what}; this client has left the run for good"
+        )
+
+    def not_the_sum(self, members: Sequence[str]) -> SumError:
+        """The same, for a sum whose tag does not hold."""
+        return self.distrusted(
+            f"not the sum of what {len(members)} clients tagged: the server returned something "
+            "else, or one of them sent something else"
+        )
 
     def __repr__(self) -> str:
         return f"round {self.plan.round} of run {self.plan.run.hex()[:8]}"
@@ -173,13 +191,26 @@ def words_of(plan: RoundPlan, data: bytes) -> Words:
 
 
 @dataclass(frozen=True, repr=False)
-class Revealed(State):
-    """Done; nothing secret is left."""
+class Opening(State):
+    """The sum is open: the caller makes the next prompt of it.
 
-    def _on_unmask_request(self, message: m.UnmaskRequest) -> Step:
-        raise SecondUnmaskError(f"a second unmask request in {self}")
+    Attributes:
+        integers: the sum; total: the same as decoded fields.
+    """
+
+    integers: NDArray[np.int64]
+    total: dict[str, Vector]
+
+    def report(self, prompt: bytes) -> Step:
+        """Go on with the next global prompt, float32 little-endian; empty after the last round."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, repr=False)
+class Done(State):
+    """Nothing secret is left."""
 
     def _on_round_end(self, message: m.RoundEnd) -> Step:
         return self, []
 
-    takes: ClassVar[Takes] = {m.UnmaskRequest: _on_unmask_request, m.RoundEnd: _on_round_end}
+    takes: ClassVar[Takes] = {m.RoundEnd: _on_round_end}

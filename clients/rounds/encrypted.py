@@ -1,10 +1,9 @@
 """A client in one round under homomorphic encryption: the states of ``bfv`` and ``ckks``.
 
-    begin -> [Granting | Receiving ->] EncryptedAwaiting -> Sent -> Opening -> Reported
+    begin -> [Granting | Receiving ->] EncryptedAwaiting -> Sent -> Signing -> Decrypted -> Reported
 
-The first two exist only in a round in which somebody lacks the cohort key: its maker seals it to a
-fresh key of each of them. A grant that does not open ends the attempt, as a bad box does. Everybody
-decrypts the sum and computes the next global prompt, which the server keeps only in a sealed form.
+``keying`` has the states in brackets. Everybody decrypts the sum and computes the next global
+prompt, which the server keeps only in a sealed form.
 """
 
 from __future__ import annotations
@@ -13,142 +12,53 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
-
 from secure_fedprompt.clients.cohort_key import CohortKey
 from secure_fedprompt.clients.party import Party
+from secure_fedprompt.clients.rounds import keying
 from secure_fedprompt.clients.rounds.base import (
     Awaiting,
-    Complained,
+    Opening,
     State,
     Step,
     Takes,
     check_signers,
     words_of,
 )
-from secure_fedprompt.protocol import (
-    client_noise,
-    fixedpoint,
-    homomorphic,
-    layout,
-    masking,
-    sum_tag,
-)
+from secure_fedprompt.protocol import client_noise, fixedpoint, homomorphic, layout, sum_tag
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.codec import MAX_FRAME, Digest, UpTo, decode_fields, encode_fields
-from secure_fedprompt.protocol.errors import (
-    AdvertMismatchError,
-    DecryptionError,
-    KeyMismatchError,
-    ReplayError,
-    SealError,
-    SumError,
-    SurvivorError,
-)
+from secure_fedprompt.protocol.errors import DecryptionError, KeyMismatchError, SurvivorError
 from secure_fedprompt.protocol.expand import Purpose, digest
-from secure_fedprompt.protocol.keys import agree, seal, unseal, verify
+from secure_fedprompt.protocol.keys import verify
 from secure_fedprompt.protocol.layout import Vector
 from secure_fedprompt.protocol.packing import Integers, Packing
 from secure_fedprompt.protocol.plan import NO_KEY, RoundPlan
 
 
 def begin(party: Party, plan: RoundPlan) -> Step:
-    """The first state of a checked plan, and what to send.
+    """The first state of a checked plan, and what to send; see ``keying.begin``."""
+    return keying.begin(party, plan, KIND)
 
-    Raises:
-        KeyMismatchError: the plan goes on under a cohort key that this client does not hold.
-        ConfigError: this machine cannot encrypt.
-    """
-    scheme = homomorphic.scheme(plan.protection, plan.parameters)
-    if party.name in plan.grants:
-        secret = X25519PrivateKey.generate()
-        public = secret.public_key().public_bytes_raw()
-        ask = m.KeyAsk(plan.run, plan.round, party.name, public, m.UNSIGNED)
-        asked = m.signed(ask, party.identity, Purpose.KEY_ASK, plan)
-        return Receiving(party, plan, secret), [asked]
+
+def _make(party: Party, plan: RoundPlan) -> CohortKey:
+    """A fresh key, under whose successor the prompt stays readable."""
     held = party.keyring.cohort
-    if plan.key == NO_KEY:  # hence we are the maker; the prompt stays readable under the next key
-        kept = held.prompt_key if held else b""
-        return Granting(party, plan, CohortKey.make(scheme, party.entropy, kept)), []
-    if held is None or held.digest != plan.key:
-        ours = held.digest.hex()[:16] if held else "none"
-        raise KeyMismatchError(f"plan is under cohort key {plan.key.hex()[:16]}, we hold {ours}")
-    grants = plan.grants and party.name == plan.maker
-    return (Granting if grants else EncryptedAwaiting)(party, plan, held), []
+    scheme = homomorphic.scheme(plan.protection, plan.parameters)
+    return CohortKey.make(scheme, party.entropy, held.prompt_key if held else b"")
 
 
-@dataclass(frozen=True, repr=False)
-class Granting(State):
-    """The maker, with a key that others need."""
-
-    key: CohortKey
-
-    def _on_key_request(self, message: m.KeyRequest) -> Step:
-        plan, party = self.plan, self.party
-        names = [ask.name for ask in message.recipients]
-        if not names and plan.key != NO_KEY:  # whoever lacks the key has gone
-            return EncryptedAwaiting(party, plan, self.key), []
-        if names != sorted(set(names)) or not set(names) <= set(plan.grants) or not names:
-            raise AdvertMismatchError("key is not requested for those whom the plan names")
-        if len({ask.seal_key for ask in message.recipients}) != len(names):
-            raise AdvertMismatchError("two clients ask with the same key")
-        grants = []
-        for ask in message.recipients:
-            if (ask.run, ask.round) != (plan.run, plan.round):
-                raise ReplayError(f"{ask.name} asks for the key of another round")
-            identity = party.roster.identity_of(ask.name)
-            verify(identity, Purpose.KEY_ASK, ask.body(plan), ask.signature, ask.name)
-            shared = agree(party.keyring.secret, ask.seal_key, ask.name)
-            context = masking.seal_context(plan, party.name, ask.name)
-            key = masking.grant_key(plan, ask.name, shared)
-            box = seal(key, self.key.to_bytes(), context)
-            grant = m.Grant(ask.name, box, m.UNSIGNED)
-            signed = m.signed(grant, party.identity, Purpose.KEY_GRANT, plan, self.key.digest)
-            grants.append(signed)
-        public, key_digest = self.key.scheme.public, self.key.digest
-        reply = m.KeyGrant(plan.run, plan.round, key_digest, public, tuple(grants), m.UNSIGNED)
-        reply = m.signed(reply, party.identity, Purpose.KEY_GRANT, plan)
-        party.keyring.cohort = self.key
-        return EncryptedAwaiting(party, plan, self.key), [reply]
-
-    takes: ClassVar[Takes] = {m.KeyRequest: _on_key_request}
+def _read(plan: RoundPlan, data: bytes, expected: bytes) -> CohortKey:
+    scheme = homomorphic.scheme(plan.protection, plan.parameters)
+    return CohortKey.from_bytes(scheme, data, expected)
 
 
-@dataclass(frozen=True, repr=False)
-class Receiving(State):
-    """Waits for the cohort key, to be sealed to a key of this round alone."""
-
-    secret: X25519PrivateKey
-
-    def _on_key_box(self, message: m.KeyBox) -> Step:
-        plan, party, grant = self.plan, self.party, message.grant
-        if grant.recipient != party.name:
-            raise AdvertMismatchError(f"key is sealed for {grant.recipient!r}")
-        if plan.key not in (NO_KEY, message.key):
-            raise KeyMismatchError("granted key is not the one that the plan names")
-        party.check_run_key(plan, message.maker, plan.maker)
-        identity = party.roster.identity_of(plan.maker)
-        body = grant.body(plan, message.key)
-        verify(identity, Purpose.KEY_GRANT, body, grant.signature, plan.maker)
-        scheme = homomorphic.scheme(plan.protection, plan.parameters)
-        try:
-            shared = agree(self.secret, message.maker.seal_key, plan.maker)
-            context = masking.seal_context(plan, plan.maker, party.name)
-            sealed = masking.grant_key(plan, party.name, shared)
-            data = unseal(sealed, bytes(grant.box), context, plan.maker)
-            key = CohortKey.from_bytes(scheme, data, message.key)
-        except (SealError, KeyMismatchError):
-            secret, peer = self.secret.private_bytes_raw(), message.maker.seal_key
-            return Complained.of(party, plan, plan.maker, secret, peer)
-        held = party.keyring.cohort
-        if held is not None and held.prompt_key != key.prompt_key:
-            raise KeyMismatchError(  # what the old one opens would be lost with it
-                f"{plan.maker} grants a key under which the global prompt does not open"
-            )
-        party.keyring.cohort = key
-        return EncryptedAwaiting(party, plan, key), []
-
-    takes: ClassVar[Takes] = {m.KeyBox: _on_key_box}
+def _keep(party: Party, plan: RoundPlan, key: CohortKey) -> None:
+    held = party.keyring.cohort
+    if held is not None and held.prompt_key != key.prompt_key:
+        raise KeyMismatchError(  # what the old one opens would be lost with it
+            f"{plan.maker} grants a key under which the global prompt does not open"
+        )
+    party.keyring.cohort = key
 
 
 @dataclass(frozen=True, repr=False)
@@ -175,6 +85,15 @@ class EncryptedAwaiting(Awaiting):
 
 def _packing(plan: RoundPlan, key: CohortKey) -> Packing:
     return Packing.of(plan.layout, key.scheme.limit, plan.parameters.clients)
+
+
+KIND = keying.Kind(
+    held=lambda party: party.keyring.cohort,
+    make=_make,
+    read=_read,
+    keep=_keep,
+    go_on=lambda party, plan, key: (EncryptedAwaiting(party, plan, key), []),
+)
 
 
 @dataclass(frozen=True, repr=False)
@@ -235,16 +154,10 @@ class Signing(Sent):
         tag = sum_tag.from_bytes(self.sum.tag)
         integers = packing.unpack(self.key.decrypt(ciphertexts, packing.slots, plan.digest))
         if not self.key.tags(plan).holds(survivors, integers, tag):
-            party.keyring.cohort = None  # and it is taken from nobody else: see begin_round
-            party.journal.distrust(plan.run)
-            raise SumError(
-                f"what came back in round {plan.round} is not the sum of what {len(survivors)} "
-                "clients tagged: the server returned something else, or one of them sent something "
-                "else; this client has left the run for good"
-            )
+            raise self.not_the_sum(survivors)
         check_sum(plan, integers, len(survivors))
         total = layout.unflatten(plan.layout, fixedpoint.decode(plan.layout, integers))
-        return Opening(party, plan, self.key, integers, total), []
+        return Decrypted(party, plan, integers, total, self.key), []
 
     takes: ClassVar[Takes] = {m.SumSigned: _on_sum_signed, m.CipherSum: _on_other_sum}
 
@@ -274,19 +187,12 @@ def check_sum(plan: RoundPlan, integers: Integers, uploads: int) -> None:
 
 
 @dataclass(frozen=True, repr=False)
-class Opening(State):
-    """The sum is open: the caller makes the next prompt of it.
-
-    Attributes:
-        integers: the sum; total: the same as decoded fields.
-    """
+class Decrypted(Opening):
+    """The sum is open, and sealed is what is made of it."""
 
     key: CohortKey
-    integers: Integers
-    total: dict[str, Vector]
 
     def report(self, prompt: bytes) -> Step:
-        """Announce the next global prompt, float32 little-endian; empty after the last round."""
         plan = self.plan
         box, announced = b"", NO_KEY
         if prompt:

@@ -1,7 +1,11 @@
 """A client in a round under masks, as a state machine without I/O.
 
-    begin(party, plan) -> Advertised -> Dealt -> MaskedAwaiting -> Uploaded -> Agreed -> Revealed
-                                          |-> Doubting -> Complained
+    begin -> [Granting | Receiving ->] Advertised -> Dealt -> MaskedAwaiting -> Uploaded ...
+                                                       |-> Doubting -> Complained
+
+``keying`` has the states in brackets, ``unmasking`` those that follow. Whoever was in a sum has
+checked it and computed the next global prompt itself; who missed it believes c + 1 others that
+vouch for a prompt.
 
 ``state.on(message)`` returns the next state and the frames to send, or raises a named error and
 changes nothing. Randomness and the journal (what must survive a crash) are arguments. A state
@@ -10,40 +14,57 @@ knows only what it needs from there on; no state can upload, sign or reveal twic
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
 from secure_fedprompt.clients.party import Party
+from secure_fedprompt.clients.rounds import keying
 from secure_fedprompt.clients.rounds.base import (
     Awaiting,
     Complained,
-    Revealed,
     State,
     Step,
     Takes,
-    check_signers,
     words_of,
 )
-from secure_fedprompt.protocol import client_noise, fixedpoint, masking, shamir
+from secure_fedprompt.clients.rounds.unmasking import Uploaded
+from secure_fedprompt.clients.sum_key import SumKey
+from secure_fedprompt.protocol import (
+    client_noise,
+    fixedpoint,
+    masking,
+    mersenne,
+    shamir,
+    sum_tag,
+)
 from secure_fedprompt.protocol import messages as m
-from secure_fedprompt.protocol.codec import UpTo, decode_fields, encode_fields
 from secure_fedprompt.protocol.errors import (
     AdvertMismatchError,
-    OverlapError,
     ReplayError,
     SealError,
-    SurvivorError,
     ThresholdError,
 )
 from secure_fedprompt.protocol.expand import Purpose, add_masks
 from secure_fedprompt.protocol.keys import agree, seal, unseal, verify
 from secure_fedprompt.protocol.layout import Vector
-from secure_fedprompt.protocol.plan import MAX_COHORT, RoundPlan
+from secure_fedprompt.protocol.plan import RoundPlan
 
 
 def begin(party: Party, plan: RoundPlan) -> Step:
+    """The first state of a checked plan, and what to send; see ``keying.begin``."""
+    return keying.begin(party, plan, KIND)
+
+
+def _keep(party: Party, plan: RoundPlan, key: SumKey) -> None:
+    party.journal.keep_key(plan.run, party.roster.digest + key.to_bytes())
+    party.keyring.sums = key
+
+
+def _advertise(party: Party, plan: RoundPlan, key: SumKey) -> Step:
     """Advertise fresh keys."""
+    made = party.journal.made(plan.run, plan.learning_round)
+    vouches = plan.learning_round == 1 or made == (plan.base_digest, True)  # the first: by terms
     secrets = masking.RoundSecrets.fresh(party.entropy)
     advert = m.Advert(
         plan.run,
@@ -52,10 +73,21 @@ def begin(party: Party, plan: RoundPlan) -> Step:
         secrets.seal.public_key().public_bytes_raw(),
         secrets.mask.public_key().public_bytes_raw(),
         masking.commitment(plan, party.name, secrets.self_seed),
+        key.digest,
+        int(vouches),
         m.UNSIGNED,
     )
     advert = m.signed(advert, party.identity, Purpose.ADVERT, plan)
     return Advertised(party, plan, secrets, advert), [advert]
+
+
+KIND = keying.Kind(
+    held=lambda party: party.keyring.sums,
+    make=lambda party, plan: SumKey.make(party.entropy),
+    read=lambda plan, data, expected: SumKey.from_bytes(data, expected),
+    keep=_keep,
+    go_on=_advertise,
+)
 
 
 @dataclass(frozen=True, repr=False)
@@ -81,6 +113,9 @@ class Advertised(State):
                 raise ReplayError(f"advert of {advert.name} belongs to another round")
             identity = self.party.roster.identity_of(advert.name)
             verify(identity, Purpose.ADVERT, advert.body(plan), advert.signature, advert.name)
+            if advert.key != self.advert.key:
+                raise AdvertMismatchError(f"{advert.name} holds another sum key than we do")
+        self._check_prompt(message.adverts)
         peers = [n for n in masking.neighbourhoods(plan)[own] if n in by_name]
         if len(peers) < plan.threshold:
             raise ThresholdError(f"{len(peers)} neighbours advertised, threshold {plan.threshold}")
@@ -116,6 +151,25 @@ class Advertised(State):
             tuple(names),
         )
         return after, [reply]
+
+    def _check_prompt(self, adverts: Sequence[m.Advert]) -> None:
+        """Take a global prompt that we could not compute ourselves from c + 1 who have: one of
+        them is honest.
+
+        Raises:
+            AdvertMismatchError: they are fewer.
+        """
+        plan = self.plan
+        needed = 1 + plan.facts.tolerated(bool(plan.degree), plan.members, plan.quorum)
+        vouching = sum(advert.vouches for advert in adverts)
+        if not self.advert.vouches and vouching < needed:
+            raise AdvertMismatchError(
+                f"{vouching} clients vouch for the global prompt of learning round "
+                f"{plan.learning_round}, and this one, which missed the sum before, needs {needed}"
+            )
+        if not self.advert.vouches:
+            place = plan.run, plan.learning_round
+            self.party.journal.note_made(*place, plan.base_digest, own=False)
 
     takes: ClassVar[Takes] = {m.Adverts: _on_adverts}
 
@@ -217,83 +271,12 @@ class MaskedAwaiting(Awaiting):
         plus = [masking.self_key(plan, own, self.secrets.self_seed)]
         plus += [key for peer, key in self.pairs.items() if peer > own]
         minus = [key for peer, key in self.pairs.items() if peer < own]
-        add_masks(words, plus, minus)
-        reply = m.MaskedUpload(plan.run, plan.round, fixedpoint.to_wire(plan.layout, words))
+        sums = self.party.keyring.sums
+        assert sums is not None
+        tag = sums.tags(plan).tag(own, fixedpoint.to_integers(plan.layout, words))
+        after = add_masks(words, plus, minus, sum_tag.MASK)
+        # In the clear, a tag would be a linear equation on one client's vector for who holds K.
+        tag = mersenne.add(tag, sum_tag.mask(after, len(plus)))
+        vector = fixedpoint.to_wire(plan.layout, words)
+        reply = m.MaskedUpload(plan.run, plan.round, vector, sum_tag.to_bytes(tag))
         return Uploaded(self.party, plan, self.adverts, self.shares), [reply]
-
-
-@dataclass(frozen=True, repr=False)
-class Uploaded(State):
-    adverts: bytes
-    shares: Mapping[str, bytes]
-
-    def _on_survivor_list(self, message: m.SurvivorList) -> Step:
-        plan, party, survivors = self.plan, self.party, message.survivors
-        self.check_survivors(survivors)
-        near = set(masking.neighbourhoods(plan)[party.name])
-        if strangers := (set(survivors) & near) - set(self.shares):
-            raise SurvivorError(
-                f"survivor list names {sorted(strangers)}, who shared no keys with us"
-            )
-        body = m.survivors_body(plan, self.adverts, survivors)
-        alive = set(survivors)
-        shares = b"".join(
-            share[32:] if name in alive else share[:32]
-            for name, share in sorted(self.shares.items())
-        )
-        dropped = tuple(sorted(set(self.shares) - alive))
-        after = Agreed(party, plan, survivors, dropped, body, shares)
-        party.journal.record_survivors(plan, survivors, after.to_bytes())
-        signature = party.identity.sign(Purpose.SURVIVORS, body)
-        return after, [m.Consistent(plan.run, plan.round, signature)]
-
-    takes: ClassVar[Takes] = {m.SurvivorList: _on_survivor_list}
-
-
-@dataclass(frozen=True, repr=False)
-class _Kept:
-    """An ``Agreed`` on the disk."""
-
-    plan: RoundPlan
-    survivors: m.Names
-    dropped: m.Names
-    body: Annotated[bytes | memoryview, UpTo(1 << 12)]
-    shares: Annotated[bytes | memoryview, UpTo(32 * MAX_COHORT)]
-
-
-@dataclass(frozen=True, repr=False)
-class Agreed(State):
-    """The survivor list is signed. ``shares`` can open this sum, and nothing else."""
-
-    survivors: tuple[str, ...]
-    dropped: tuple[str, ...]
-    body: bytes
-    shares: bytes
-
-    def to_bytes(self) -> bytes:
-        """What the journal keeps, so that a restarted client can still help to open the sum."""
-        return encode_fields(_Kept(self.plan, self.survivors, self.dropped, self.body, self.shares))
-
-    @classmethod
-    def from_bytes(cls, party: Party, data: bytes) -> Agreed:
-        """Inverse of ``to_bytes``."""
-        kept = decode_fields(_Kept, data)
-        return cls(
-            party, kept.plan, kept.survivors, kept.dropped, bytes(kept.body), bytes(kept.shares)
-        )
-
-    def _on_unmask_request(self, message: m.UnmaskRequest) -> Step:
-        plan, party = self.plan, self.party
-        if both := set(message.dropped) & set(self.survivors):
-            raise OverlapError(f"{sorted(both)} asked for as dropped, but on the survivor list")
-        near = set(masking.neighbourhoods(plan)[party.name])
-        if set(message.dropped) & near != set(self.dropped):
-            raise SurvivorError("dropped clients are not those that shared keys and then vanished")
-        check_signers(plan, message.signers, self.survivors)
-        for signed in message.signers:
-            identity = party.roster.identity_of(signed.name)
-            verify(identity, Purpose.SURVIVORS, self.body, signed.signature, signed.name)
-        party.journal.record_reveal(plan)
-        return Revealed(party, plan), [m.Reveal(plan.run, plan.round, self.shares)]
-
-    takes: ClassVar[Takes] = {m.UnmaskRequest: _on_unmask_request}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from secure_fedprompt.clients.party import Party
-from secure_fedprompt.clients.rounds.base import Awaiting, Revealed, Step
+from secure_fedprompt.clients.rounds.base import Awaiting, Done, Step
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.layout import Vector
 from secure_fedprompt.protocol.plan import RoundPlan
@@ -25,4 +25,4 @@ class PlainAwaiting(Awaiting):
 
     def _send(self, data: bytes) -> Step:
         plan = self.plan
-        return Revealed(self.party, plan), [m.PlainUpload(plan.run, plan.round, data)]
+        return Done(self.party, plan), [m.PlainUpload(plan.run, plan.round, data)]

@@ -17,13 +17,15 @@ from secure_fedprompt.protocol.plan import RoundPlan
 TYPES = {cls.__name__: cls for cls in m.CATALOGUE.types.values()}
 SEALED_PROMPT = "AES-256-SIV under the cohort key"
 AEAD = "AES-256-GCM to the recipient"
-KEYED = "a tag that is uniform without the cohort key"
+KEYED = "a tag that is uniform without the clients' key"
+MASKS = "pairwise and self masks"
 SHARE = "a share that is uniform without the other one"
 PROTECTED: dict[type, dict[str, str]] = {
     m.Shares: {"boxes": AEAD},
     m.Inbox: {"boxes": AEAD},
     m.Evidence: {"boxes": AEAD},
-    m.MaskedUpload: {"vector": "pairwise and self masks"},
+    m.MaskedUpload: {"vector": MASKS, "tag": MASKS},
+    m.OpenedSum: {"tag": KEYED},
     m.KeyGrant: {"grants": AEAD},
     m.KeyBox: {"grant": AEAD},
     m.CipherUpload: {"ciphertexts": "homomorphic encryption", "tag": KEYED},
@@ -94,7 +96,7 @@ def _signers(plan: RoundPlan) -> int:
 
 
 def _advert(name: str) -> int:
-    return 16 + 4 + 2 + len(name.encode()) + 32 * 3 + 64
+    return 16 + 4 + 2 + len(name.encode()) + 32 * 4 + 1 + 64
 
 
 def _ciphertexts(plan: RoundPlan, size: int) -> int:
@@ -105,7 +107,10 @@ def _ciphertexts(plan: RoundPlan, size: int) -> int:
 
 _ROUND = 16 + 4
 _SIZES: dict[type, Size] = {
-    m.MaskedUpload: lambda plan, name: _ROUND + 4 + fixedpoint.wire_size(plan.layout),
+    m.MaskedUpload: lambda plan, name: _ROUND + 4 + fixedpoint.wire_size(plan.layout) + 16,
+    m.OpenedSum: lambda plan, name: (
+        _ROUND + 4 + fixedpoint.wire_size(plan.layout) + 16 + 4 + -(-len(plan.cohort) // 8)
+    ),
     m.PlainUpload: lambda plan, name: _ROUND + 4 + 8 * total_size(plan.layout),
     m.Advert: lambda plan, name: _advert(name),
     m.Adverts: lambda plan, name: _ROUND + 4 + sum(map(_advert, plan.cohort)),

@@ -10,6 +10,7 @@ from secure_fedprompt.audit import uniformity
 from secure_fedprompt.audit.fields import TYPES
 from secure_fedprompt.audit.findings import Finding, failed, noted, warned
 from secure_fedprompt.audit.log import Entry, Log
+from secure_fedprompt.audit.sums import check_sums
 from secure_fedprompt.audit.terms import check_terms
 from secure_fedprompt.host.recorder import MALFORMED
 from secure_fedprompt.protocol import homomorphic
@@ -21,19 +22,17 @@ from secure_fedprompt.protocol.plan import RoundPlan
 UPLOADS = {"masks": "MaskedUpload", "bfv": "CipherUpload", "ckks": "CipherUpload",
            "none": "PlainUpload"}  # fmt: skip
 MASKING = {"Advert", "Adverts", "Shares", "Inbox", "SurvivorList", "Consistent", "UnmaskRequest",
-           "Reveal", "Complaint", "Evidence", "Accusation"}  # fmt: skip
-KEYING = {"KeyAsk", "Accusation", "KeyRequest", "KeyGrant", "KeyBox", "CipherSum", "Consistent",
-          "SumSigned", "Opened", "SealedRequest", "SealedPrompt"}  # fmt: skip
+           "Reveal", "OpenedSum", "Complaint", "Evidence"}  # fmt: skip
+KEYING = {"KeyAsk", "Accusation", "KeyRequest", "KeyGrant", "KeyBox"}
+ENCRYPTING = {"CipherSum", "Consistent", "SumSigned", "Opened", "SealedRequest", "SealedPrompt"}
 SELECTING = {cls.__name__ for cls in (*m.TO_HELPER, *m.FROM_HELPER, m.KeyShares, m.Outcome)}
 COMMON = {"Plan", "RoundEnd", "Withdraw", "LogHead"}
 ALLOWED = {
-    "masks": COMMON | MASKING | {"MaskedUpload"},
-    "bfv": COMMON | KEYING | {"CipherUpload"},
-    "ckks": COMMON | KEYING | {"CipherUpload"},
+    "masks": COMMON | KEYING | MASKING | {"MaskedUpload"},
+    "bfv": COMMON | KEYING | ENCRYPTING | {"CipherUpload"},
+    "ckks": COMMON | KEYING | ENCRYPTING | {"CipherUpload"},
     "none": COMMON | {"PlainUpload"},
 }
-P = (1 << 61) - 1  # modulus of tags
-_WORD = (1 << 64) - 1
 SEAL_HEADER = b"\x5e\xa1\x10"  # magic number, and 16 bytes of header
 Decoded = Sequence[tuple[Entry, m.Message]]
 
@@ -48,7 +47,7 @@ def check_promises(log: Log, run: str) -> Iterator[Finding]:
     yield from _initial(log, run, entries, decoded)
     yield from _protection(log, run, entries)
     yield from _masks(log, run, decoded)
-    yield from _tags(log, decoded)
+    yield from check_sums(log, run, decoded)
     yield from _keys(log, run, decoded)
     yield from _uniform(log, run, decoded)
     yield from _kept(log, run)
@@ -197,27 +196,6 @@ def _masks(log: Log, run: str, decoded: Decoded) -> Iterator[Finding]:
                 yield failed("protection", where, text)
 
 
-def _tags(log: Log, decoded: Decoded) -> Iterator[Finding]:
-    """The tag that goes with an encrypted sum is that of the uploads on its list."""
-    tags = dict[tuple[int, str], int]()
-    for entry, message in decoded:
-        if isinstance(message, m.CipherUpload) and entry.way == "in":
-            tags.setdefault((message.round, entry.peer), _pair(message.tag))
-        if not isinstance(message, m.CipherSum) or entry.way != "out":
-            continue
-        members = [tags.get((message.round, name)) for name in message.survivors]
-        known = [tag for tag in members if tag is not None]
-        low, high = (sum(tag >> s & _WORD for tag in known) % P for s in (0, 64))
-        if len(known) == len(members) and _pair(message.tag) != low | high << 64:
-            text = f"the tag of the sum to {entry.peer} is not that of its members' uploads"
-            yield failed("protection", f"{log.name}: record {entry.n}", text)
-
-
-def _pair(tag: bytes) -> int:
-    """Two numbers of a tag in one."""
-    return int.from_bytes(tag, "little")
-
-
 def _keys(log: Log, run: str, decoded: Decoded) -> Iterator[Finding]:
     """SEAL objects only where the catalogue has ciphertexts, and contexts that are public."""
     for entry, message in decoded:
@@ -263,8 +241,12 @@ def _holds_seal(frame: bytes) -> bool:
 
 
 def _context(where: str, plan: RoundPlan | None, data: bytes, peer: str) -> Iterator[Finding]:
+    if plan is not None and plan.protection == "masks":
+        if data:
+            yield failed("keys", where, f"{peer} adds {len(data)} bytes to a grant of a sum key")
+        return
     if plan is None or not plan.encrypted:
-        yield failed("keys", where, f"a key grant by {peer} in a round without encryption")
+        yield failed("keys", where, f"a key grant by {peer} in a round without a key")
         return
     try:
         homomorphic.scheme(plan.protection, plan.parameters).check_context(data)

@@ -147,7 +147,7 @@ def _bent(plan: RoundPlan, terms: RunTerms) -> Iterator[str]:
         yield f"learning round {plan.learning_round} of {terms.rounds}"
     if not 1 <= plan.attempt <= min(MOST_ATTEMPTS, terms.attempts):
         yield f"attempt {plan.attempt}"
-    if terms.protection in ("bfv", "ckks") and plan.maker not in terms.makers:
+    if terms.protection in ("masks", "bfv", "ckks") and plan.maker not in terms.makers:
         yield f"key maker {plan.maker}"
     if selecting and plan.selection.helper not in terms.helpers:
         yield f"helper {plan.selection.helper}"

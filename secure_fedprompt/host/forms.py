@@ -22,6 +22,7 @@ MEANING = {
     "bytes_down_per_client": "from the server, whole run",
     "bytes_up": "to the server, for the vector, per client and round",
     "bytes_up_per_client": "to the server, whole run",
+    "checked": "who has said that the sum is what was sent; under masks, in the round that follows",
     "checks": "what came of each check, by its name",
     "classes": "the likeliest names with their probabilities",
     "clear": "fields that can be read",
@@ -146,8 +147,8 @@ FORMS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 ROWS: dict[str, tuple[str, ...]] = {  # of lists of objects, by the key that holds them
     "rounds": (
-        "round", "learning_round", "outcome", "reason", "cohort", "dropped", "faults", "metrics",
-        "seconds", "bytes", "at",
+        "round", "learning_round", "outcome", "reason", "cohort", "dropped", "checked", "faults",
+        "metrics", "seconds", "bytes", "at",
     ),
     "members": ("name", "role", "fingerprint", "connects_as"),
     "predictions": ("image", "classes", "error"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import itertools
 import json
 import time
 from collections import defaultdict
@@ -21,10 +22,11 @@ from secure_fedprompt.audit.log import Log
 from secure_fedprompt.protocol import client_noise
 from secure_fedprompt.protocol.errors import ConfigError
 from secure_fedprompt.protocol.plan import RoundPlan
-from secure_fedprompt.protocol.protections import facts_of, tolerated_colluders
+from secure_fedprompt.protocol.protections import Protection, facts_of, tolerated_colluders
 from secure_fedprompt.server.store import TROUBLE, open_run, rounds_of
 
 Rows = list[dict[str, Any]]
+MOST_NAMES = 12  # in one sentence
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,11 @@ def _learned(
     """The run's row of "who learns what", with its numbers."""
     facts = facts_of(settings["protection"])
     found = [_sentence(show.what_the_server_saw(summed))]
-    found.append("Every client learned the global prompt, and the server who took part and when.")
+    learned = "the sums that it was in, and with them " if facts.keyed else ""
+    found.append(
+        f"Every client learned {learned}the global prompt, and the server who took part and when."
+    )
+    found.append(_verified(rows, settings["rounds"], facts))
     if facts.masked:
         pairs = {(len(p.cohort), p.threshold) for p in plans if not p.degree}
         for n, t in sorted(pairs):
@@ -192,6 +198,20 @@ def _learned(
             "sums that differ by one client can be subtracted."
         )
     return found
+
+
+def _verified(rows: Rows, rounds: int, facts: Protection) -> str:
+    """Who has checked which sums."""
+    done = [row for row in rows if row["outcome"] == "done"]
+    if not facts.keyed:
+        return "Sums verified by: nobody, clients have the server's word for them."
+    parts = []
+    for names, group in itertools.groupby(done, lambda row: row["checked"]):
+        labels = [_label(row, rounds) for row in group]
+        many = f"{len(names)} clients" if len(names) > MOST_NAMES else ", ".join(names)
+        which = labels[0] if len(labels) == 1 else f"{labels[0]} to {labels[-1]}"
+        parts.append(f"{many or 'not on record, no round followed'} ({which})")
+    return f"Sums verified by: {'; '.join(parts)}."
 
 
 def _traffic(

@@ -23,10 +23,7 @@ from numpy.typing import NDArray
 
 from secure_fedprompt.protocol import layout
 from secure_fedprompt.protocol import messages as m
-from secure_fedprompt.protocol.errors import (
-    ProtocolError,
-    UnexpectedMessageError,
-)
+from secure_fedprompt.protocol.errors import ProtocolError, UnexpectedMessageError
 from secure_fedprompt.protocol.plan import RoundPlan
 from secure_fedprompt.protocol.roster import Roster
 from secure_fedprompt.protocol.shamir import Entropy
@@ -60,8 +57,6 @@ UPLOADING = {  # who leaves is not in the sum
 }  # fmt: skip
 OUTCOME_ERRORS = ("SealError", "GarblingError", "FieldError")  # what a wrong outcome causes
 BEFORE_OUTCOME = UPLOADING - {Stage.COLLECTING} | {Stage.ASKING, Stage.KEYING}
-
-
 LONG_AGO = "before a restart"  # when who is missing was lost, where nothing else is known
 
 
@@ -84,6 +79,8 @@ class Round(ABC):
         openings: stages from which on no other sum will be opened; asking: those of them in which
             every survivor is asked, again if it comes back.
         run_keys: the clients' signed keys of this run, where something is sealed to or by them.
+        informed: clients that were sent the sum from which ``base`` follows, and need no copy.
+        checked: who has said that a sum is right, by its learning round.
         entropy: source of random bytes.
         helper_failed: whether the round aborted for want of its helper, or of right outcomes.
         result: decoded sum by field, once done. ``integers`` is the same as ring integers.
@@ -107,6 +104,8 @@ class Round(ABC):
     deadlines: Deadlines
     run_keys: Mapping[str, m.Ready] = field(default_factory=dict)
     entropy: Entropy = os.urandom
+    informed: frozenset[str] = frozenset()
+    checked: dict[int, tuple[str, ...]] = field(default_factory=dict)
     helper_failed: bool = False
     _outcome_refused: bool = False
     stage: Stage = Stage.ADVERTISING
@@ -193,8 +192,8 @@ class Round(ABC):
 
     def _plans(self) -> Outbox:
         """The plan, to everybody who takes part."""
-        message = m.Plan(self.plan, self.base)
-        out: Outbox = [(name, message) for name in self.plan.cohort]
+        whole, brief = m.Plan(self.plan, self.base), m.Plan(self.plan, b"")
+        out: Outbox = [(n, brief if n in self.informed else whole) for n in self.plan.cohort]
         return out + (self._selector.start() if self._selector else [])
 
     def _collect(self, names: tuple[str, ...], now: float) -> None:

@@ -10,46 +10,36 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
 
 from secure_fedprompt.protocol import homomorphic, mersenne, sum_tag
 from secure_fedprompt.protocol import messages as m
-from secure_fedprompt.protocol.agreement_proof import lift
-from secure_fedprompt.protocol.errors import (
-    AdvertMismatchError,
-    FieldError,
-    KeyMismatchError,
-    SecretKeyError,
-)
+from secure_fedprompt.protocol.errors import CiphertextError, FieldError, SecretKeyError
 from secure_fedprompt.protocol.expand import Purpose, digest
 from secure_fedprompt.protocol.homomorphic import RunningSum
 from secure_fedprompt.protocol.keys import verify
 from secure_fedprompt.protocol.packing import Packing
 from secure_fedprompt.protocol.plan import NO_KEY
-from secure_fedprompt.server.opening import Pending, grant_is_bad
-from secure_fedprompt.server.rounds.base import LONG_AGO, Round, Stage
+from secure_fedprompt.server.opening import Pending
+from secure_fedprompt.server.rounds.base import LONG_AGO, Stage
+from secure_fedprompt.server.rounds.keying import ASKED, KeyedRound
 from secure_fedprompt.server.serve import Outbox
 
 
 @dataclass
-class EncryptedRound(Round):
+class EncryptedRound(KeyedRound):
     """One round.
 
     Attributes:
-        key: digest of the cohort key in use.
-        holders: clients that are known to hold it.
-        keyed: whether everybody could have the key; burnt: whether it must not be used any more.
-        refusals: clients that kept another key, under which the prompt opens.
         sealed: the next global prompt, once done.
     """
 
     uploads: ClassVar = m.CipherUpload
     awaited: ClassVar = {
-        Stage.ASKING: m.KeyAsk,
-        Stage.KEYING: m.KeyGrant,
+        **ASKED,
         Stage.CONSISTENCY: m.Consistent,
         Stage.OPENING: m.Opened,
         Stage.REPORTING: m.SealedPrompt,
@@ -57,17 +47,11 @@ class EncryptedRound(Round):
     openings: ClassVar = frozenset({Stage.CONSISTENCY, Stage.OPENING, Stage.REPORTING})
     asking: ClassVar = frozenset({Stage.CONSISTENCY, Stage.OPENING})
 
-    key: bytes = NO_KEY
-    holders: set[str] = field(default_factory=set)
-    keyed: bool = True
-    burnt: bool = False
     sealed: bytes = b""
 
     def _prepare(self) -> None:
-        self.key = self.plan.key
-        self._asks: dict[str, m.KeyAsk] = {}
-        self._granted: m.KeyGrant | None = None
-        self.refusals: set[str] = set()  # who would lose the prompt by the granted key
+        super()._prepare()
+        self._begins = m.KeyShares if self._selector else m.CipherUpload
         scheme = homomorphic.scheme(self.plan.protection, self.plan.parameters)
         packing = Packing.of(self.plan.layout, scheme.limit, self.plan.parameters.clients)
         self._ciphers = RunningSum(scheme, -(-packing.slots // scheme.slots))
@@ -75,56 +59,24 @@ class EncryptedRound(Round):
         self._agreed = NO_KEY
         self._reporters: list[str] = []
         self._reported: set[str] = set()  # who can send the sealed prompt
-        self._early: dict[str, m.Message] = {}  # of key holders, while others get the key
 
-    def start(self, now: float) -> Outbox:
-        plan = self.plan
-        out = self._plans()
-        if not plan.grants:
-            self._collect(plan.cohort, now)
-            return out
-        self.keyed = False
-        self._begin(Stage.ASKING, plan.grants, now)
-        return out
-
-    def _ask_maker(self, now: float) -> Outbox:
-        plan = self.plan
-        self._asks = {n: a for n, a in sorted(self.answers.items()) if isinstance(a, m.KeyAsk)}
-        for name in set(plan.grants) - set(self._asks):
-            self._gone.add(name)  # it has no key to take part with
-        if not self._asks:
-            self.keyed = plan.key != NO_KEY
-            if not self.keyed:
-                return self._abort("nobody asked for the cohort key")
-            nobody = m.KeyRequest(plan.run, plan.round, ())
-            return [(plan.maker, nobody), *self._go_on(now)]
-        self._begin(Stage.KEYING, (plan.maker,), now)
-        request = m.KeyRequest(plan.run, plan.round, tuple(self._asks.values()))
-        return [(plan.maker, request)]
-
-    def _go_on(self, now: float) -> Outbox:
-        """Everybody who can has the key: take what its holders sent meanwhile."""
+    def _take_up(self, now: float) -> None:
         self._collect(self.plan.cohort, now)
-        out: Outbox = []
-        for sender, upload in self._early.items():
-            out += self.on(sender, upload, now)
-        return out
 
-    def _is_dealer(self, dealer: str, recipient: str) -> bool:
-        granted = self._granted is not None and recipient in self._asks
-        return granted and dealer == self.plan.maker
+    def _check_context(self, context: bytes | memoryview) -> None:
+        try:
+            self._ciphers.scheme.check_context(context)
+        except SecretKeyError:
+            self.burnt = True
+            raise
 
-    def _judge(self, sender: str, message: m.Complaint | m.Accusation, now: float) -> Outbox:
-        if isinstance(message, m.Complaint):
-            self.faults[sender] = "a complaint without a proof"
-            return self.gone(sender, now)
-        return super()._judge(sender, message, now)
-
-    def _box_is_bad(self, sender: str, accusation: m.Accusation) -> bool:
+    def _is_key(self, data: bytes) -> bool:
         assert self._granted is not None
-        maker, ask = self.run_keys[self.plan.maker], self._asks[sender]
-        self.burnt = True  # seen by the server, or not held by everybody: never to be used
-        return grant_is_bad(self.plan, maker, ask, self._granted, accusation)
+        try:
+            self._ciphers.scheme.read(homomorphic.sealapi().SecretKey(), data[32:])
+        except CiphertextError:
+            return False
+        return digest(Purpose.COHORT_KEY, data[32:], data[:32]) == self._granted.key
 
     def back(self, name: str, now: float) -> Outbox:
         if self.stage is Stage.REPORTING and name in self._reported and name not in self.answers:
@@ -175,13 +127,6 @@ class EncryptedRound(Round):
         dropped = tuple(sorted(self.dropped))
         return Pending(self.plan, names, dropped, key=self.key, ciphertexts=data, tag=tag)
 
-    def _unawaited(self, sender: str, message: m.Message) -> Outbox:
-        """Holders of the key go on while others are given it."""
-        early = self.stage in (Stage.ASKING, Stage.KEYING) and sender not in self.plan.grants
-        if early and isinstance(message, m.KeyShares if self._selector else m.CipherUpload):
-            self._early[sender] = message
-        return []
-
     def on(self, sender: str, message: m.Message, now: float) -> Outbox:
         refused = isinstance(message, m.Withdraw) and message.error == "KeyMismatchError"
         if refused and self._granted is not None and sender in self._asks:
@@ -193,47 +138,11 @@ class EncryptedRound(Round):
             self.burnt = True  # more clients than a round can do without hold another prompt key
         return super()._abort(reason)
 
-    def gone(self, sender: str, now: float) -> Outbox:
-        self.holders.discard(sender)
-        return super().gone(sender, now)
-
     def _check(self, sender: str, message: m.Message) -> None:
         plan, identity = self.plan, self.roster.identity_of(sender)
         match message:
-            case m.KeyAsk():
-                if message.name != sender:
-                    raise AdvertMismatchError(f"{sender} asks under the name {message.name!r}")
-                verify(identity, Purpose.KEY_ASK, message.body(plan), message.signature, sender)
-                lift(message.seal_key)  # refuses keys about which nothing could be proved
-                others = [a.seal_key for a in self.answers.values() if isinstance(a, m.KeyAsk)]
-                if message.seal_key in others:
-                    raise AdvertMismatchError(f"{sender} asks with the key of another client")
-            case m.KeyGrant():
-                body = message.body(plan)
-                verify(identity, Purpose.KEY_GRANT, body, message.signature, sender)
-                try:
-                    self._ciphers.scheme.check_context(message.context)
-                except SecretKeyError:
-                    self.burnt = True
-                    raise
-                if tuple(grant.recipient for grant in message.grants) != tuple(self._asks):
-                    raise FieldError("key is not granted to those whom the plan names")
-                if message.key == NO_KEY or plan.key not in (NO_KEY, message.key):
-                    raise KeyMismatchError(
-                        f"{sender} grants key {message.key.hex()[:16]}, registered is "
-                        f"{plan.key.hex()[:16]}"
-                    )
-                for grant in message.grants:
-                    body = grant.body(plan, message.key)
-                    verify(identity, Purpose.KEY_GRANT, body, grant.signature, sender)
-                self.key, self.keyed = message.key, True
-                self.holders.add(sender)
             case m.CipherUpload():
-                if message.key != self.key:
-                    raise KeyMismatchError(
-                        f"{sender} encrypts under key {message.key.hex()[:16]}, registered is "
-                        f"{self.key.hex()[:16]}"
-                    )
+                self._check_key(sender, message.key)
                 verify(identity, Purpose.UPLOAD, message.body(plan), message.signature, sender)
                 tag = sum_tag.from_bytes(message.tag)
                 self._ciphers.add(message.ciphertexts)
@@ -244,33 +153,18 @@ class EncryptedRound(Round):
             case m.SealedPrompt():
                 if digest(Purpose.BASE, message.box) != self._agreed:
                     raise FieldError("sealed prompt is not the one that was announced")
+            case _:
+                super()._check(sender, message)
 
     def _advance(self, now: float) -> Outbox:
-        if self.stage not in (Stage.ASKING, Stage.KEYING, Stage.REPORTING):
+        if self.stage is not Stage.REPORTING:
             return super()._advance(now)
         self.seconds[self.stage] = self.seconds.get(self.stage, 0.0) + now - self.began
-        if self.stage is Stage.ASKING:
-            return self._ask_maker(now)
         answers = list(self.answers.values())
-        if self.stage is Stage.KEYING:
-            if not answers:
-                return self._abort(f"key maker {self.plan.maker} granted no key")
-            return self._relay(answers[0], now)
         if answers and isinstance(answers[0], m.SealedPrompt):
             self.sealed = bytes(answers[0].box)
             return self._done()
         return self._ask_for_prompt(now)
-
-    def _relay(self, granted: m.Message, now: float) -> Outbox:
-        plan = self.plan
-        assert isinstance(granted, m.KeyGrant)
-        self._granted = granted
-        maker = self.run_keys[plan.maker]
-        boxes: Outbox = [
-            (grant.recipient, m.KeyBox(plan.run, plan.round, maker, granted.key, grant))
-            for grant in granted.grants
-        ]
-        return boxes + self._go_on(now)
 
     def _close_stage(self, names: tuple[str, ...], now: float) -> Outbox:
         if self.stage is Stage.COLLECTING:
@@ -294,12 +188,13 @@ class EncryptedRound(Round):
                 self._needed = len(names) + 1
                 return self._hope(now)
             return self._abort(f"clients opened the sum to {1 + len(others)} different prompts")
+        agreeing = tuple(name for name in names if announced[name] == self._agreed)
+        self.checked[self.plan.learning_round] = agreeing
         if (self._agreed != NO_KEY) != self.plan.training:
             return self._abort("clients disagree with the plan on whether there is a new prompt")
         if not self.plan.training:
             return self._done()
-        self._reporters = [name for name in names if announced[name] == self._agreed]
-        self._reported = set(self._reporters)
+        self._reporters, self._reported = list(agreeing), set(agreeing)
         return self._ask_for_prompt(now)
 
     def _open(self, names: tuple[str, ...], now: float) -> Outbox:

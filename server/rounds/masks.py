@@ -1,40 +1,49 @@
 """The server in a round under pairwise masks.
 
-    advertising -> sharing -> [selecting -> evaluating ->] collecting -> consistency -> unmasking
-        -> done | aborted
+    [asking -> keying ->] advertising -> sharing -> [selecting -> evaluating ->] collecting
+        -> consistency -> unmasking -> done | aborted
 
 Clients agree on keys, deal shares of their secrets, upload masked vectors, sign who survived, and
-reveal what takes the masks off the sum (Bonawitz et al., CCS 2017; Bell et al., CCS 2020).
+reveal what takes the masks off the sum (Bonawitz et al., CCS 2017; Bell et al., CCS 2020). They are
+sent the sum with its tag, and check it with a key that the server relays sealed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
-from secure_fedprompt.protocol import fixedpoint, masking
+from secure_fedprompt.protocol import fixedpoint, masking, sum_tag
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.errors import (
     AdvertMismatchError,
     BadShareError,
     FieldError,
 )
-from secure_fedprompt.protocol.expand import Purpose
+from secure_fedprompt.protocol.expand import Purpose, digest
 from secure_fedprompt.protocol.keys import agree, verify
 from secure_fedprompt.server.opening import Pending, share_box_is_bad, signed_boxes
-from secure_fedprompt.server.rounds.base import LONG_AGO, Round, Stage
+from secure_fedprompt.server.rounds.base import LONG_AGO, Stage
+from secure_fedprompt.server.rounds.keying import ASKED, KeyedRound
 from secure_fedprompt.server.rounds.unmasking import MaskedSum, masks_to_remove
 from secure_fedprompt.server.serve import Outbox
 
 
-class MaskedRound(Round):
-    """See the module."""
+@dataclass
+class MaskedRound(KeyedRound):
+    """One round.
 
-    uploads = m.MaskedUpload
+    Attributes:
+        opened: the sum and its tag, once done, as survivors are sent it.
+    """
+
+    uploads: ClassVar = m.MaskedUpload
     awaited: ClassVar = {
+        **ASKED,
         Stage.ADVERTISING: m.Advert,
         Stage.SHARING: m.Shares,
         Stage.CONSISTENCY: m.Consistent,
@@ -43,7 +52,10 @@ class MaskedRound(Round):
     openings: ClassVar[frozenset[Stage]] = frozenset({Stage.UNMASKING})
     asking: ClassVar[frozenset[Stage]] = openings
 
+    opened: m.OpenedSum | None = None
+
     def _prepare(self) -> None:
+        super()._prepare()
         self._adverts: dict[str, m.Advert] = {}
         self._shared: dict[str, tuple[str, ...]] = {}
         self._survivors_body = b""
@@ -53,11 +65,23 @@ class MaskedRound(Round):
         self._probe = X25519PrivateKey.generate()
         self._sum = MaskedSum(self.plan)
 
-    def start(self, now: float) -> Outbox:
+    def _take_up(self, now: float) -> None:
         self._begin(Stage.ADVERTISING, self.plan.cohort, now)
-        return self._plans()
+
+    def _check_context(self, context: bytes | memoryview) -> None:
+        if context:
+            raise FieldError(f"a grant of a sum key with {len(context)} bytes of parameters")
+
+    def _is_key(self, data: bytes) -> bool:
+        assert self._granted is not None
+        return digest(Purpose.SUM_KEY, data) == self._granted.key
+
+    def _of_grant(self, name: str) -> bool:
+        return super()._of_grant(name) and name not in self.holders  # who has not advertised yet
 
     def _is_dealer(self, dealer: str, recipient: str) -> bool:
+        if self._of_grant(recipient):
+            return super()._is_dealer(dealer, recipient)
         return recipient in self._places.get(dealer, ())
 
     def _evidence(self, dealer: str) -> m.Evidence | None:
@@ -68,6 +92,8 @@ class MaskedRound(Round):
         return m.Evidence(plan.run, plan.round, dealer, dealt.boxes, dealt.signature)
 
     def _box_is_bad(self, sender: str, accusation: m.Accusation) -> bool:
+        if self._of_grant(sender):
+            return super()._box_is_bad(sender, accusation)
         at = self._places[accusation.dealer][sender]
         box = bytes(self._dealt[accusation.dealer].boxes[at : at + m.BOX])
         return share_box_is_bad(self.plan, self._adverts, box, sender, accusation)
@@ -83,22 +109,26 @@ class MaskedRound(Round):
                     )
                 for key in keys:
                     agree(self._probe, key, sender)  # refuses points of small order
+                self._check_key(sender, message.key)
                 self._keys |= keys
                 identity = self.roster.identity_of(sender)
                 verify(identity, Purpose.ADVERT, message.body(plan), message.signature, sender)
+                self.holders.add(sender)
             case m.Shares():
                 near = masking.neighbourhoods(plan)[sender]
                 boxes = sum(n in self._adverts for n in near) - 1
                 if len(message.boxes) != m.BOX * boxes:
                     raise FieldError(f"{len(message.boxes)} bytes of boxes, {boxes} boxes expected")
             case m.MaskedUpload():
-                self._sum.add(message.vector)
+                self._sum.add(message.vector, sum_tag.from_bytes(message.tag))
             case m.Consistent():
                 body, identity = self._survivors_body, self.roster.identity_of(sender)
                 verify(identity, Purpose.SURVIVORS, body, message.signature, sender)
             case m.Reveal():
                 if len(message.shares) != 32 * len(self._shared[sender]):
                     raise FieldError(f"{len(message.shares)} bytes of shares")
+            case _:
+                super()._check(sender, message)
 
     def _close_stage(self, names: tuple[str, ...], now: float) -> Outbox:
         step: dict[Stage, Callable[[tuple[str, ...], float], Outbox]] = {
@@ -113,6 +143,8 @@ class MaskedRound(Round):
     def _send_adverts(self, names: tuple[str, ...], now: float) -> Outbox:
         adverts = [a for name in names if isinstance(a := self.answers[name], m.Advert)]
         self._adverts = dict(zip(names, adverts, strict=True))
+        if (before := self.plan.learning_round - 1) > 0:
+            self.checked[before] = tuple(a.name for a in adverts if a.vouches)
         self._begin(Stage.SHARING, names, now)
         message = m.Adverts(self.plan.run, self.plan.round, tuple(adverts))
         return [(name, message) for name in names]
@@ -158,7 +190,7 @@ class MaskedRound(Round):
         self.pending = Pending(
             self.plan, self._survivors, tuple(sorted(self.dropped)),
             tuple(self._adverts.values()), tuple(self._shared), signers,
-            self._sum.words.astype("<u4").tobytes(),
+            self._sum.words.astype("<u4").tobytes(), tag=sum_tag.to_bytes(self._sum.tag),
         )  # fmt: skip
         return [(name, self._request()) for name in names]
 
@@ -174,6 +206,7 @@ class MaskedRound(Round):
         near, alive = masking.neighbourhoods(self.plan), set(pending.sharers)
         self._shared = {n: tuple(p for p in near[n] if p in alive) for n in pending.sharers}
         self._sum.words[:] = np.frombuffer(pending.words, "<u4")
+        self._sum.tag = sum_tag.from_bytes(pending.tag)
         self._begin(Stage.UNMASKING, (), now)
         self._hope(now)
 
@@ -199,4 +232,13 @@ class MaskedRound(Round):
             )
             self.faults[name] += "their dealer is dishonest"
         integers = self._sum.unmask(plus, minus)
-        return self._finish(fixedpoint.decode(self.plan.layout, integers), integers)
+        out = self._finish(fixedpoint.decode(self.plan.layout, integers), integers)
+        return self._told() + out if self.stage is Stage.DONE else out
+
+    def _told(self) -> Outbox:
+        """The sum, to those who are in it."""
+        plan, total = self.plan, self._sum
+        vector, tag = fixedpoint.to_wire(plan.layout, total.words), sum_tag.to_bytes(total.tag)
+        members = m.members_bits(plan.cohort, self._survivors)
+        self.opened = m.OpenedSum(plan.run, plan.round, vector, tag, members)
+        return [(name, self.opened) for name in self._survivors]

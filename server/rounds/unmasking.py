@@ -16,30 +16,35 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from numpy.typing import NDArray
 
-from secure_fedprompt.protocol import fixedpoint, masking, shamir
+from secure_fedprompt.protocol import fixedpoint, masking, mersenne, shamir, sum_tag
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.errors import BadShareError
 from secure_fedprompt.protocol.expand import add_masks
 from secure_fedprompt.protocol.keys import agree
 from secure_fedprompt.protocol.layout import total_size
+from secure_fedprompt.protocol.mersenne import Elements
 from secure_fedprompt.protocol.plan import RoundPlan
 
 _TRIES = 400  # subsets searched for a consistent one when a share is bad, 5 ms each at t = 67
 
 
 class MaskedSum:
-    """Running sum of masked uploads modulo 2^32, uint32 words in layout order."""
+    """Running sums of masked uploads modulo 2^32, uint32 words in layout order, and of their tags
+    modulo 2^61 - 1."""
 
     def __init__(self, plan: RoundPlan) -> None:
         self.plan = plan
         self.words = np.zeros(total_size(plan.layout), np.uint32)
+        self.tag = np.zeros(sum_tag.TAGS, np.uint64)
 
-    def add(self, vector: bytes | memoryview) -> None:
+    def add(self, vector: bytes | memoryview, tag: Elements) -> None:
         fixedpoint.add_wire(self.plan.layout, vector, self.words)
+        self.tag = mersenne.add(self.tag, tag)
 
     def unmask(self, plus: list[bytes], minus: list[bytes]) -> NDArray[np.int64]:
         """Remove masks (``plus`` were subtracted by clients, ``minus`` were added); the sum."""
-        add_masks(self.words, plus, minus)
+        after = add_masks(self.words, plus, minus, sum_tag.MASK)
+        self.tag = mersenne.add(self.tag, sum_tag.mask(after, len(plus)))
         return fixedpoint.to_integers(self.plan.layout, self.words)
 
 

@@ -1,0 +1,166 @@
+"""A client under masks after its upload: who survived, what opens the sum, and whether it is one.
+
+    Uploaded -> Agreed -> Revealed -> Checked -> Revealed
+
+``OpenedSum`` may come to any of them, also after a restart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+import numpy as np
+
+from secure_fedprompt.clients.party import Party
+from secure_fedprompt.clients.rounds.base import Opening, State, Step, Takes, check_signers
+from secure_fedprompt.protocol import fixedpoint, layout, masking, sum_tag
+from secure_fedprompt.protocol import messages as m
+from secure_fedprompt.protocol.codec import UpTo, decode_fields, encode_fields
+from secure_fedprompt.protocol.errors import (
+    OverlapError,
+    ProtocolError,
+    SecondUnmaskError,
+    SurvivorError,
+)
+from secure_fedprompt.protocol.expand import Purpose
+from secure_fedprompt.protocol.keys import verify
+from secure_fedprompt.protocol.layout import total_size
+from secure_fedprompt.protocol.plan import MAX_COHORT, RoundPlan
+
+
+@dataclass(frozen=True, repr=False)
+class InSum(State):
+    """The upload is on its way: what is opened of it will be checked."""
+
+    @property
+    def listed(self) -> tuple[str, ...] | None:
+        """The members that the sum must have, if that is known."""
+        return None
+
+    def _on_opened_sum(self, message: m.OpenedSum) -> Step:
+        plan, party, key = self.plan, self.party, self.party.keyring.sums
+        if key is None:  # lost with the folder that it was in: others have to vouch
+            return self, []
+        words = np.zeros(total_size(plan.layout), np.uint32)
+        try:
+            members = m.members_of(plan.cohort, message.members)
+            fixedpoint.add_wire(plan.layout, message.vector, words)
+            tag = sum_tag.from_bytes(message.tag)
+        except ProtocolError as error:
+            raise self.distrusted(f"no sum ({error})") from None
+        if self.listed not in (None, members):
+            raise self.distrusted("a sum of others than those whose list was signed")
+        integers = fixedpoint.to_integers(plan.layout, words)
+        if not key.tags(plan).holds(members, integers, tag):
+            raise self.not_the_sum(members)
+        party.journal.record_reveal(plan)  # by us or by others: it is open
+        total = layout.unflatten(plan.layout, fixedpoint.decode(plan.layout, integers))
+        return Checked(party, plan, integers, total), []
+
+    takes: ClassVar[Takes] = {m.OpenedSum: _on_opened_sum}
+
+
+@dataclass(frozen=True, repr=False)
+class Checked(Opening):
+    """The sum is what its members sent."""
+
+    def report(self, prompt: bytes) -> Step:
+        return Revealed(self.party, self.plan), []
+
+
+@dataclass(frozen=True, repr=False)
+class Uploaded(InSum):
+    adverts: bytes
+    shares: Mapping[str, bytes]
+
+    def _on_survivor_list(self, message: m.SurvivorList) -> Step:
+        plan, party, survivors = self.plan, self.party, message.survivors
+        self.check_survivors(survivors)
+        near = set(masking.neighbourhoods(plan)[party.name])
+        if strangers := (set(survivors) & near) - set(self.shares):
+            raise SurvivorError(
+                f"survivor list names {sorted(strangers)}, who shared no keys with us"
+            )
+        body = m.survivors_body(plan, self.adverts, survivors)
+        alive = set(survivors)
+        shares = b"".join(
+            share[32:] if name in alive else share[:32]
+            for name, share in sorted(self.shares.items())
+        )
+        dropped = tuple(sorted(set(self.shares) - alive))
+        after = Agreed(party, plan, survivors, dropped, body, shares)
+        party.journal.record_survivors(plan, survivors, after.to_bytes())
+        signature = party.identity.sign(Purpose.SURVIVORS, body)
+        return after, [m.Consistent(plan.run, plan.round, signature)]
+
+    takes: ClassVar[Takes] = {**InSum.takes, m.SurvivorList: _on_survivor_list}
+
+
+@dataclass(frozen=True, repr=False)
+class _Kept:
+    """An ``Agreed`` on the disk."""
+
+    plan: RoundPlan
+    survivors: m.Names
+    dropped: m.Names
+    body: Annotated[bytes | memoryview, UpTo(1 << 12)]
+    shares: Annotated[bytes | memoryview, UpTo(32 * MAX_COHORT)]
+
+
+@dataclass(frozen=True, repr=False)
+class Agreed(InSum):
+    """The survivor list is signed. ``shares`` can open this sum, and nothing else."""
+
+    survivors: tuple[str, ...]
+    dropped: tuple[str, ...]
+    body: bytes
+    shares: bytes
+
+    @property
+    def listed(self) -> tuple[str, ...]:
+        return self.survivors
+
+    def to_bytes(self) -> bytes:
+        """What the journal keeps, so that a restarted client can still help to open the sum."""
+        return encode_fields(_Kept(self.plan, self.survivors, self.dropped, self.body, self.shares))
+
+    @classmethod
+    def from_bytes(cls, party: Party, data: bytes) -> Agreed:
+        """Inverse of ``to_bytes``."""
+        kept = decode_fields(_Kept, data)
+        return cls(
+            party, kept.plan, kept.survivors, kept.dropped, bytes(kept.body), bytes(kept.shares)
+        )
+
+    def _on_unmask_request(self, message: m.UnmaskRequest) -> Step:
+        plan, party = self.plan, self.party
+        if both := set(message.dropped) & set(self.survivors):
+            raise OverlapError(f"{sorted(both)} asked for as dropped, but on the survivor list")
+        near = set(masking.neighbourhoods(plan)[party.name])
+        if set(message.dropped) & near != set(self.dropped):
+            raise SurvivorError("dropped clients are not those that shared keys and then vanished")
+        check_signers(plan, message.signers, self.survivors)
+        for signed in message.signers:
+            identity = party.roster.identity_of(signed.name)
+            verify(identity, Purpose.SURVIVORS, self.body, signed.signature, signed.name)
+        party.journal.record_reveal(plan)
+        return Revealed(party, plan), [m.Reveal(plan.run, plan.round, self.shares)]
+
+    takes: ClassVar[Takes] = {**InSum.takes, m.UnmaskRequest: _on_unmask_request}
+
+
+@dataclass(frozen=True, repr=False)
+class Revealed(InSum):
+    """Nothing secret is left."""
+
+    def _on_unmask_request(self, message: m.UnmaskRequest) -> Step:
+        raise SecondUnmaskError(f"a second unmask request in {self}")
+
+    def _on_round_end(self, message: m.RoundEnd) -> Step:
+        return self, []
+
+    takes: ClassVar[Takes] = {
+        **InSum.takes, m.UnmaskRequest: _on_unmask_request, m.RoundEnd: _on_round_end,
+    }  # fmt: skip
