@@ -64,7 +64,7 @@ class Session(Joining[L_co]):
 
     Attributes:
         work: the round to train for, or None. base: the global prompt that it begins from, opened.
-        final: the last global prompt, once the run has ended well; checked: whether it follows
+        final: the last global prompt, once the run has ended well; verified: whether it follows
             from sums that were, by this client or c + 1 others.
         history: aggregate metrics by learning round, of sums that this client checked.
         declined: why the last plan was refused, until another one is taken up.
@@ -92,7 +92,7 @@ class Session(Joining[L_co]):
         self.declined: PolicyError | None = None  # why the last plan was, and none followed
         self._helper = Helper(self.party)
         self.final: Prompt | None = None
-        self.checked = self.over = False
+        self.verified = self.over = False
         self.failed_because: SecureFedPromptError | None = None  # told to nobody but our user
 
     def hello(self) -> m.Hello:
@@ -387,5 +387,5 @@ class Session(Joining[L_co]):
         if made and made != digest(Purpose.BASE, data):
             raise MismatchError("final prompt is not the one that the last sum gives")
         self.party.journal.finish(self.run)
-        self.final, self.checked = final, bool(made)
+        self.final, self.verified = final, bool(made)
         return []

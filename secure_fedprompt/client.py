@@ -184,9 +184,10 @@ def _take_part(settings: ClientSettings, json_path: str | None, log: Log) -> int
         rounds = len({u.learning_round for u in ledger.uploads if u.run == run})
         words = f"run {run[:8]} is finished; prompt in {path}"
         log.info("finished", words, run=run, rounds=rounds, prompt=str(path))
+        narration.unverified(log, session)
         command.write_json(json_path, "client", {
             "name": me.name, "run": run, "rounds_done": rounds, "prompt": str(path),
-            "opened": session.history,
+            "verified": session.verified, "opened": session.history,
         })  # fmt: skip
         if session.failed_because is not None:
             raise session.failed_because

@@ -95,13 +95,24 @@ def _figures(own: Figures) -> str:
 
 
 def sums(log: Log, session: Session[LocalLearner], told: int) -> int:
-    """What newly opened sums say: under encryption only clients can. Returns how many are told."""
+    """What newly checked sums say. Returns how many are told."""
     for number in sorted(session.history)[told:]:
         metrics = session.history[number]
         accuracy = f", accuracy before {metrics['accuracy']:.1%}" if "accuracy" in metrics else ""
-        words = f"round {number}: sum of {metrics['contributors']:.0f} clients opened{accuracy}"
+        words = f"round {number}: sum of {metrics['contributors']:.0f} clients checked{accuracy}"
         log.info("opened", words, learning_round=number, metrics=metrics)
     return len(session.history)
+
+
+def unverified(log: Log, session: Session[LocalLearner]) -> None:
+    """That the final prompt is the server's word alone, if it is."""
+    if session.verified or session.terms is None or not session.terms.facts.keyed:
+        return
+    log.warning(
+        "unverified", "this client missed the last sum, and no round followed in which others "
+        "vouched for what it gives: the final prompt is the server's word; another client's "
+        "file holds the one that the sums give",
+    )  # fmt: skip
 
 
 def round_of(plan: RoundPlan) -> str:

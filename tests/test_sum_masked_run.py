@@ -61,7 +61,7 @@ def test_prompts_follow_from_sums_and_are_not_sent_again(tmp_path: Path) -> None
     for name in names(5):
         session = world.sessions[name]
         assert prompt_bytes(session.final) == final
-        assert session.checked
+        assert session.verified
         assert session.history[4]["accuracy"] == 1.0
         made = world.journals[name].made(session.run, 4)
         assert made == (digest(Purpose.BASE, final), True)
@@ -92,7 +92,7 @@ def test_the_key_is_dealt_once_and_late_joiners_get_the_same(tmp_path: Path) -> 
     vouching = {x.name: x.vouches for s, _, x in seen if s and isinstance(x, m.Advert)
                 and x.round == first}  # fmt: skip
     assert vouching == {**dict.fromkeys(names(4), 1), "c005": 0}
-    assert world.sessions["c005"].checked
+    assert world.sessions["c005"].verified
 
 
 def test_a_restarted_client_keeps_the_key_and_what_it_computed(tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_a_restarted_client_keeps_the_key_and_what_it_computed(tmp_path: Path) -
         assert sum(isinstance(x, m.KeyAsk) for s, _, x in seen if s == "c003") == 1
         adverts = [x for s, _, x in seen if s == "c003" and isinstance(x, m.Advert)]
         assert [x.vouches for x in adverts] == vouching  # 0: a round went by while it was away
-        assert world.sessions["c003"].checked
+        assert world.sessions["c003"].verified
 
 
 def test_sums_that_a_server_lost_its_breath_over_are_told_after_its_restart(
@@ -187,7 +187,7 @@ def test_a_lost_sum_is_made_good_by_a_new_greeting(tmp_path: Path) -> None:
     assert greetings.count("c004") == 2
     adverts = {x.round: x.vouches for s, _, x in seen if s == "c004" and isinstance(x, m.Advert)}
     assert adverts[1] == 1
-    assert world.sessions["c004"].checked
+    assert world.sessions["c004"].verified
 
 
 @pytest.mark.parametrize("told", ["nothing", "the sum"])
@@ -231,8 +231,8 @@ def test_a_last_prompt_that_is_not_what_the_last_sum_gives_is_refused(tmp_path: 
     assert "final prompt is not the one" in str(world.errors["c002"])
     assert set(world.errors) == {"c002"}
     assert world.sessions["c003"].final is not None
-    assert not world.sessions["c003"].checked  # it missed the last sum, and nobody vouches
-    assert world.sessions["c001"].checked
+    assert not world.sessions["c003"].verified  # it missed the last sum, and nobody vouches
+    assert world.sessions["c001"].verified
 
 
 def test_a_forged_sum_ends_the_run_and_the_server_is_told_nothing(tmp_path: Path) -> None:
@@ -318,7 +318,7 @@ def test_slots_and_their_counters_are_under_the_tag(
     assert world.run.error is None, world.run.error
     assert not world.errors
     for name in names(3):
-        assert world.sessions[name].checked
+        assert world.sessions[name].verified
     assert {*map(len, (world.journals[n].made(world.run.state.run, 3)[0] for n in names(3)))} == {
         32
     }
