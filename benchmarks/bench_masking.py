@@ -6,8 +6,9 @@
 
 One round runs in one process and thread, with the state machines, keys, signatures and frames of
 the real programs; each call of a machine, encoding and decoding included, is charged to its owner
-by process CPU time. Sockets, training and the disk are not in it. Dropped clients vanish before
-their upload. Every sum is checked against the sum of the inputs.
+by process CPU time, as is the next prompt that each client computes. Sockets, training and the disk
+are not in it. Dropped clients vanish before their upload. Every sum is checked against the sum of
+the inputs. It is a round like most: everybody holds the sum key, and the prompt before.
 """
 
 from __future__ import annotations
@@ -23,12 +24,13 @@ import machine
 import metered
 import numpy as np
 
+from secure_fedprompt.clients.sum_key import SumKey
 from secure_fedprompt.protocol import homomorphic
 from secure_fedprompt.protocol.client_noise import NONE as NO_NOISE
 from secure_fedprompt.protocol.fixedpoint import size_layout
 from secure_fedprompt.protocol.layout import TensorSpec
 from secure_fedprompt.protocol.masking import choose_degree
-from secure_fedprompt.protocol.plan import NO_KEY, NO_SEED, RoundPlan
+from secure_fedprompt.protocol.plan import NO_SEED, RoundPlan
 from secure_fedprompt.protocol.protections import default_threshold
 from secure_fedprompt.protocol.roster import Roster
 from secure_fedprompt.protocol.selection.task import NONE
@@ -45,7 +47,7 @@ TABLE = [
 TABLE += [(10, 8_192, 0.0, 22, "complete")]
 
 
-def make_plan(n: int, dim: int, bits: int, graph: str, roster: Roster, number: int) -> RoundPlan:
+def make_plan(n: int, dim: int, bits: int, graph: str, roster: Roster, key: SumKey) -> RoundPlan:
     """Weighted updates at 32 bits; uniform weights where fewer bits leave no room for them."""
     max_weight = 4096 if bits == 32 else 1
     layout = size_layout(
@@ -58,14 +60,14 @@ def make_plan(n: int, dim: int, bits: int, graph: str, roster: Roster, number: i
         degree, threshold = choose_degree(n, dropout=0.1, corruption=0.1)
         seed = os.urandom(32)
     return RoundPlan(
-        run=os.urandom(16), terms=bytes(32), round=number, attempt=1, learning_round=1, rounds=1,
+        run=os.urandom(16), terms=bytes(32), round=1, attempt=1, learning_round=1, rounds=1,
         method="promptfl", members=n, bucket=0,
         protection="masks", settings_digest=bytes(32), model_fingerprint=bytes(32),
         classes_digest=bytes(32), roster_digest=roster.digest, base_digest=os.urandom(32),
         cohort=tuple(m.name for m in roster.members), quorum=quorum, threshold=threshold,
         degree=degree, graph_seed=seed, clip=1.0, max_weight=max_weight,
         uniform=int(max_weight == 1), layout=layout,
-        parameters=homomorphic.NONE, maker="", election=0, key=NO_KEY, grants=(),
+        parameters=homomorphic.NONE, maker="", election=0, key=key.digest, grants=(),
         selection=NONE, noise=NO_NOISE,
     )  # fmt: skip
 
@@ -79,14 +81,17 @@ def one_round(
     keys: metered.Keys,
 ) -> dict[str, float]:
     """Run a round; returns the figures of one repetition."""
-    plan = make_plan(n, dim, bits, graph, keys[1], 1)
+    key = SumKey.make(os.urandom)
+    plan = make_plan(n, dim, bits, graph, keys[1], key)
     parties = metered.parties_of(keys)
+    for party in parties.values():
+        party.keyring.sums = key
     update = np.random.default_rng(0).normal(0, 0.05, dim)
     values = {"ctx": update, **{k: np.float64(64) for k in ("seen", "correct", "loss")}}
     weight = 1.0 if plan.uniform else 64.0
     gone = frozenset(list(parties)[: round(dropout * n)])
     server = MaskedRound(plan, b"", keys[1], Deadlines(1, 1))
-    meter = metered.run(server, parties, values, weight, gone)
+    meter = metered.run(server, parties, values, weight, gone, prompt=np.zeros(dim, np.float32))
     assert server.result is not None
     survivors = [name for name in parties if name not in gone]
     step = 2.0 ** -plan.layout[0].frac
@@ -94,6 +99,9 @@ def one_round(
     assert error <= len(survivors) * step, error
     return {
         "client_cpu_s": float(np.median([meter.total(name) for name in survivors])),
+        "client_sum_cpu_s": float(
+            np.median([meter.total(name, ("OpenedSum",)) for name in survivors])
+        ),
         "server_cpu_s": meter.total(""),
         "bytes_up": float(np.mean([meter.up[name] for name in survivors])),
         "bytes_down": float(np.mean([meter.down[name] for name in survivors])),

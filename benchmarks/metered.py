@@ -14,12 +14,12 @@ from typing import TypeVar
 
 from secure_fedprompt.clients.journal import MemoryJournal
 from secure_fedprompt.clients.party import Party
-from secure_fedprompt.clients.rounds.base import Awaiting, State
-from secure_fedprompt.clients.rounds.encrypted import Opening
+from secure_fedprompt.clients.rounds.base import Awaiting, Opening, State
 from secure_fedprompt.clients.rounds.start import start
 from secure_fedprompt.protocol import messages as m
+from secure_fedprompt.protocol.averaging import Prompt, averaged, prompt_bytes
 from secure_fedprompt.protocol.keys import Identity, Member
-from secure_fedprompt.protocol.layout import Values
+from secure_fedprompt.protocol.layout import Values, Vector
 from secure_fedprompt.protocol.policy import Policy
 from secure_fedprompt.protocol.roster import Roster
 from secure_fedprompt.server.rounds.base import Round, Stage
@@ -50,7 +50,7 @@ class Meter:
         self.cpu: dict[tuple[str, str], float] = {}
         self.up: dict[str, int] = {}
         self.down: dict[str, int] = {}
-        self.opened: dict[str, Opening] = {}
+        self.opened, self.sum = 0, dict[str, Vector]()  # by how many clients, and what it is
 
     def charge(self, who: str, kind: str, work: Callable[[], T]) -> T:
         begin = time.process_time()
@@ -72,11 +72,13 @@ def run(
     weight: float,
     gone: frozenset[str] = frozenset(),
     passed: Callable[[str, str, bytes], None] = lambda sender, recipient, frame: None,
+    prompt: Prompt | None = None,
 ) -> Meter:
     """Drive a round to its end; clients in ``gone`` vanish before their upload.
 
     ``passed`` sees every frame, uncharged; the server is "". Work of clients is charged by the kind
-    of the frame that caused it, the upload as "upload".
+    of the frame that caused it, the upload as "upload". From ``prompt`` clients compute the next
+    one, if it is given.
     """
     meter, states = Meter(), dict[str, State]()
     queue: deque[tuple[str, str, bytes]] = deque()
@@ -96,8 +98,11 @@ def run(
             states[name], replies = states[name].on(message)
         state = states[name]
         if isinstance(state, Opening):
-            meter.opened[name] = state
-            states[name], replies = state.report(b"prompt")
+            meter.opened, meter.sum = meter.opened + 1, state.total
+            following = b"prompt"
+            if prompt is not None:
+                following = prompt_bytes(averaged(prompt, state.plan.layout, state.total))
+            states[name], replies = state.report(following)
         post(name, [("", reply) for reply in replies])
 
     def upload(name: str, state: Awaiting) -> None:

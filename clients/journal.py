@@ -293,8 +293,14 @@ class MemoryJournal:
 
         Args:
             own: whether this client computed it, from a sum that it checked; else others did.
+
+        Raises:
+            OpenedError: it has computed another one.
         """
-        if self.made(run, learning_round)[0] != prompt:
+        known, mine = self.made(run, learning_round)
+        if mine and known != prompt:
+            raise OpenedError(f"a second prompt for learning round {learning_round}")
+        if known != prompt:
             self._apply({"event": "made", "run": run.hex(), "learning_round": learning_round,
                          "prompt": prompt.hex(), "own": own})  # fmt: skip
 
@@ -312,7 +318,7 @@ class MemoryJournal:
         """Keep the key that checks the sums of a run."""
         self._put(f"sums-{run.hex()}", key)
 
-    def key(self, run: bytes) -> bytes:
+    def kept_key(self, run: bytes) -> bytes:
         """What was kept."""
         return self._get(f"sums-{run.hex()}") or b""
 

@@ -108,11 +108,24 @@ class Party:
         upload = Upload(plan.run.hex(), plan.learning_round, cost if math.isfinite(cost) else None)
         self.ledger.release(upload, self.policy.max_client_epsilon, self.policy.client_delta)
 
+    def keep_key(self, run: bytes, key: SumKey) -> None:
+        """Hold a sum key, also after a restart."""
+        self.journal.keep_key(run, self.roster.digest + key.to_bytes())
+        self.keyring.sums = key
+
     def recall(self, run: bytes) -> None:
-        """Hold the key of sums that was kept before a restart, unless the roster has changed."""
-        kept, known = self.journal.key(run), self.roster.digest
-        if self.keyring.sums is None and kept.startswith(known):
-            self.keyring.sums = SumKey(kept[len(known) :])
+        """Hold the sum key that was kept before a restart, unless the roster has changed since."""
+        self.keyring.sums = self.keyring.sums or self._kept_key(run, self.roster.digest)
+
+    def sum_key(self, plan: RoundPlan) -> SumKey | None:
+        """The key that checks the sum of a plan, if it is known; its roster may be an older one."""
+        if plan.roster_digest == self.roster.digest:
+            return self.keyring.sums
+        return self._kept_key(plan.run, plan.roster_digest)
+
+    def _kept_key(self, run: bytes, roster: bytes) -> SumKey | None:
+        kept = self.journal.kept_key(run)
+        return SumKey(kept[len(roster) :]) if kept.startswith(roster) and kept else None
 
     def check_cohort(self, plan: RoundPlan) -> None:
         """Decline, before anything is trained, a cohort whose sum no client would help to open."""

@@ -30,6 +30,7 @@ from secure_fedprompt.clients.work import (
 )
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.averaging import Prompt, averaged, metrics_of, prompt_bytes
+from secure_fedprompt.protocol.codec import decode_fields
 from secure_fedprompt.protocol.errors import (
     AdvertMismatchError,
     FieldError,
@@ -49,6 +50,7 @@ from secure_fedprompt.protocol.errors import (
 from secure_fedprompt.protocol.expand import Purpose, digest
 from secure_fedprompt.protocol.plan import RoundPlan
 from secure_fedprompt.protocol.selection.shares import Keys
+from secure_fedprompt.protocol.terms import RunTerms
 
 MAX_WITHDRAWN = 3  # rounds in a row
 ROUND_ERRORS = (  # a peer's doing
@@ -273,8 +275,9 @@ class Session(Joining[L_co]):
         data = self.party.journal.opening(self.run) if self.run else None
         if data and not isinstance(state, Sent):
             encrypted_ = self.terms is not None and self.terms.facts.encrypted
-            state = (Reported if encrypted_ else Agreed).from_bytes(self.party, data)
-        if state is None or not message.is_of(state.plan):
+            kept = (Reported if encrypted_ else Agreed).from_bytes(self.party, data)
+            state = kept if message.is_of(kept.plan) else state
+        if state is None or not message.is_of(state.plan) or type(message) not in state.takes:
             return []
         state, replies = state.on(message)
         self.round, self._entered, self._parked = state, state.plan, None
@@ -371,8 +374,8 @@ class Session(Joining[L_co]):
         size, data = sum(t.size for t in self.learner.tensors()), bytes(message.vector)
         if self._sealed and (cohort := self.party.keyring.cohort):
             assert self.terms is not None
-            last = self.terms.rounds + 1  # the round that the final prompt would be the start of
-            data = cohort.open_prompt(self.run, last, data)
+            after = self.terms.rounds + 1  # the round that the final prompt would be the start of
+            data = cohort.open_prompt(self.run, after, data)
         if len(data) != 4 * size:
             if len(data) == 4 * size + SEAL_BYTES:
                 raise RunFailedError(
@@ -383,7 +386,9 @@ class Session(Joining[L_co]):
         final = np.frombuffer(data, "<f4").astype(np.float32)
         if not np.isfinite(final).all():
             raise FieldError("final prompt holds NaN or infinity")
-        made, _ = self.party.journal.made(self.run, self.terms.rounds + 1 if self.terms else 0)
+        agreed = self.party.journal.terms_of(self.run)
+        last = decode_fields(RunTerms, agreed).rounds + 1 if agreed else 0
+        made, _ = self.party.journal.made(self.run, last)
         if made and made != digest(Purpose.BASE, data):
             raise MismatchError("final prompt is not the one that the last sum gives")
         self.party.journal.finish(self.run)

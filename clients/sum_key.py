@@ -14,9 +14,7 @@ from secure_fedprompt.protocol.expand import Purpose, digest
 from secure_fedprompt.protocol.layout import total_size
 from secure_fedprompt.protocol.plan import RoundPlan
 from secure_fedprompt.protocol.shamir import Entropy
-from secure_fedprompt.protocol.sum_tag import TagKey
-
-SIZE = 32
+from secure_fedprompt.protocol.sum_tag import KEY, TagKey
 
 
 class SumKey:
@@ -38,7 +36,7 @@ class SumKey:
     @classmethod
     def make(cls, entropy: Entropy) -> SumKey:
         """A fresh key."""
-        return cls(entropy(SIZE))
+        return cls(entropy(KEY))
 
     @classmethod
     def from_bytes(cls, data: bytes, expected: bytes) -> SumKey:
@@ -48,7 +46,7 @@ class SumKey:
             KeyMismatchError: it is not the one that its maker signed for.
         """
         key = cls(data)
-        if len(data) != SIZE or not hmac.compare_digest(key.digest, expected):
+        if len(data) != KEY or not hmac.compare_digest(key.digest, expected):
             raise KeyMismatchError("granted key is not the one that its maker announced")
         return key
 

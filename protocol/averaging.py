@@ -28,16 +28,14 @@ def averaged(prompt: Prompt, layout: lay.Layout, total: Mapping[str, lay.Vector]
 
     Saturated to finite float32: a malicious ring vector must not leave a file that none can use.
     """
-    means = []
-    for field in layout:
-        if field.update:
-            divisor = np.asarray(total.get(lay.FILLED + field.name, total[lay.WEIGHT]))
-            rows = total[field.name].reshape(divisor.size, -1)
-            means.append((rows / np.maximum(divisor.reshape(-1, 1), 1)).reshape(-1))
-    mean = np.concatenate(means)
+    moved = np.empty(len(prompt))
+    for field, place in lay.slices(field for field in layout if field.update):
+        divisor = np.asarray(total.get(lay.FILLED + field.name, total[lay.WEIGHT])).reshape(-1, 1)
+        rows = total[field.name].reshape(len(divisor), -1)
+        np.divide(rows, np.maximum(divisor, 1), out=moved[place].reshape(rows.shape))
+    moved += prompt
     limit = float(np.finfo(np.float32).max)
-    moved = np.clip(prompt.astype(np.float64) + mean, -limit, limit)
-    return np.nan_to_num(moved).astype(np.float32)
+    return np.clip(moved, -limit, limit, out=moved).astype(np.float32)
 
 
 def metrics_of(total: Mapping[str, lay.Vector]) -> dict[str, float]:

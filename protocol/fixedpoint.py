@@ -25,6 +25,7 @@ from secure_fedprompt.protocol.layout import Field, Layout, TensorSpec, Values, 
 from secure_fedprompt.protocol.ring import (
     MAX_BITS,
     MIN_BITS,
+    Integers,
     Words,
     pack,
     packed_size,
@@ -213,14 +214,17 @@ def add_wire(layout: Layout, data: bytes | memoryview, total: Words) -> None:
         total[place] += words
 
 
-def to_integers(layout: Layout, words: Words) -> NDArray[np.int64]:
+def to_integers(layout: Layout, words: Words) -> NDArray[np.int32]:
     """Each field's residues as signed integers."""
-    return np.concatenate([signed(words[part], field.bits) for field, part in lay.slices(layout)])
+    integers = np.empty(len(words), np.int32)
+    for field, part in lay.slices(layout):
+        integers[part] = signed(words[part], field.bits)
+    return integers
 
 
-def decode(layout: Layout, integers: NDArray[np.int64]) -> Vector:
+def decode(layout: Layout, integers: Integers) -> Vector:
     """A sum of encoded contributions as float64, at natural scale. Exact."""
-    scales = [np.full(field.size, float(field.frac)) for field in layout]
-    return np.asarray(
-        np.ldexp(integers.astype(np.float64), -np.concatenate(scales).astype(np.int32))
-    )
+    values = integers.astype(np.float64)
+    for field, place in lay.slices(layout):
+        values[place] *= 2.0**-field.frac
+    return values

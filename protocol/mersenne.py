@@ -27,8 +27,8 @@ def elements(data: bytes) -> Elements:
 
 
 def signed(values: NDArray[np.int64]) -> Elements:
-    """Integers of magnitude below p."""
-    return np.where(values < 0, values + P, values).astype(np.uint64)
+    """Integers of magnitude up to 2^62."""
+    return reduced(np.where(values < 0, values + 4 * P, values).astype(np.uint64))
 
 
 def rotated(values: Elements, places: int) -> Elements:

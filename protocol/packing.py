@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from secure_fedprompt.protocol import ring
 from secure_fedprompt.protocol.layout import Layout
 from secure_fedprompt.protocol.ring import MAX_BITS
 
@@ -55,7 +56,7 @@ class Packing:
         """Digits of one counter."""
         return -(-MAX_BITS // self.digit)
 
-    def pack(self, integers: Integers) -> Integers:
+    def pack(self, integers: ring.Integers) -> Integers:
         """One client's integers, in layout order, as ``slots`` signed integers."""
         updates, counters = integers[: self.values], integers[self.values :]
         stacked = np.zeros(-(-self.values // self.stack) * self.stack, np.int64)

@@ -6,12 +6,15 @@ result modulo 2^b, so one word type serves every width.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
 from secure_fedprompt.protocol.errors import FieldError
 
 Words = NDArray[np.uint32]
+Integers = NDArray[np.integer[Any]]  # signed ones, of 32 bits or more
 MIN_BITS, MAX_BITS = 8, 32
 _GROUP = 32  # 32 values of b bits fill exactly b words
 
@@ -65,7 +68,7 @@ def unpack(data: bytes | memoryview, count: int, bits: int) -> Words:
     return np.ascontiguousarray(columns.T).reshape(-1)[:count]
 
 
-def signed(words: Words, bits: int) -> NDArray[np.int64]:
+def signed(words: Words, bits: int) -> NDArray[np.int32]:
     """Residues modulo 2^bits as integers in [-2^(bits-1), 2^(bits-1))."""
     up = np.uint32(32 - bits)
-    return ((words << up).view(np.int32) >> np.int32(up)).astype(np.int64)
+    return words.view(np.int32) if bits == 32 else (words << up).view(np.int32) >> np.int32(up)

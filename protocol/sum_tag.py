@@ -32,18 +32,21 @@ from secure_fedprompt.protocol import mersenne
 from secure_fedprompt.protocol.errors import FieldError
 from secure_fedprompt.protocol.expand import Purpose, derive, keystream
 from secure_fedprompt.protocol.mersenne import Elements, P
+from secure_fedprompt.protocol.ring import Integers
 
 TAGS = 2
 SIZE = 8 * TAGS  # bytes of a tag
 ELEMENT = 16  # bytes of keystream for each element
 MASK = ELEMENT * TAGS  # bytes of keystream that mask a tag
-_LIMB, _LIMBS = 16, 4  # bits, and how many hold an element
-_MOST = 1 << 31  # magnitude of an integer: 31 + 16 bits, and 4,096 of them, stay below 2^63
-_WIDEST = 1 << 12
+KEY = 32  # bytes of K under masks
+_LIMB, _LIMBS = 21, 3  # bits, and how many hold an element
+_MOST = 1 << 31  # magnitude of an integer: 31 + 21 bits, and 1,024 of them, are 2^62 at most
+_WIDEST = 1 << 10
+_CHUNK = 1 << 16  # values multiplied at a time, to stay in the cache
 
 
 def width(size: int) -> int:
-    """m, values of a row: the power of two from sqrt(size), 4,096 at most."""
+    """m, values of a row: the power of two from sqrt(size), 1,024 at most."""
     return min(1 << math.ceil(math.log2(max(1.0, math.sqrt(size)))), _WIDEST)
 
 
@@ -81,7 +84,7 @@ class TagKey:
     """What K gives for one plan.
 
     Attributes:
-        across: a in 16-bit limbs, (limbs x tags, m).
+        across: a in 21-bit limbs, (limbs x tags, m).
         down: b, (rows, tags).
         offsets: by name, (tags,).
     """
@@ -113,7 +116,7 @@ class TagKey:
     def __repr__(self) -> str:
         return "TagKey(<private>)"
 
-    def linear(self, integers: NDArray[np.int64]) -> Elements:
+    def linear(self, integers: Integers) -> Elements:
         """b . (X a), (tags,).
 
         Raises:
@@ -122,25 +125,35 @@ class TagKey:
         m, rows = self.across.shape[1], len(self.down)
         if len(integers) > m * rows:
             raise FieldError(f"{len(integers)} integers, the key is for {m * rows}")
-        if len(integers) and max(int(integers.max()), -int(integers.min())) > _MOST:
+        wide = integers.dtype != np.int32 and len(integers) > 0
+        if wide and max(int(integers.max()), -int(integers.min())) > _MOST:
             raise FieldError("an integer of a sum is beyond 31 bits")
-        values = np.zeros(m * rows, np.int64)
-        values[: len(integers)] = integers
-        # Not by matrix product: BLAS' threads would wait for more, and burn ten times its own time.
-        products = np.einsum("rm,km->rk", values.reshape(rows, m), self.across)
+        products = np.zeros((rows, _LIMBS * TAGS), np.int64)
+        step = _CHUNK // m
+        for at in range(0, -(-len(integers) // m), step):
+            some = integers[at * m : (at + step) * m].astype(np.int64)
+            if len(some) % m:
+                some = np.concatenate([some, np.zeros(-len(some) % m, np.int64)])
+            # Not by matrix product: BLAS' threads would wait for more, and burn ten times its time.
+            part = some.reshape(-1, m)
+            np.einsum("rm,km->rk", part, self.across, out=products[at : at + len(part)])
         limbs = mersenne.signed(products).reshape(rows, _LIMBS, TAGS)
         row = limbs[:, 0]
         for i in range(1, _LIMBS):
             row = mersenne.add(row, mersenne.rotated(limbs[:, i], _LIMB * i))
         return mersenne.total(mersenne.multiply(row, self.down))
 
-    def tag(self, name: str, integers: NDArray[np.int64]) -> Elements:
+    def tag(self, name: str, integers: Integers) -> Elements:
         """t_k of one member's upload, (tags,)."""
         return mersenne.add(self.linear(integers), self.offsets[name])
 
-    def holds(self, members: Sequence[str], integers: NDArray[np.int64], tag: Elements) -> bool:
-        """Whether these integers are the sum of what these members of the cohort tagged."""
-        if len(set(members)) != len(members) or not set(members) <= set(self.offsets):
+    def holds(self, members: Sequence[str], integers: Integers, tag: Elements) -> bool:
+        """Whether these integers are the sum of what these members of the cohort tagged.
+
+        Nobody's sum is none: it needs no offset, so anybody could make its tag.
+        """
+        known = set(members) <= set(self.offsets)
+        if not members or len(set(members)) != len(members) or not known:
             return False
         try:
             parts = [self.linear(integers), *(self.offsets[name] for name in members)]

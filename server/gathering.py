@@ -132,7 +132,7 @@ class Gathering(ABC):
             before and before.commitment == hello.commitment and now - before.joined < SAME_HELLO
         )
         if before and again and not (self.current and self.current.involves(sender)):
-            before.told = False
+            before.told, before.informed = False, 0
             return [(sender, self._welcome(sender))] if self.state.run else []
         out = self.gone(sender, now) if before else []
         if self.over:
@@ -192,9 +192,9 @@ class Gathering(ABC):
         terms = self.state.terms
         if terms is None or (message.run, message.terms) != (self.state.run, terms.digest):
             return []
-        client.accepted = isinstance(message, m.Accept)
+        again, client.accepted = client.accepted, isinstance(message, m.Accept)
         client.contests = not client.accepted
-        out = self._remind(sender) if client.accepted else []
+        out = self._remind(sender) if client.accepted and not again else []
         if self.current is None:
             return out + self._maybe_start(now)
         return out + (self._dismiss(sender, now) if client.contests else self._back(sender, now))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.averaging import averaged, metrics_of
 from secure_fedprompt.protocol.codec import decode_fields, encode_fields
+from secure_fedprompt.protocol.errors import ConfigError
+from secure_fedprompt.protocol.terms import RunTerms
 from secure_fedprompt.server.planning import RunState
 from secure_fedprompt.server.rounds.base import Round
 from secure_fedprompt.server.rounds.encrypted import EncryptedRound
@@ -44,6 +47,28 @@ def apply(state: RunState, done: Round) -> dict[str, float]:
     if isinstance(done, MaskedRound) and done.opened is not None:
         state.summed = encode_fields(LastSum(survivors(done), done.opened))
     return metrics_of(done.result)
+
+
+def check_vouchers(state: RunState, grown: RunTerms, names: Collection[str]) -> None:
+    """Refuse a roster that has grown so much that too few know the global prompt from a sum that
+    they checked: newcomers believe c + 1 of them.
+
+    Args:
+        grown: terms of the new roster; names: of its clients.
+
+    Raises:
+        ConfigError
+    """
+    if not state.summed:
+        return
+    members = set(decode_fields(LastSum, state.summed).members) & set(names)
+    needed = 1 + grown.facts.tolerated(bool(grown.regular), grown.clients, grown.quorum)
+    if len(members) < needed:
+        raise ConfigError(
+            f"with {grown.clients} clients on the roster {needed} must vouch for the global prompt "
+            f"to those who are new, and {len(members)} can: add fewer clients at a time, with a "
+            "learning round in between"
+        )
 
 
 def remind(state: RunState, name: str) -> Outbox:

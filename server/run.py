@@ -31,7 +31,7 @@ from secure_fedprompt.server.gathering import Gathering, refused
 from secure_fedprompt.server.members import Client
 from secure_fedprompt.server.opening import Pending
 from secure_fedprompt.server.planning import Keying, elect, elect_helper, grown_terms, round_plan
-from secure_fedprompt.server.results import apply, remind, survivors
+from secure_fedprompt.server.results import apply, check_vouchers, remind, survivors
 from secure_fedprompt.server.rounds.base import Deadlines, Round, Stage
 from secure_fedprompt.server.rounds.keying import KeyedRound
 from secure_fedprompt.server.rounds.start import make_round
@@ -68,6 +68,7 @@ class Run(Gathering):
             return
         if state.terms.roster_digest != self.roster.digest:
             grown = grown_terms(self.settings, self.roster, state)
+            check_vouchers(state, grown, [c.name for c in self.roster.with_role("client")])
             self.store.event(
                 "roster", f"changed: {grown.clients} clients, quorum {grown.quorum}, "
                 f"c = {grown.colluders}; clients need the same roster file and a restart",

@@ -12,7 +12,6 @@ import pytest
 from rounds import (
     SUMS,
     entropy_from,
-    identity,
     later,
     make_parties,
     make_plan,
@@ -24,11 +23,11 @@ from rounds import plain_sum as reference
 
 from secure_fedprompt.clients.rounds.masks import MaskedAwaiting
 from secure_fedprompt.clients.rounds.start import start
-from secure_fedprompt.clients.sum_key import SumKey
+from secure_fedprompt.clients.rounds.unmasking import Revealed
 from secure_fedprompt.memory import SimulatedRound, run_round
 from secure_fedprompt.protocol import errors, fixedpoint, mersenne, sum_tag
 from secure_fedprompt.protocol import messages as m
-from secure_fedprompt.protocol.expand import Purpose, add_masks, keystream
+from secure_fedprompt.protocol.expand import add_masks, keystream
 from secure_fedprompt.protocol.messages import CATALOGUE
 from secure_fedprompt.protocol.plan import RoundPlan
 from secure_fedprompt.protocol.sum_tag import TagKey
@@ -54,6 +53,11 @@ FORGED: dict[str, Change] = {
     "fewer members": lambda plan, told: {"members": b"\x07"},
     "no members": lambda plan, told: {"members": b"\x00"},
     "members beyond the cohort": lambda plan, told: {"members": b"\x1f"},
+    "nobody's sum, which is nothing": lambda plan, told: {
+        "vector": bytes(len(told.vector)),
+        "tag": bytes(16),
+        "members": b"\x00",
+    },
     "members of a larger cohort": lambda plan, told: {"members": b"\x0f\x00"},
     "a cut vector": lambda plan, told: {"vector": told.vector[:-1]},
 }
@@ -83,7 +87,7 @@ def test_what_is_not_the_sum_is_refused(what: str) -> None:
     assert not outcome.opened
     for party in parties.values():
         assert party.keyring.sums is None
-        assert not party.journal.key(plan.run)
+        assert not party.journal.kept_key(plan.run)
         with pytest.raises(errors.SumError, match="over for this client"):
             start(party, later(plan, 9))
 
@@ -108,13 +112,63 @@ def test_who_lost_the_list_has_the_tag_to_go_by() -> None:
         if isinstance(message, m.SurvivorList) and recipient == "c001":
             return None
         if isinstance(message, m.OpenedSum) and recipient == "c001":
-            return dataclasses.replace(message, members=b"\x1e")
+            return dataclasses.replace(message, members=b"\x17")
         return message
 
     plan = make_plan(5)
     outcome = run_round(plan, make_parties(5), make_updates(plan), tap=tap)
     assert set(outcome.errors) == {"c001"}
     assert "not the sum of what 4 clients tagged" in str(outcome.errors["c001"])
+
+
+@pytest.mark.parametrize(
+    ("members", "what"),
+    [(b"\x03", "a sum of others"), (b"\x0e", "a sum of others"), (b"\x13", "of 3 clients")],
+)
+def test_a_sum_is_of_a_quorum_and_of_oneself_whatever_its_tag(
+    monkeypatch: pytest.MonkeyPatch, members: bytes, what: str
+) -> None:
+    """Also to who has lost the list: a tag is no reason to take another."""
+    monkeypatch.setattr(TagKey, "holds", lambda *_: True)
+    quiet = what == "of 3 clients"
+
+    def tap(sender: str, recipient: str, message: m.Message) -> m.Message | None:
+        if quiet and isinstance(message, m.SurvivorList) and recipient == "c001":
+            return None
+        if isinstance(message, m.OpenedSum) and recipient == "c001":
+            return dataclasses.replace(message, members=members)
+        return message
+
+    plan = make_plan(5)
+    outcome = run_round(plan, make_parties(5), make_updates(plan), tap=tap)
+    assert what in str(outcome.errors["c001"])
+    assert isinstance(outcome.errors["c001"], errors.SumError)
+
+
+def test_nobodys_sum_has_a_tag_that_anybody_could_make() -> None:
+    key, nothing = SUMS.tags(make_plan(3)), np.zeros(3, np.int64)
+    assert not key.holds((), nothing, np.zeros(2, np.uint64))
+    assert (key.linear(nothing) == 0).all()
+
+
+def test_who_has_checked_a_sum_takes_no_other_of_its_round() -> None:
+    plan, parties, kept = make_plan(N), make_parties(N), list[m.OpenedSum]()
+    run_round(plan, parties, make_updates(plan), tap=lambda s, r, x: (
+        kept.append(x) or x if isinstance(x, m.OpenedSum) else x))  # fmt: skip
+    party = parties["c002"]
+    state = Revealed(party, plan, names(N))
+    checked, _ = state.on(kept[0])
+    again, _ = checked.report(b"prompt")  # type: ignore[attr-defined]
+    again.on(kept[0])
+    with pytest.raises(errors.SumError, match="others than those whose list"):
+        again.on(dataclasses.replace(kept[0], members=b"\x07"))
+    journal = parties["c003"].journal
+    journal.note_made(plan.run, 2, b"1" * 32, own=False)
+    journal.note_made(plan.run, 2, b"2" * 32, own=True)
+    journal.note_made(plan.run, 2, b"2" * 32, own=False)
+    assert journal.made(plan.run, 2) == (b"2" * 32, True)
+    with pytest.raises(errors.OpenedError, match="a second prompt for learning round 2"):
+        journal.note_made(plan.run, 2, b"3" * 32, own=True)
 
 
 def test_without_tags_a_crafted_prompt_would_be_taken(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,74 +324,3 @@ def test_tags_of_a_round_unmask_to_that_of_the_sum(count: int) -> None:
     expected = mersenne.total(np.stack([key.offsets[name] for name in who]))
     expected = mersenne.add(expected, key.linear(reference(plan, updates, who)))
     assert told_.tag == sum_tag.to_bytes(expected)
-
-
-# -- whose prompt it is ----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("vouching", [0, 2, 3, 4])
-def test_who_missed_a_sum_takes_a_prompt_from_c_plus_one_others(vouching: int) -> None:
-    """Five clients, c = 2: three must vouch, or it waits for another round."""
-    plan, parties = later(make_plan(5), 2), make_parties(5)
-    for name in names(5)[:vouching]:
-        vouched({name: parties[name]}, plan)
-    outcome = run_round(plan, parties, make_updates(plan))
-    enough = vouching >= 3
-    refused = () if enough else names(5)[vouching:]
-    assert set(outcome.errors) == set(refused)
-    for error in outcome.errors.values():
-        assert isinstance(error, errors.AdvertMismatchError)
-        assert f"{vouching} clients vouch" in str(error)
-        assert "needs 3" in str(error)
-    for name in names(5)[vouching:] if enough else ():  # believed, and not vouched for
-        assert parties[name].journal.made(plan.run, 2) == (plan.base_digest, False)
-
-
-def test_nobody_vouches_for_another_prompt_than_its_own() -> None:
-    plan, parties = later(make_plan(5), 2), make_parties(5)
-    other = dataclasses.replace(plan, base_digest=b"x" * 32)
-    vouched(parties, other)
-    outcome = run_round(plan, parties, make_updates(plan))
-    adverts = [x for s, _, f in outcome.frames if s and isinstance(x := CATALOGUE.decode(f), m.Advert)]  # fmt: skip
-    assert [advert.vouches for advert in adverts] == [0] * 5
-    assert set(outcome.errors) == set(names(5))
-
-
-@pytest.mark.parametrize("field", ["vouches", "key"])
-def test_what_an_advert_says_of_prompt_and_key_is_signed(field: str) -> None:
-    plan, parties = make_plan(5), make_parties(5)
-
-    def tap(sender: str, recipient: str, message: m.Message) -> m.Message:
-        if isinstance(message, m.Adverts) and recipient == "c001":
-            first, second, *rest = message.adverts
-            changed = dataclasses.replace(second, **{field: 0 if field == "vouches" else bytes(32)})
-            return dataclasses.replace(message, adverts=(first, changed, *rest))
-        return message
-
-    outcome = run_round(plan, parties, make_updates(plan), tap=tap)
-    assert isinstance(outcome.errors["c001"], errors.SignatureError)
-
-
-def test_a_client_with_another_key_is_not_in_the_round() -> None:
-    plan, parties = make_plan(5), make_parties(5)
-    parties["c002"].keyring.sums = SumKey(b"x" * 32)
-    outcome = run_round(plan, parties, make_updates(plan))
-    assert isinstance(outcome.errors["c002"], errors.KeyMismatchError)
-    assert set(outcome.opened) == set(names(5)) - {"c002"}
-
-
-def test_a_quorum_has_said_which_key_it_is_before_it_is_used() -> None:
-    """A server that lets another key pass, as its holder signed for it, splits nobody off."""
-    plan, parties = make_plan(5), make_parties(5)
-
-    def tap(sender: str, recipient: str, message: m.Message) -> m.Message:
-        if isinstance(message, m.Adverts) and recipient == "c001":
-            first, second, *rest = message.adverts
-            other = dataclasses.replace(second, key=bytes(32))
-            other = m.signed(other, identity(second.name), Purpose.ADVERT, plan)
-            return dataclasses.replace(message, adverts=(first, other, *rest))
-        return message
-
-    outcome = run_round(plan, parties, make_updates(plan), tap=tap)
-    assert "c002 holds another sum key" in str(outcome.errors["c001"])
-    assert isinstance(outcome.errors["c001"], errors.AdvertMismatchError)

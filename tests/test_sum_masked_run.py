@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import stat
 from pathlib import Path
 from typing import Any
 
@@ -14,39 +13,13 @@ from audited import VICTIM, audited, failures
 from federation import World
 from rounds import make_parties, names
 from selecting import SECURE, Grouped
+from watching import done, watched, world_of
 
-from secure_fedprompt.clients.file_journal import FileJournal
 from secure_fedprompt.protocol import errors
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.averaging import prompt_bytes
 from secure_fedprompt.protocol.expand import Purpose, digest
-from secure_fedprompt.protocol.plan import NO_KEY
 from secure_fedprompt.server import results
-
-
-def world_of(folder: Path, n: int = 5, **changes: Any) -> World:
-    return World(folder, n, **{"rounds": 3, "alive_seconds": 12.0, **changes})
-
-
-def watched(world: World) -> list[tuple[str, str, m.Message]]:
-    """All frames, as they pass."""
-    seen: list[tuple[str, str, m.Message]] = []
-    before = world.tamper
-
-    def tamper(sender: str, recipient: str, message: m.Message) -> m.Message:
-        message = before(sender, recipient, message)
-        seen.append((sender, recipient, message))
-        return message
-
-    world.tamper = tamper
-    return seen
-
-
-def done(world: World) -> list[tuple[int, int]]:
-    return [
-        (r["round"], r["learning_round"])
-        for r in world.store.summary()["rounds"] if r["outcome"] == "done"
-    ]  # fmt: skip
 
 
 def test_prompts_follow_from_sums_and_are_not_sent_again(tmp_path: Path) -> None:
@@ -65,34 +38,12 @@ def test_prompts_follow_from_sums_and_are_not_sent_again(tmp_path: Path) -> None
         assert session.history[4]["accuracy"] == 1.0
         made = world.journals[name].made(session.run, 4)
         assert made == (digest(Purpose.BASE, final), True)
-        assert not world.journals[name].key(session.run)  # the run is over: it is not needed
+        assert not world.journals[name].kept_key(session.run)  # the run is over: it is not needed
     adverts = [x for s, _, x in seen if s and isinstance(x, m.Advert)]
     assert {x.vouches for x in adverts} == {1}
     assert len({x.key for x in adverts}) == 1
     checked = [r["checked"] for r in world.store.summary()["rounds"]]
     assert checked == [[*names(5)]] * 3 + [[]]  # nobody vouches after the last
-
-
-def test_the_key_is_dealt_once_and_late_joiners_get_the_same(tmp_path: Path) -> None:
-    world = world_of(tmp_path, gather_seconds=5.0)
-    seen = watched(world)
-    for name in names(4):
-        world.join(name)
-    world.pump(lambda w, x: isinstance(x, m.RoundEnd) and x.round == 1)
-    key = world.run.state.key
-    world.join("c005")
-    world.pump()
-    assert world.run.error is None, world.run.error
-    assert world.run.state.key == key != NO_KEY
-    asked = [(s, x.round) for s, _, x in seen if isinstance(x, m.KeyAsk)]
-    assert {name for name, number in asked if number == 1} == {"c002", "c003", "c004"}
-    late = {(s, number) for s, number in asked if number > 1}
-    assert {name for name, _ in late} == {"c005"}
-    ((_, first),) = late
-    vouching = {x.name: x.vouches for s, _, x in seen if s and isinstance(x, m.Advert)
-                and x.round == first}  # fmt: skip
-    assert vouching == {**dict.fromkeys(names(4), 1), "c005": 0}
-    assert world.sessions["c005"].verified
 
 
 def test_a_restarted_client_keeps_the_key_and_what_it_computed(tmp_path: Path) -> None:
@@ -235,6 +186,73 @@ def test_a_last_prompt_that_is_not_what_the_last_sum_gives_is_refused(tmp_path: 
     assert world.sessions["c001"].verified
 
 
+def test_the_last_prompt_is_held_against_the_journal_without_terms_too(tmp_path: Path) -> None:
+    """A client that is started again at the very end is told the end, and no terms."""
+    world = world_of(tmp_path, metrics="off")
+    for name in names(5):
+        world.join(name)
+    world.pump(lambda w, x: isinstance(x, m.Finish))
+    world.join("c002")
+    session, run = world.sessions["c002"], world.run.state
+    session.on(m.Welcome(run.run, run.server_nonce, run.commitments,
+                         world.settings.method_settings().to_bytes(), 0))  # fmt: skip
+    assert session.terms is None
+    with pytest.raises(errors.MismatchError, match="final prompt is not the one"):
+        session.on(m.Finish(run.run, bytes(40), ""))
+    session.on(m.Finish(run.run, prompt_bytes(run.prompt), ""))
+    assert session.verified
+
+
+def test_a_run_that_ends_early_has_no_verified_prompt(tmp_path: Path) -> None:
+    world = world_of(tmp_path)
+    for name in names(5):
+        world.join(name)
+    world.pump(lambda w, x: isinstance(x, m.Plan) and x.plan.round == 3)
+    session = world.sessions["c002"]
+    session.on(m.Finish(session.run, bytes(40), ""))
+    assert session.final is not None
+    assert not session.verified
+
+
+def test_who_did_not_sign_the_list_and_comes_back_while_it_is_opened_stays(tmp_path: Path) -> None:
+    world = world_of(tmp_path)
+    gone = set[str]()
+
+    def tamper(sender: str, recipient: str, message: m.Message) -> m.Message:
+        for kind, name in ((m.SurvivorList, "c002"), (m.UnmaskRequest, "c005")):
+            if isinstance(message, kind) and recipient == name and name not in gone:
+                gone.add(name)
+                world.lost.add(name)
+        return message
+
+    world.tamper = tamper
+    for name in names(5):
+        world.join(name)
+    for name in ("c002", "c005"):  # the second is waited for
+        until = world.clock + 10
+        world.pump(lambda w, x, until=until: w.clock > until)
+        world.reconnect(name)
+    world.pump()
+    assert not world.errors
+    assert world.run.error is None, world.run.error
+    assert len(done(world)) == 4
+
+
+def test_terms_that_are_accepted_again_are_no_reason_to_send_the_sum_again(tmp_path: Path) -> None:
+    world = world_of(tmp_path)
+    seen = watched(world)
+    for name in names(5):
+        world.join(name)
+    world.pump(lambda w, x: isinstance(x, m.MaskedUpload) and x.round == 2)
+    assert world.run.state.terms is not None
+    accept = m.Accept(world.run.state.run, world.run.state.terms.digest)
+    del seen[:]
+    for _ in range(9):
+        world.send("c004", accept)
+    world.pump(lambda w, x: isinstance(x, m.SurvivorList))
+    assert not [x for _, _, x in seen if isinstance(x, m.OpenedSum)]
+
+
 def test_a_forged_sum_ends_the_run_and_the_server_is_told_nothing(tmp_path: Path) -> None:
     world = world_of(tmp_path)
     world.withdraws = True
@@ -249,58 +267,7 @@ def test_a_forged_sum_ends_the_run_and_the_server_is_told_nothing(tmp_path: Path
         left = world.sessions[name].leave(error)  # type: ignore[arg-type]
         assert (left.error, left.reason) == ("Stopped", "")
         assert world.sessions[name].base is not None  # what the sums before gave is kept
-        assert not world.journals[name].key(world.run.state.run)
-
-
-def test_who_is_excluded_takes_the_key_with_it(tmp_path: Path) -> None:
-    """A client that deals bad boxes is out: the others make another key without it."""
-    from secure_fedprompt.clients.rounds import masks
-
-    world = world_of(tmp_path)
-    seen = watched(world)
-    plain = masks.seal
-    for name in names(5):
-        world.join(name)
-    world.pump(lambda w, x: isinstance(x, m.RoundEnd) and x.round == 1)
-    before = world.run.state.key
-    with pytest.MonkeyPatch.context() as patch:
-
-        def seal(key: bytes, data: bytes, context: bytes) -> bytes:
-            bad = context.endswith(b"c002\0c003")
-            return plain(key, bytes(len(data)) if bad else data, context)[:: -1 if bad else 1]
-
-        patch.setattr(masks, "seal", seal)
-        world.pump()
-    assert world.run.state.excluded == ("c002",)
-    assert world.run.error is None, world.run.error
-    assert world.run.state.key not in (before, NO_KEY)
-    last = max(x.round for _, _, x in seen if isinstance(x, m.KeyGrant))
-    granted = [g.recipient for _, _, x in seen if isinstance(x, m.KeyGrant) and x.round == last
-               for g in x.grants]  # fmt: skip
-    assert granted == ["c003", "c004", "c005"]
-
-
-def test_a_key_outlives_a_restart_with_its_roster_and_no_other(tmp_path: Path) -> None:
-    run = b"r" * 16
-    party = make_parties(3)["c001"]
-    journal = FileJournal(tmp_path / "journal.jsonl")
-    kept = dataclasses.replace(party, journal=journal)
-    journal.keep_key(run, party.roster.digest + b"s" * 32)
-    (path,) = (tmp_path / "kept").glob("sums-*")
-    assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    kept.keyring.sums = None
-    kept.recall(b"o" * 16)
-    assert kept.keyring.digest == NO_KEY
-    kept.recall(run)
-    assert kept.keyring.sums is not None
-    assert kept.keyring.sums.to_bytes() == b"s" * 32
-    grown = dataclasses.replace(make_parties(4)["c001"], journal=journal)
-    grown.keyring.sums = None
-    grown.recall(run)
-    assert grown.keyring.sums is None
-    journal.distrust(run)
-    assert not path.exists()
-    journal.close()
+        assert not world.journals[name].kept_key(world.run.state.run)
 
 
 @pytest.mark.parametrize("protection", ["masks", "bfv"])

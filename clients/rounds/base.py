@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from secure_fedprompt.clients.party import Party, Replies
 from secure_fedprompt.protocol import fixedpoint
@@ -25,7 +24,7 @@ from secure_fedprompt.protocol.errors import (
 from secure_fedprompt.protocol.layout import CONTRIBUTORS, WEIGHT, Values, Vector, total_size
 from secure_fedprompt.protocol.plan import RoundPlan
 from secure_fedprompt.protocol.policy import check_isolation
-from secure_fedprompt.protocol.ring import Words
+from secure_fedprompt.protocol.ring import Integers, Words
 from secure_fedprompt.protocol.selection.task import Choice
 
 Step = tuple["State", Replies]
@@ -198,7 +197,7 @@ class Opening(State):
         integers: the sum; total: the same as decoded fields.
     """
 
-    integers: NDArray[np.int64]
+    integers: Integers
     total: dict[str, Vector]
 
     def report(self, prompt: bytes) -> Step:

@@ -56,11 +56,6 @@ def begin(party: Party, plan: RoundPlan) -> Step:
     return keying.begin(party, plan, KIND)
 
 
-def _keep(party: Party, plan: RoundPlan, key: SumKey) -> None:
-    party.journal.keep_key(plan.run, party.roster.digest + key.to_bytes())
-    party.keyring.sums = key
-
-
 def _advertise(party: Party, plan: RoundPlan, key: SumKey) -> Step:
     """Advertise fresh keys."""
     made = party.journal.made(plan.run, plan.learning_round)
@@ -85,7 +80,7 @@ KIND = keying.Kind(
     held=lambda party: party.keyring.sums,
     make=lambda party, plan: SumKey.make(party.entropy),
     read=lambda plan, data, expected: SumKey.from_bytes(data, expected),
-    keep=_keep,
+    keep=lambda party, plan, key: party.keep_key(plan.run, key),
     go_on=_advertise,
 )
 
@@ -161,7 +156,7 @@ class Advertised(State):
         """
         plan = self.plan
         needed = 1 + plan.facts.tolerated(bool(plan.degree), plan.members, plan.quorum)
-        vouching = sum(advert.vouches for advert in adverts)
+        vouching = sum(advert.vouches == 1 for advert in adverts)
         if not self.advert.vouches and vouching < needed:
             raise AdvertMismatchError(
                 f"{vouching} clients vouch for the global prompt of learning round "

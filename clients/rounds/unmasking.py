@@ -40,7 +40,8 @@ class InSum(State):
         return None
 
     def _on_opened_sum(self, message: m.OpenedSum) -> Step:
-        plan, party, key = self.plan, self.party, self.party.keyring.sums
+        plan, party = self.plan, self.party
+        key = party.sum_key(plan)
         if key is None:  # lost with the folder that it was in: others have to vouch
             return self, []
         words = np.zeros(total_size(plan.layout), np.uint32)
@@ -50,14 +51,16 @@ class InSum(State):
             tag = sum_tag.from_bytes(message.tag)
         except ProtocolError as error:
             raise self.distrusted(f"no sum ({error})") from None
-        if self.listed not in (None, members):
+        if self.listed not in (None, members) or party.name not in members:
             raise self.distrusted("a sum of others than those whose list was signed")
+        if len(members) < plan.quorum:
+            raise self.distrusted(f"a sum of {len(members)} clients, the quorum is {plan.quorum}")
         integers = fixedpoint.to_integers(plan.layout, words)
         if not key.tags(plan).holds(members, integers, tag):
             raise self.not_the_sum(members)
         party.journal.record_reveal(plan)  # by us or by others: it is open
         total = layout.unflatten(plan.layout, fixedpoint.decode(plan.layout, integers))
-        return Checked(party, plan, integers, total), []
+        return Checked(party, plan, integers, total, members), []
 
     takes: ClassVar[Takes] = {m.OpenedSum: _on_opened_sum}
 
@@ -66,8 +69,10 @@ class InSum(State):
 class Checked(Opening):
     """The sum is what its members sent."""
 
+    members: tuple[str, ...]
+
     def report(self, prompt: bytes) -> Step:
-        return Revealed(self.party, self.plan), []
+        return Revealed(self.party, self.plan, self.members), []
 
 
 @dataclass(frozen=True, repr=False)
@@ -146,7 +151,7 @@ class Agreed(InSum):
             identity = party.roster.identity_of(signed.name)
             verify(identity, Purpose.SURVIVORS, self.body, signed.signature, signed.name)
         party.journal.record_reveal(plan)
-        return Revealed(party, plan), [m.Reveal(plan.run, plan.round, self.shares)]
+        return Revealed(party, plan, self.survivors), [m.Reveal(plan.run, plan.round, self.shares)]
 
     takes: ClassVar[Takes] = {**InSum.takes, m.UnmaskRequest: _on_unmask_request}
 
@@ -154,6 +159,12 @@ class Agreed(InSum):
 @dataclass(frozen=True, repr=False)
 class Revealed(InSum):
     """Nothing secret is left."""
+
+    survivors: tuple[str, ...]
+
+    @property
+    def listed(self) -> tuple[str, ...]:
+        return self.survivors
 
     def _on_unmask_request(self, message: m.UnmaskRequest) -> Step:
         raise SecondUnmaskError(f"a second unmask request in {self}")

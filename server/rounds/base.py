@@ -19,12 +19,12 @@ from enum import StrEnum
 from typing import ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from secure_fedprompt.protocol import layout
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.errors import ProtocolError, UnexpectedMessageError
 from secure_fedprompt.protocol.plan import RoundPlan
+from secure_fedprompt.protocol.ring import Integers
 from secure_fedprompt.protocol.roster import Roster
 from secure_fedprompt.protocol.shamir import Entropy
 from secure_fedprompt.server.opening import Pending
@@ -110,7 +110,7 @@ class Round(ABC):
     _outcome_refused: bool = False
     stage: Stage = Stage.ADVERTISING
     result: dict[str, layout.Vector] | None = None
-    integers: NDArray[np.int64] | None = None
+    integers: Integers | None = None
     reason: str = ""
     suspect: str = ""
     excluded: str = ""
@@ -374,7 +374,7 @@ class Round(ABC):
         self._begin(Stage.COLLECTING, tuple(name for name, _ in outcomes), now)
         return outcomes
 
-    def _finish(self, total: layout.Vector, integers: NDArray[np.int64] | None) -> Outbox:
+    def _finish(self, total: layout.Vector, integers: Integers | None) -> Outbox:
         result = layout.unflatten(self.plan.layout, total)
         counted, weight = float(result[layout.CONTRIBUTORS]), float(result[layout.WEIGHT])
         expected = len(self.plan.cohort) - len(self.dropped)

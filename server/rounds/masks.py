@@ -74,7 +74,8 @@ class MaskedRound(KeyedRound):
 
     def _is_key(self, data: bytes) -> bool:
         assert self._granted is not None
-        return digest(Purpose.SUM_KEY, data) == self._granted.key
+        whole = len(data) == sum_tag.KEY
+        return whole and digest(Purpose.SUM_KEY, data) == self._granted.key
 
     def _of_grant(self, name: str) -> bool:
         return super()._of_grant(name) and name not in self.holders  # who has not advertised yet
@@ -110,6 +111,8 @@ class MaskedRound(KeyedRound):
                 for key in keys:
                     agree(self._probe, key, sender)  # refuses points of small order
                 self._check_key(sender, message.key)
+                if message.vouches > 1:
+                    raise FieldError(f"{sender} vouches {message.vouches} times")
                 self._keys |= keys
                 identity = self.roster.identity_of(sender)
                 verify(identity, Purpose.ADVERT, message.body(plan), message.signature, sender)

@@ -14,7 +14,6 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
-from numpy.typing import NDArray
 
 from secure_fedprompt.protocol import fixedpoint, masking, mersenne, shamir, sum_tag
 from secure_fedprompt.protocol import messages as m
@@ -24,6 +23,7 @@ from secure_fedprompt.protocol.keys import agree
 from secure_fedprompt.protocol.layout import total_size
 from secure_fedprompt.protocol.mersenne import Elements
 from secure_fedprompt.protocol.plan import RoundPlan
+from secure_fedprompt.protocol.ring import Integers
 
 _TRIES = 400  # subsets searched for a consistent one when a share is bad, 5 ms each at t = 67
 
@@ -41,7 +41,7 @@ class MaskedSum:
         fixedpoint.add_wire(self.plan.layout, vector, self.words)
         self.tag = mersenne.add(self.tag, tag)
 
-    def unmask(self, plus: list[bytes], minus: list[bytes]) -> NDArray[np.int64]:
+    def unmask(self, plus: list[bytes], minus: list[bytes]) -> Integers:
         """Remove masks (``plus`` were subtracted by clients, ``minus`` were added); the sum."""
         after = add_masks(self.words, plus, minus, sum_tag.MASK)
         self.tag = mersenne.add(self.tag, sum_tag.mask(after, len(plus)))

@@ -1,0 +1,157 @@
+"""The key that sums are checked with: who gets it, what it outlives, and when there is another."""
+
+from __future__ import annotations
+
+import dataclasses
+import stat
+from pathlib import Path
+
+import msgspec
+import pytest
+from federation import Toy, World
+from rounds import make_parties, names, roster
+from watching import done, watched, world_of
+
+from secure_fedprompt.clients.file_journal import FileJournal
+from secure_fedprompt.clients.journal import MemoryJournal
+from secure_fedprompt.clients.sum_key import SumKey
+from secure_fedprompt.protocol import errors
+from secure_fedprompt.protocol import messages as m
+from secure_fedprompt.protocol.plan import NO_KEY
+
+
+def test_the_key_is_dealt_once_and_late_joiners_get_the_same(tmp_path: Path) -> None:
+    world = world_of(tmp_path, gather_seconds=5.0)
+    seen = watched(world)
+    for name in names(4):
+        world.join(name)
+    world.pump(lambda w, x: isinstance(x, m.RoundEnd) and x.round == 1)
+    key = world.run.state.key
+    world.join("c005")
+    world.pump()
+    assert world.run.error is None, world.run.error
+    assert world.run.state.key == key != NO_KEY
+    asked = [(s, x.round) for s, _, x in seen if isinstance(x, m.KeyAsk)]
+    assert {name for name, number in asked if number == 1} == {"c002", "c003", "c004"}
+    late = {(s, number) for s, number in asked if number > 1}
+    assert {name for name, _ in late} == {"c005"}
+    ((_, first),) = late
+    vouching = {x.name: x.vouches for s, _, x in seen if s and isinstance(x, m.Advert)
+                and x.round == first}  # fmt: skip
+    assert vouching == {**dict.fromkeys(names(4), 1), "c005": 0}
+    assert world.sessions["c005"].verified
+
+
+@pytest.mark.parametrize("size", [0, 31, 33, 64])
+def test_a_maker_of_a_key_that_is_none_is_excluded_and_not_its_accuser(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    world = world_of(tmp_path)
+    world.withdraws = True
+    make = SumKey.make
+    monkeypatch.setattr(SumKey, "make", lambda entropy: SumKey(entropy(size)))
+    for name in names(5):
+        world.join(name)
+    world.pump(lambda w, x: isinstance(x, m.RoundEnd) and x.round == 1)
+    monkeypatch.setattr(SumKey, "make", make)
+    world.pump()
+    assert world.run.state.excluded == ("c001",)
+    assert "c001 sealed a box for" in world.store.summary()["rounds"][0]["reason"]
+    assert world.run.error is None, world.run.error
+    assert len(done(world)) == 4
+
+
+def grown(world: World, n: int) -> World:
+    """The server, stopped after a learning round, starts again with a larger roster."""
+    world.store.close()
+    world.clock += 1.0
+    world.roster, world.n = roster(n), n
+    for name in names(n):
+        world.toys.setdefault(name, Toy(0.5, 10.0))
+        world.journals.setdefault(name, MemoryJournal())
+    world.settings = msgspec.structs.replace(world.settings, stop_after=0)
+    for group in (world.sessions, world.errors, world.lost):
+        group.clear()
+    world.start_server()
+    for name in names(n):
+        world.join(name)
+    world.pump()
+    return world
+
+
+@pytest.mark.parametrize("heard", [True, False])
+def test_a_roster_that_grows_gets_another_key(tmp_path: Path, heard: bool) -> None:
+    """Also if nobody heard the last sum: it is checked with the key of the roster that made it."""
+    world = world_of(tmp_path, 4, stop_after=1)
+    for name in names(4):
+        world.join(name)
+    world.pump(lambda w, x: not heard and isinstance(x, m.OpenedSum))
+    before = world.run.state.key
+    world.queue.clear()
+    grown(world, 5)
+    assert world.run.error is None, world.run.error
+    assert world.run.state.key not in (before, NO_KEY)
+    assert [lr for _, lr in done(world)] == [1, 2, 3, 4]
+    assert all(world.sessions[name].verified for name in names(5))
+
+
+def test_a_roster_that_grows_too_fast_is_refused_with_the_reason(tmp_path: Path) -> None:
+    world = world_of(tmp_path, 4, stop_after=1)
+    for name in names(4):
+        world.join(name)
+    world.pump()
+    with pytest.raises(errors.ConfigError, match="12 clients on the roster 6 must vouch .* 4 can"):
+        grown(world, 12)
+    grown(world, 10)
+    assert world.run.error is None, world.run.error
+
+
+def test_who_is_excluded_takes_the_key_with_it(tmp_path: Path) -> None:
+    """A client that deals bad boxes is out: the others make another key without it."""
+    from secure_fedprompt.clients.rounds import masks
+
+    world = world_of(tmp_path)
+    seen = watched(world)
+    plain = masks.seal
+    for name in names(5):
+        world.join(name)
+    world.pump(lambda w, x: isinstance(x, m.RoundEnd) and x.round == 1)
+    before = world.run.state.key
+    with pytest.MonkeyPatch.context() as patch:
+
+        def seal(key: bytes, data: bytes, context: bytes) -> bytes:
+            bad = context.endswith(b"c002\0c003")
+            return plain(key, bytes(len(data)) if bad else data, context)[:: -1 if bad else 1]
+
+        patch.setattr(masks, "seal", seal)
+        world.pump()
+    assert world.run.state.excluded == ("c002",)
+    assert world.run.error is None, world.run.error
+    assert world.run.state.key not in (before, NO_KEY)
+    last = max(x.round for _, _, x in seen if isinstance(x, m.KeyGrant))
+    granted = [g.recipient for _, _, x in seen if isinstance(x, m.KeyGrant) and x.round == last
+               for g in x.grants]  # fmt: skip
+    assert granted == ["c003", "c004", "c005"]
+
+
+def test_a_key_outlives_a_restart_with_its_roster_and_no_other(tmp_path: Path) -> None:
+    run = b"r" * 16
+    party = make_parties(3)["c001"]
+    journal = FileJournal(tmp_path / "journal.jsonl")
+    kept = dataclasses.replace(party, journal=journal)
+    journal.keep_key(run, party.roster.digest + b"s" * 32)
+    (path,) = (tmp_path / "kept").glob("sums-*")
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    kept.keyring.sums = None
+    kept.recall(b"o" * 16)
+    assert kept.keyring.digest == NO_KEY
+    kept.recall(run)
+    assert kept.keyring.sums is not None
+    assert kept.keyring.sums.to_bytes() == b"s" * 32
+    grown = dataclasses.replace(make_parties(4)["c001"], journal=journal)
+    grown.keyring.sums = None
+    grown.recall(run)
+    assert grown.keyring.sums is None
+    journal.distrust(run)
+    assert not path.exists()
+    journal.close()
