@@ -13,6 +13,7 @@ from secure_fedprompt.clients.journal import MemoryJournal
 from secure_fedprompt.clients.ledger import Ledger, Upload
 from secure_fedprompt.clients.sum_key import SumKey
 from secure_fedprompt.protocol import messages as m
+from secure_fedprompt.protocol.codec import decode_fields
 from secure_fedprompt.protocol.errors import (
     AdvertMismatchError,
     IsolationError,
@@ -137,6 +138,12 @@ class Party:
                 f"{error}; begin from another prompt (other words in init, or another seed), or "
                 "with the clients of that run"
             ) from None
+
+    def last_prompt(self, run: bytes) -> bytes:
+        """Digest of the prompt that a run must end with, or nothing if that is not known."""
+        agreed = self.journal.terms_of(run)
+        rounds = decode_fields(RunTerms, agreed).rounds if agreed else 0
+        return self.journal.made(run, rounds + 1)[0]
 
     def check_run_key(self, plan: RoundPlan, ready: m.Ready, name: str) -> None:
         """Refuse another member's run key unless its identity signed it for this run.

@@ -30,7 +30,6 @@ from secure_fedprompt.clients.work import (
 )
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.averaging import Prompt, averaged, metrics_of, prompt_bytes
-from secure_fedprompt.protocol.codec import decode_fields
 from secure_fedprompt.protocol.errors import (
     AdvertMismatchError,
     FieldError,
@@ -50,7 +49,6 @@ from secure_fedprompt.protocol.errors import (
 from secure_fedprompt.protocol.expand import Purpose, digest
 from secure_fedprompt.protocol.plan import RoundPlan
 from secure_fedprompt.protocol.selection.shares import Keys
-from secure_fedprompt.protocol.terms import RunTerms
 
 MAX_WITHDRAWN = 3  # rounds in a row
 ROUND_ERRORS = (  # a peer's doing
@@ -386,9 +384,7 @@ class Session(Joining[L_co]):
         final = np.frombuffer(data, "<f4").astype(np.float32)
         if not np.isfinite(final).all():
             raise FieldError("final prompt holds NaN or infinity")
-        agreed = self.party.journal.terms_of(self.run)
-        last = decode_fields(RunTerms, agreed).rounds + 1 if agreed else 0
-        made, _ = self.party.journal.made(self.run, last)
+        made = self.party.last_prompt(self.run)
         if made and made != digest(Purpose.BASE, data):
             raise MismatchError("final prompt is not the one that the last sum gives")
         self.party.journal.finish(self.run)

@@ -42,7 +42,7 @@ KEY = 32  # bytes of K under masks
 _LIMB, _LIMBS = 21, 3  # bits, and how many hold an element
 _MOST = 1 << 31  # magnitude of an integer: 31 + 21 bits, and 1,024 of them, are 2^62 at most
 _WIDEST = 1 << 10
-_CHUNK = 1 << 16  # values multiplied at a time, to stay in the cache
+_CHUNK = 1 << 15  # values multiplied at a time, to stay in the cache
 
 
 def width(size: int) -> int:
@@ -128,14 +128,14 @@ class TagKey:
         wide = integers.dtype != np.int32 and len(integers) > 0
         if wide and max(int(integers.max()), -int(integers.min())) > _MOST:
             raise FieldError("an integer of a sum is beyond 31 bits")
-        products = np.zeros((rows, _LIMBS * TAGS), np.int64)
+        products = np.empty((rows, _LIMBS * TAGS), np.int64)
         step = _CHUNK // m
-        for at in range(0, -(-len(integers) // m), step):
-            some = integers[at * m : (at + step) * m].astype(np.int64)
-            if len(some) % m:
-                some = np.concatenate([some, np.zeros(-len(some) % m, np.int64)])
+        block = np.empty((step, m), np.int64)
+        for at in range(0, rows, step):
+            some = integers[at * m : (at + step) * m]
+            block.reshape(-1)[: len(some)], block.reshape(-1)[len(some) :] = some, 0
+            part = block[: min(step, rows - at)]
             # Not by matrix product: BLAS' threads would wait for more, and burn ten times its time.
-            part = some.reshape(-1, m)
             np.einsum("rm,km->rk", part, self.across, out=products[at : at + len(part)])
         limbs = mersenne.signed(products).reshape(rows, _LIMBS, TAGS)
         row = limbs[:, 0]

@@ -108,6 +108,15 @@ def test_training_that_asks_whether_a_gradient_overflows_is_refused(
     assert all(f"policy.{limit}" in str(error) for error in world.errors.values())
 
 
+def test_a_client_says_what_may_be_counted_of_it() -> None:
+    """Who is in a sum learns what it counts, so clients choose too."""
+    policy = Policy(colluders=0, metrics=("off", "final"))
+    for metrics in ("off", "final"):
+        policy.check_terms(make_terms(metrics=metrics), 4)
+    with pytest.raises(errors.PolicyError, match=r"policy\.metrics allows only off, final"):
+        policy.check_terms(make_terms(metrics="rounds"), 4)
+
+
 def test_noise_is_asked_of_every_sum() -> None:
     """An evaluation is an exact sum of counts, which no noise covers."""
     terms = make_terms(metrics="final")

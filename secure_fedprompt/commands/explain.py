@@ -123,7 +123,7 @@ def describe(
         _encrypted(rows, figures, settings, layout, parameters, dim)
     else:
         up = fixedpoint.wire_size(layout) if facts.masked else 8 * total_size(layout)
-        figures |= {"bytes_up": up, "bytes_down": 4.0 * dim}
+        figures |= {"bytes_up": up, "bytes_down": up if facts.masked else 4.0 * dim}
         if facts.masked:
             t = settings.threshold or default_threshold(clients)
             rows["threshold"] = (
@@ -134,7 +134,8 @@ def describe(
         f"{figures['bytes_up']:,.0f} for the vector of each client and round, "
         f"{figures['bytes_up'] / dim:.2f} per prompt value (keys and signatures come on top)"
     )
-    rows["bytes down"] = f"{figures['bytes_down']:,.0f} for prompt and sum"
+    what = "the sum, from which clients compute the prompt" if facts.masked else "prompt and sum"
+    rows["bytes down"] = f"{figures['bytes_down']:,.0f} for {what}"
     if settings.dp_noise:
         _noise(rows, figures, settings, layout, noise)
     if settings.selection == "secure":
