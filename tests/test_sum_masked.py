@@ -122,18 +122,18 @@ def test_who_lost_the_list_has_the_tag_to_go_by() -> None:
 
 
 @pytest.mark.parametrize(
-    ("members", "what"),
-    [(b"\x03", "a sum of others"), (b"\x0e", "a sum of others"), (b"\x13", "of 3 clients")],
-)
+    ("members", "listed", "what"),
+    [(b"\x03", True, "a sum of others"), (b"\x1e", True, "a sum of others"),
+     (b"\x1e", False, "a sum of others"), (b"\x13", False, "of 3 clients")],
+)  # fmt: skip
 def test_a_sum_is_of_a_quorum_and_of_oneself_whatever_its_tag(
-    monkeypatch: pytest.MonkeyPatch, members: bytes, what: str
+    monkeypatch: pytest.MonkeyPatch, members: bytes, listed: bool, what: str
 ) -> None:
     """Also to who has lost the list: a tag is no reason to take another."""
     monkeypatch.setattr(TagKey, "holds", lambda *_: True)
-    quiet = what == "of 3 clients"
 
     def tap(sender: str, recipient: str, message: m.Message) -> m.Message | None:
-        if quiet and isinstance(message, m.SurvivorList) and recipient == "c001":
+        if not listed and isinstance(message, m.SurvivorList) and recipient == "c001":
             return None
         if isinstance(message, m.OpenedSum) and recipient == "c001":
             return dataclasses.replace(message, members=members)
@@ -169,6 +169,16 @@ def test_who_has_checked_a_sum_takes_no_other_of_its_round() -> None:
     assert journal.made(plan.run, 2) == (b"2" * 32, True)
     with pytest.raises(errors.OpenedError, match="a second prompt for learning round 2"):
         journal.note_made(plan.run, 2, b"3" * 32, own=True)
+
+
+def test_who_was_told_a_sum_helps_to_open_no_other_of_its_prompt() -> None:
+    """Also if it did not help to open that one."""
+    plan, parties = make_plan(5), make_parties(5)
+    outcome = run_round(plan, parties, make_updates(plan), tap=lambda s, r, x: (
+        None if isinstance(x, m.UnmaskRequest) and r == "c002" else x))  # fmt: skip
+    assert "c002" in outcome.opened
+    with pytest.raises(errors.OpenedError, match="a second one could be subtracted"):
+        start(parties["c002"], dataclasses.replace(plan, round=2, attempt=2))
 
 
 def test_without_tags_a_crafted_prompt_would_be_taken(monkeypatch: pytest.MonkeyPatch) -> None:

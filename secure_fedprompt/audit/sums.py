@@ -16,7 +16,7 @@ from secure_fedprompt.protocol.errors import SecureFedPromptError
 from secure_fedprompt.protocol.expand import Purpose, digest
 from secure_fedprompt.protocol.plan import RoundPlan
 
-P = (1 << 61) - 1  # modulus of tags
+TAG_MODULUS = (1 << 61) - 1
 _WORD = (1 << 64) - 1
 Decoded = Sequence[tuple[Entry, m.Message]]
 
@@ -38,7 +38,7 @@ def _tags(log: Log, decoded: Decoded) -> Iterator[Finding]:
             continue
         members = [tags.get((message.round, name)) for name in message.survivors]
         known = [tag for tag in members if tag is not None]
-        low, high = (sum(tag >> s & _WORD for tag in known) % P for s in (0, 64))
+        low, high = (sum(tag >> s & _WORD for tag in known) % TAG_MODULUS for s in (0, 64))
         if len(known) == len(members) and _pair(message.tag) != low | high << 64:
             text = f"the tag of the sum to {entry.peer} is not that of its members' uploads"
             yield failed("protection", f"{log.name}: record {entry.n}", text)

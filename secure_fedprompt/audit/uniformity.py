@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from scipy.stats import chi2
 
 from secure_fedprompt.audit.findings import Finding, failed, noted
+from secure_fedprompt.audit.sums import TAG_MODULUS
 from secure_fedprompt.protocol import homomorphic
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.errors import FieldError
@@ -61,7 +62,9 @@ def payloads(message: m.Message, plan: RoundPlan, client: str) -> Iterator[Paylo
                 raise FieldError(f"{len(message.vector)} bytes, not {wire_size(plan.layout)}")
             for field, _, words in from_wire(plan.layout, message.vector):
                 yield Payload(client, plan.round, field.name, words, 1 << field.bits)
+            yield _tag(message.tag, plan, client)
         case m.CipherUpload() if plan.encrypted:
+            yield _tag(message.tag, plan, client)
             scheme = homomorphic.scheme(plan.protection, plan.parameters)
             modulus, degree = scheme.settings.coeff_modulus()[0].value(), plan.parameters.degree
             for i, data in enumerate(message.ciphertexts):
@@ -70,6 +73,10 @@ def payloads(message: m.Message, plan: RoundPlan, client: str) -> Iterator[Paylo
                     places = range(half * degree, (half + 1) * degree)
                     words = np.array([found[k] for k in places], np.uint64)
                     yield Payload(client, plan.round, f"ciphertext {i}.{half}", words, modulus)
+
+
+def _tag(tag: bytes, plan: RoundPlan, client: str) -> Payload:
+    return Payload(client, plan.round, "tag", np.frombuffer(tag, "<u8"), TAG_MODULUS)
 
 
 def boxes(message: m.Message, plan: RoundPlan, client: str) -> Iterator[Payload]:
