@@ -168,7 +168,8 @@ def test_residues_of_a_ciphertext_are_what_is_tested() -> None:
     encryptor = seal.Encryptor(scheme.context, secret)
     fresh = scheme.save(encryptor.encrypt_symmetric(seal.Plaintext("0")))
     message = m.CipherUpload(plan.run, 1, bytes(32), (fresh,), bytes(16), bytes(64))
-    halves = list(uniformity.payloads(message, plan, VICTIM))
+    tag, *halves = uniformity.payloads(message, plan, VICTIM)
+    assert (tag.part, tag.modulus) == ("tag", (1 << 61) - 1)
     assert [half.part for half in halves] == ["ciphertext 0.0", "ciphertext 0.1"]
     for half in halves:
         assert len(half.words) == plan.parameters.degree
