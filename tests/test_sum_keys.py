@@ -9,15 +9,19 @@ from pathlib import Path
 import msgspec
 import pytest
 from federation import Toy, World
-from rounds import make_parties, names, roster
+from rounds import identity, make_parties, make_plan, make_updates, names, roster
 from watching import done, watched, world_of
 
 from secure_fedprompt.clients.file_journal import FileJournal
 from secure_fedprompt.clients.journal import MemoryJournal
+from secure_fedprompt.clients.party import Party
 from secure_fedprompt.clients.sum_key import SumKey
+from secure_fedprompt.memory import run_round
 from secure_fedprompt.protocol import errors
 from secure_fedprompt.protocol import messages as m
-from secure_fedprompt.protocol.plan import NO_KEY
+from secure_fedprompt.protocol.expand import Purpose
+from secure_fedprompt.protocol.plan import NO_KEY, RoundPlan
+from secure_fedprompt.server.rounds.base import Stage
 
 
 def test_the_key_is_dealt_once_and_late_joiners_get_the_same(tmp_path: Path) -> None:
@@ -40,6 +44,58 @@ def test_the_key_is_dealt_once_and_late_joiners_get_the_same(tmp_path: Path) -> 
                 and x.round == first}  # fmt: skip
     assert vouching == {**dict.fromkeys(names(4), 1), "c005": 0}
     assert world.sessions["c005"].verified
+
+
+def keying() -> tuple[RoundPlan, dict[str, Party]]:
+    """A first round, in which c001 makes the key."""
+    parties = make_parties(4)
+    for party in parties.values():
+        party.keyring.drop()
+    made = {"key": NO_KEY, "maker": "c001", "election": 1, "grants": names(4)[1:]}
+    return make_plan(4, **made), parties
+
+
+def test_a_grant_of_a_sum_key_has_nothing_beside_it() -> None:
+    plan, parties = keying()
+
+    def tap(sender: str, recipient: str, message: m.Message) -> m.Message:
+        if isinstance(message, m.KeyGrant):
+            message = dataclasses.replace(message, context=b"parameters")
+            return m.signed(message, identity("c001"), Purpose.KEY_GRANT, plan)
+        return message
+
+    outcome = run_round(plan, parties, make_updates(plan), tap=tap)
+    assert "a grant of a sum key with 10 bytes of parameters" in outcome.round.faults["c001"]
+    assert outcome.round.stage is Stage.ABORTED
+
+
+def test_an_advert_with_another_key_is_refused_by_the_server() -> None:
+    plan, parties = keying()
+
+    def tap(sender: str, recipient: str, message: m.Message) -> m.Message:
+        if isinstance(message, m.Advert) and sender == "c004":
+            message = dataclasses.replace(message, key=bytes(32))
+            return m.signed(message, identity("c004"), Purpose.ADVERT, plan)
+        return message
+
+    outcome = run_round(plan, parties, make_updates(plan), tap=tap)
+    assert "KeyMismatchError: c004 uses key 0000" in outcome.round.faults["c004"]
+    assert set(outcome.opened) == {"c001", "c002", "c003"}
+    assert not {"c001", "c002", "c003"} & set(outcome.errors)
+
+
+def test_a_complaint_about_a_key_needs_a_proof() -> None:
+    """About boxes there is evidence to ask for; a grant is signed on its own."""
+    plan, parties = keying()
+
+    def tap(sender: str, recipient: str, message: m.Message) -> m.Message:
+        if isinstance(message, m.Advert) and sender == "c004":
+            return m.Complaint(plan.run, plan.round, "c001")
+        return message
+
+    outcome = run_round(plan, parties, make_updates(plan), tap=tap)
+    assert outcome.round.faults["c004"] == "a complaint without a proof"
+    assert set(outcome.opened) == {"c001", "c002", "c003"}
 
 
 @pytest.mark.parametrize("size", [0, 31, 33, 64])

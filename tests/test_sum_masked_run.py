@@ -238,6 +238,32 @@ def test_who_did_not_sign_the_list_and_comes_back_while_it_is_opened_stays(tmp_p
     assert len(done(world)) == 4
 
 
+def test_a_sum_is_that_of_the_attempt_it_says_whatever_was_signed_before(tmp_path: Path) -> None:
+    """The first attempt was signed and came to nothing; of the second c002 is told the sum only."""
+    world, gone = world_of(tmp_path), set[str]()
+
+    def tamper(sender: str, recipient: str, message: m.Message) -> m.Message:
+        if isinstance(message, m.Consistent) and message.round == 1 and sender in ("c003", "c004"):
+            return m.Alive()
+        listed = isinstance(message, m.SurvivorList) and message.round == 2
+        if listed and recipient == "c002" and not gone:
+            gone.add(recipient)
+            world.lost.add(recipient)
+        return message
+
+    world.tamper = tamper
+    for name in names(5):
+        world.join(name)
+    world.pump(lambda w, x: isinstance(x, m.MaskedUpload) and x.round == 3)
+    run = world.run.state.run
+    assert world.journals["c002"].opening(run)
+    assert world.journals["c002"].made(run, 2) == (b"", False)
+    world.reconnect("c002")
+    world.pump()
+    assert not world.errors
+    assert world.journals["c002"].made(run, 2)[1]
+
+
 def test_terms_that_are_accepted_again_are_no_reason_to_send_the_sum_again(tmp_path: Path) -> None:
     world = world_of(tmp_path)
     seen = watched(world)

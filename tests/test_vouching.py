@@ -41,6 +41,18 @@ def test_who_missed_a_sum_takes_a_prompt_from_c_plus_one_others(vouching: int) -
         assert parties[name].journal.made(plan.run, 2) == (plan.base_digest, False)
 
 
+def test_who_believed_others_does_not_vouch_itself() -> None:
+    plan, parties = later(make_plan(5), 2), make_parties(5)
+    vouched({name: parties[name] for name in names(4)}, plan)
+    parties["c005"].journal.note_made(plan.run, 2, plan.base_digest, own=False)
+    outcome = run_round(plan, parties, make_updates(plan))
+    assert not outcome.errors
+    adverts = [x for s, _, f in outcome.frames if s and isinstance(x := CATALOGUE.decode(f), m.Advert)]  # fmt: skip
+    assert {advert.name: advert.vouches for advert in adverts} == {
+        **dict.fromkeys(names(4), 1), "c005": 0,
+    }  # fmt: skip
+
+
 def test_nobody_vouches_for_another_prompt_than_its_own() -> None:
     plan, parties = later(make_plan(5), 2), make_parties(5)
     other = dataclasses.replace(plan, base_digest=b"x" * 32)
