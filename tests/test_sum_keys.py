@@ -21,6 +21,7 @@ from secure_fedprompt.protocol import errors
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.expand import Purpose
 from secure_fedprompt.protocol.plan import NO_KEY, RoundPlan
+from secure_fedprompt.server.results import check_vouchers
 from secure_fedprompt.server.rounds.base import Stage
 
 
@@ -158,6 +159,12 @@ def test_a_roster_that_grows_too_fast_is_refused_with_the_reason(tmp_path: Path)
     world.pump()
     with pytest.raises(errors.ConfigError, match="12 clients on the roster 6 must vouch .* 4 can"):
         grown(world, 12)
+    state, terms = world.run.state, world.run.state.terms
+    assert terms is not None
+    ten = dataclasses.replace(terms, clients=10, quorum=7, colluders=3)
+    check_vouchers(state, ten, names(10))
+    with pytest.raises(errors.ConfigError, match="4 must vouch .* and 3 can"):
+        check_vouchers(state, ten, names(11)[1:])  # who has left can vouch for nothing
     grown(world, 10)
     assert world.run.error is None, world.run.error
 

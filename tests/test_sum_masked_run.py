@@ -141,6 +141,21 @@ def test_a_lost_sum_is_made_good_by_a_new_greeting(tmp_path: Path) -> None:
     assert world.sessions["c004"].verified
 
 
+def test_who_greets_is_given_the_whole_prompt_again(tmp_path: Path) -> None:
+    """Also within the seconds in which two greetings of one process count as one."""
+    world = world_of(tmp_path)
+    for name in names(5):
+        world.join(name)
+    world.pump(lambda w, x: isinstance(x, m.RoundEnd) and x.round == 1)
+    server = world.run
+    server.current = None
+    before = server.clients["c002"]
+    assert before.informed == 2
+    server.on("c002", world.sessions["c002"].hello(), before.joined + 1)
+    assert server.clients["c002"] is before
+    assert before.informed == 0
+
+
 @pytest.mark.parametrize("told", ["nothing", "the sum"])
 def test_a_server_that_tells_no_sum_cannot_choose_the_prompt(tmp_path: Path, told: str) -> None:
     """It opens the first sum, says that the round is over, and goes on from what it likes."""
