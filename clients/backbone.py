@@ -208,6 +208,14 @@ class Backbone:
         index = torch.tensor(list(ids), dtype=torch.long, device=self.device)
         return cast(Tensor, self.text.token_embedding(index)).to(self.dtype)
 
+    @functools.cached_property
+    def word_scale(self) -> float:
+        """Root mean square of the embeddings of "a photo of a", in two digits: a random context is
+        drawn at this scale, and machines of other precisions must draw the same. Not of the whole
+        table: a small model has seen few of its words."""
+        words = self.embed(self.words("a photo of a")).float()
+        return float(f"{float(words.square().mean().sqrt()):.2g}")
+
     def check_class_names(self, names: Sequence[str]) -> None:
         """Refuse class names that embed identically, as unseen words do on a small model.
 

@@ -96,10 +96,14 @@ class FedMGPSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
         length: l, tokens of each prompt.
         diversity_weight: lambda.
         diversity: "cosine" (the paper's), "l1" or "l2".
-        compat: "released" for the released code's diversity term, which pulls groups together.
+        compat: "released" for the released code's diversity term (l1, whatever ``diversity`` says),
+            which pulls groups together.
         tau: temperature of the selection.
         rule: "similarity" (published), "fixed", "random" or "all".
-        inference: "mean" of the groups' logits, "single" group, "max" logit, or "feature" mean.
+        pairing: "apart" if text and visual prompts are drawn independently (the paper), "together"
+            if with the same noise, so that pairs mostly travel together (the released code).
+        inference: "mean" of the groups' logits, "single" group, "max" logit, "feature" mean as
+            published, or "feature-unit", the same with its length normalised again.
         modality: "both", "text" or "vision".
     """
 
@@ -111,7 +115,8 @@ class FedMGPSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     compat: Literal["", "released"] = ""
     tau: Annotated[float, Meta(ge=1e-4, le=100)] = 1.0
     rule: Literal["similarity", "fixed", "random", "all"] = "similarity"
-    inference: Literal["mean", "single", "max", "feature"] = "mean"
+    pairing: Literal["apart", "together"] = "apart"
+    inference: Literal["mean", "single", "max", "feature", "feature-unit"] = "mean"
     modality: Literal["both", "text", "vision"] = "both"
 
 
@@ -120,8 +125,8 @@ class ComparatorSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True
 
     Attributes:
         prox_mu: FedProx, weight of half the squared distance from the global prompt.
-        theta: PromptFolio, share of the local prompt in a text feature.
-        rank: FedPGP, of the local correction of the global prompt.
+        theta: PromptFolio, share of the local prompt in a text feature (its code: 0.4).
+        rank: FedPGP, of the local correction of the global prompt (its code: 4, its paper: 8).
         contrast: FedPGP, weight of the contrastive term.
         cache_weight: pFedPrompt, weight of the local cache's logits.
         cache_sharpness: pFedPrompt, how fast they fall with the distance of features.
@@ -132,8 +137,8 @@ class ComparatorSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True
     """
 
     prox_mu: Strength = 0.5
-    theta: Annotated[float, Meta(ge=0, le=1)] = 0.2
-    rank: Annotated[int, Meta(ge=1, le=512)] = 8
+    theta: Annotated[float, Meta(ge=0, le=1)] = 0.4
+    rank: Annotated[int, Meta(ge=1, le=512)] = 4
     contrast: Strength = 1.0
     cache_weight: Strength = 1.0
     cache_sharpness: Annotated[float, Meta(gt=0, le=1e4)] = 5.5

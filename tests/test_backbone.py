@@ -172,7 +172,7 @@ def test_initial_contexts(bundled: Backbone) -> None:
     assert a.shape == (1, 16, 128)
     assert (a == b).all()
     assert (a != c).any()
-    assert abs(float(a.std()) - 0.02) < 0.001
+    assert abs(float(a.std()) - bundled.word_scale) < 0.001
     words = PromptFL(MethodSettings(n_ctx=4, init="a photo of a"), bundled, NAMES)
     image = F.normalize(torch.randn(5, 128), dim=-1)
     batch = Batch(image, torch.zeros(5, dtype=torch.long))

@@ -153,7 +153,8 @@ def test_it_joins_a_masked_round_and_what_it_keeps_survives(name: str, bundled: 
     for spec in learners[0].tensors():
         expected = sum(w * np.clip(v[spec.name], -2, 2) for v, w in results) / weights
         assert np.allclose(total[spec.name] / weights, expected, atol=1e-3)
-        assert (np.abs(expected).max() > 1e-6) == (name not in STILL)
+        # A bias of the keys shifts all of a query's scores alike, and changes nothing.
+        assert (np.abs(expected).max() > 1e-6) == (name not in STILL and spec.name != "to_key.bias")
     method = learners[0].method
     assert method is not None
     kept = method.private()

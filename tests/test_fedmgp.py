@@ -88,7 +88,7 @@ def test_likeness_is_the_mean_over_pairs_of_groups(kind: str) -> None:
         for r in range(5):
             a, b = features[i, r], features[j, r]
             values.append(
-                {"cosine": a @ b, "l1": -(a - b).abs().sum(), "l2": -(a - b).norm()}[kind]
+                {"cosine": a @ b, "l1": -(a - b).abs().mean(), "l2": -(a - b).norm()}[kind]
             )
     expected = torch.stack(values).mean()
     assert torch.allclose(likeness(features, kind), expected, atol=1e-10)
@@ -238,7 +238,7 @@ def test_the_loss_is_the_mean_over_pairs_plus_diversity(backbone: Backbone) -> N
     assert torch.allclose(method.loss(batch), expected, atol=1e-10)
 
 
-def test_the_four_ways_to_predict(backbone: Backbone) -> None:
+def test_the_five_ways_to_predict(backbone: Backbone) -> None:
     method = FedMGP(mgp(), backbone, NAMES)
     batch = batch_for(method, backbone)
     logits = method.group_logits(*method.features(batch)).detach()
@@ -250,10 +250,15 @@ def test_the_four_ways_to_predict(backbone: Backbone) -> None:
     for mode, values in expected.items():
         method.options = FedMGPSettings(inference=mode)
         assert torch.allclose(method.logits(batch), values, atol=1e-10), mode
-    method.options = FedMGPSettings(inference="feature")
     text, images = method.features(batch)
-    mean = [F.normalize(x.mean(0), dim=-1) for x in (images, text)]
-    assert torch.allclose(method.logits(batch), backbone.scale * mean[0] @ mean[1].T, atol=1e-10)
+    for mode, finish in (
+        ("feature", lambda x: x),
+        ("feature-unit", lambda x: F.normalize(x, dim=-1)),
+    ):
+        method.options = FedMGPSettings(inference=mode)
+        mean = [finish(x.mean(0)) for x in (images, text)]
+        expected = backbone.scale * mean[0] @ mean[1].T
+        assert torch.allclose(method.logits(batch), expected, atol=1e-10), mode
 
 
 @pytest.mark.parametrize("modality", ["both", "text", "vision"])

@@ -30,7 +30,6 @@ from secure_fedprompt.protocol.settings import MethodSettings
 Array = NDArray[np.float32]
 Arrays = dict[str, Array]
 Shared = tuple[nn.Parameter, Callable[[Tensor], Tensor]]
-INIT_STD = 0.02
 
 
 @dataclass(frozen=True)
@@ -180,7 +179,8 @@ def put(target: Tensor, values: Array) -> None:
 
 
 def initial_context(settings: MethodSettings, backbone: Backbone) -> Array:
-    """(n_ctx, W): from words, or N(0, 0.02) drawn by numpy so that every machine gets the same.
+    """(n_ctx, W): from words, or normal at the scale of the model's words (published: 0.02), drawn
+    by numpy so that every machine gets the same.
 
     Raises:
         ConfigError: the words are not n_ctx tokens.
@@ -188,7 +188,7 @@ def initial_context(settings: MethodSettings, backbone: Backbone) -> Array:
     if not settings.init:
         rng = np.random.default_rng(settings.seed)
         shape = (settings.n_ctx, backbone.width)
-        return (rng.standard_normal(shape) * INIT_STD).astype(np.float32)
+        return (rng.standard_normal(shape) * backbone.word_scale).astype(np.float32)
     ids = backbone.words(settings.init)
     if len(ids) != settings.n_ctx:
         raise ConfigError(

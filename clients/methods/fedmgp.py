@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from secure_fedprompt.clients import vision
 from secure_fedprompt.clients.backbone import Backbone
 from secure_fedprompt.clients.methods.base import (
-    INIT_STD,
     Array,
     Arrays,
     Batch,
@@ -37,6 +36,7 @@ from secure_fedprompt.protocol.settings import MethodSettings
 
 TEMPLATE = "a photo of a"
 _TEXT_NOISE = 0.01
+_VISUAL_STD = 0.02
 
 
 class FedMGP(Method):
@@ -66,11 +66,12 @@ class FedMGP(Method):
         for group in range(o.groups):
             rng = np.random.default_rng([settings.seed, group])
             text = rng.standard_normal((o.length, backbone.width))
-            starts["text"][group] = INIT_STD * text
-            starts["text"][group, : len(words)] = words + _TEXT_NOISE * text[: len(words)]
+            worded = o.length <= len(words)  # longer prompts have no words in them, as released
+            text = words + _TEXT_NOISE * text if worded else backbone.word_scale * text
+            starts["text"][group] = text
             if "visual" in self.trained:
                 shape = starts["visual"][group].shape
-                starts["visual"][group] = INIT_STD * rng.standard_normal(shape)
+                starts["visual"][group] = _VISUAL_STD * rng.standard_normal(shape)
         for modality in self.trained:
             self.prompts[modality] = parameter(starts[modality].astype(np.float32), backbone)
         shapes = {m: (self.slot_count, *p.shape[1:]) for m, p in self.prompts.items()}
@@ -114,7 +115,8 @@ class FedMGP(Method):
         similarity = [
             slot_similarity(array(prompts), self.slots[m]) for m, prompts in self.prompts.items()
         ]
-        return integer_keys(np.stack(similarity), self.options.tau, rng)
+        o = self.options
+        return integer_keys(np.stack(similarity), o.tau, rng, paired=o.pairing == "together")
 
     def contribution(self, rng: np.random.Generator, choice: Choice | None = None) -> Arrays:
         """The chosen prompts in slot order, and remember which. Slots that a ``choice`` leaves open
@@ -206,9 +208,10 @@ class FedMGP(Method):
 
     def logits(self, batch: Batch) -> Tensor:
         text, images = self.features(batch)
-        if self.options.inference == "feature":
-            text = F.normalize(text.mean(0, keepdim=True), dim=-1)
-            images = F.normalize(images.mean(0, keepdim=True), dim=-1)
+        if self.options.inference in ("feature", "feature-unit"):
+            text, images = text.mean(0, keepdim=True), images.mean(0, keepdim=True)
+        if self.options.inference == "feature-unit":
+            text, images = F.normalize(text, dim=-1), F.normalize(images, dim=-1)
         logits = self.group_logits(text, images)
         match self.options.inference:
             case "single":
@@ -227,24 +230,22 @@ def likeness(features: Tensor, kind: str, compat: str = "") -> Tensor:
 
     Args:
         features: normalised, (m, R, E), m >= 2.
-        kind: "cosine" similarity, or the negated "l1" or "l2" distance.
-        compat: "released" for |1 - cosine| and the plain distances, as the released code minimises
-            them: small where groups are alike.
+        kind: "cosine" similarity, or the negated "l1" (a mean over E) or "l2" distance.
+        compat: "released" for what the released code minimises, whatever ``kind`` says: the l1
+            distance itself, small where groups are alike.
     """
     groups, rows, _ = features.shape
     pairs = groups * (groups - 1)
-    if kind == "l1":
+    if kind == "l1" or compat:
         distance = torch.cdist(features.transpose(0, 1), features.transpose(0, 1), p=1)
-        mean = distance.sum() / (pairs * rows)
+        mean = distance.sum() / (pairs * rows * features.shape[-1])
         return mean if compat else -mean
     # Sum over i != j of <f_i, f_j> is |sum f|^2 - m for unit vectors: no gram matrix.
     if kind == "cosine":
-        cosine = (features.sum(0).square().sum(-1) - groups).mean() / pairs
-        return (1 - cosine).abs() if compat else cosine
+        return (features.sum(0).square().sum(-1) - groups).mean() / pairs
     gram = torch.einsum("ire,jre->rij", features, features)
     off = ~torch.eye(groups, dtype=torch.bool, device=features.device)
-    mean = (2 - 2 * gram[:, off]).clamp(min=1e-12).sqrt().mean()
-    return mean if compat else -mean
+    return -(2 - 2 * gram[:, off]).clamp(min=1e-12).sqrt().mean()
 
 
 def slot_similarity(groups: Array, slots: Array) -> NDArray[np.float64]:

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from secure_fedprompt.clients.backbone import Backbone
 from secure_fedprompt.clients.methods.base import (
-    INIT_STD,
     Array,
     Batch,
     Method,
@@ -42,7 +41,8 @@ class FedOTP(Method):
         start = initial_context(settings, backbone)[None]
         self.ctx = parameter(start, backbone)
         # Another start than the global prompt's: equal prompts would get equal gradients for ever.
-        noise = np.random.default_rng([settings.seed, 1]).standard_normal(start.shape) * INIT_STD
+        drawn = np.random.default_rng([settings.seed, 1]).standard_normal(start.shape)
+        noise = drawn * backbone.word_scale
         local = noise if not settings.init else start + 0.5 * noise
         self.local = parameter(local.astype(np.float32), backbone)
         self.shared, self.own = {"ctx": self.ctx}, {"local": self.local}

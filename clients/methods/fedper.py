@@ -1,4 +1,5 @@
-"""PromptFL + FedPer: the first half of the context is shared, the rest stays with its client.
+"""PromptFL + FedPer: the first half of the context is shared, the rest stays with its client. Of a
+context of one token nothing would be shared, so that is shared whole.
 
 Arivazhagan et al., "Federated Learning with Personalization Layers" (2019), on context tokens.
 """
@@ -19,8 +20,8 @@ class FedPer(PromptFL):
 
     @property
     def kept(self) -> int:
-        """Context tokens that are aggregated: half of them, rounded up."""
-        return -(-self.ctx.shape[1] // 2)
+        """Context tokens that are aggregated: half of them, rounded down, and one at least."""
+        return max(1, self.ctx.shape[1] // 2)
 
     def uploaded(self) -> tuple[TensorSpec, ...]:
         return (TensorSpec("ctx", (1, self.kept, self.ctx.shape[2])),)

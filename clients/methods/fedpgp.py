@@ -2,7 +2,7 @@
 
 Cui, Li, Wang and Shi, "Harmonizing Generalization and Personalization in Federated Prompt Learning"
 (ICML 2024). ctx = global + U V. The contrastive term holds text features of the global prompt near
-zero-shot CLIP's and away from the personal ones.
+those of a fixed one (placeholder words and the name) and away from the personal ones.
 """
 
 from __future__ import annotations
@@ -16,16 +16,17 @@ from torch import Tensor
 
 from secure_fedprompt.clients.backbone import Backbone
 from secure_fedprompt.clients.methods.base import (
-    INIT_STD,
     Batch,
     parameter,
 )
 from secure_fedprompt.clients.methods.promptfl import PromptFL
 from secure_fedprompt.protocol.settings import MethodSettings
 
+_STD, _TEMPERATURE = 0.02, 0.5
+
 
 class FedPGP(PromptFL):
-    """``left`` (1, n_ctx, r) and ``right`` (1, r, W) stay with the client; left starts at zero."""
+    """``left`` (1, n_ctx, r) and ``right`` (1, r, W) stay with the client."""
 
     name = "fedpgp"
 
@@ -35,12 +36,14 @@ class FedPGP(PromptFL):
         super().__init__(settings, backbone, class_names)
         rank, (_, n_ctx, width) = settings.compare.rank, self.ctx.shape
         rng = np.random.default_rng([settings.seed, 2])
-        right = (rng.standard_normal((1, rank, width)) * INIT_STD).astype(np.float32)
-        self.left = parameter(np.zeros((1, n_ctx, rank), np.float32), backbone)
-        self.right = parameter(right, backbone)
+        left, right = (
+            (_STD * rng.standard_normal(shape)).astype(np.float32)
+            for shape in ((1, n_ctx, rank), (1, rank, width))
+        )
+        self.left, self.right = parameter(left, backbone), parameter(right, backbone)
         self.own = {"left": self.left, "right": self.right}
         self.contrast = settings.compare.contrast
-        self._fixed = backbone.zero_shot_features(class_names)
+        self._fixed = backbone.zero_shot_features(class_names, " ".join(["X"] * n_ctx))
 
     def _texts(self) -> Tensor:
         """Global and personal text features, (2, C, E)."""
@@ -54,4 +57,4 @@ class FedPGP(PromptFL):
         shared, personal = self._texts()
         loss = F.cross_entropy(self.backbone.scale * batch.images @ personal.T, batch.labels)
         near, far = (shared * self._fixed).sum(-1), (shared * personal).sum(-1)
-        return loss + self.contrast * F.softplus(far - near).mean()
+        return loss + self.contrast * F.softplus((far - near) / _TEMPERATURE).mean()

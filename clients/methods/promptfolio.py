@@ -1,7 +1,8 @@
 """PromptFolio: text features mix a global and a local prompt.
 
 Pan, Huang and Shi, "Federated Learning from Vision-Language Foundation Models: Theoretical Analysis
-and Method" (NeurIPS 2024). The mix is (1 - theta) global + theta local.
+and Method" (NeurIPS 2024). The mix is (1 - theta) global + theta local, of normalised features, and
+is not normalised again.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from secure_fedprompt.clients.backbone import Backbone
@@ -32,5 +32,5 @@ class PromptFolio(FedOTP):
 
     def logits(self, batch: Batch) -> Tensor:
         both = self.backbone.text_features(torch.cat([self.ctx, self.local]), self.tokens)
-        text = F.normalize((1 - self.theta) * both[0] + self.theta * both[1], dim=-1)
+        text = (1 - self.theta) * both[0] + self.theta * both[1]
         return self.backbone.scale * batch.images @ text.T

@@ -23,20 +23,24 @@ Keys = NDArray[np.uint32]
 Bits = NDArray[np.bool_]
 
 
-def integer_keys(similarity: NDArray[np.float64], tau: float, rng: np.random.Generator) -> Keys:
+def integer_keys(
+    similarity: NDArray[np.float64], tau: float, rng: np.random.Generator, *, paired: bool = False
+) -> Keys:
     """Keys of groups, larger is chosen sooner.
 
     Args:
         similarity: any shape, in [-1, 1].
         tau: temperature. Above 1 everything is divided by it, which leaves the order.
         rng: of the Gumbel noise, and of the lowest bits, which break ties.
+        paired: whether modalities, the first axis, share their noise.
 
     Raises:
         UpdateError: a similarity is not a number.
     """
     if not np.isfinite(similarity).all():
         raise UpdateError("a prompt is not finite, so it has no similarity: lower the lr")
-    noise = np.clip(rng.gumbel(size=similarity.shape), *GUMBEL)
+    drawn = (1, *similarity.shape[1:]) if paired else similarity.shape
+    noise = np.clip(rng.gumbel(size=drawn), *GUMBEL)
     value = (np.clip(similarity, -1, 1) + tau * noise) / max(1.0, tau)
     grid = np.floor(value * (SCALE >> _TIE_BITS)).astype(np.int64) << _TIE_BITS
     grid += rng.integers(1 << _TIE_BITS, size=grid.shape)
