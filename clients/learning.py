@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +15,7 @@ from secure_fedprompt.clients.features import Features, predict
 from secure_fedprompt.clients.kept import Kept
 from secure_fedprompt.clients.ledger import Entry
 from secure_fedprompt.clients.methods.base import Arrays, Method, build
+from secure_fedprompt.clients.schedule import rate
 from secure_fedprompt.clients.work import Update, Work
 from secure_fedprompt.protocol import layout as lay
 from secure_fedprompt.protocol.averaging import Prompt
@@ -134,7 +137,8 @@ class LocalLearner:
 
                 train_privately(self, train, plan)
             else:
-                self._train(train, plan.run, plan.round, named_round(plan))
+                pace = functools.partial(rate, self.settings, plan.learning_round, plan.rounds)
+                self._train(train, plan.run, plan.round, named_round(plan), pace)
         self._counted = values
         if plan.selecting:
             return method.selection_keys(client.draws(plan.round, 1))
@@ -178,7 +182,7 @@ class LocalLearner:
 
     def _fine_tune(self, images: Features, run: bytes, number: int) -> None:
         """Once more, on the last aggregate."""
-        self._train(images, run, number, "fine-tuning")
+        self._train(images, run, number, "fine-tuning", lambda epoch: self.settings.lr)
         self.method.tuned()
         self.kept.save(self.method, run)
 
@@ -201,12 +205,15 @@ class LocalLearner:
             f"{before}; change it back, or wait for the next run"
         )
 
-    def _train(self, images: Features, run: bytes, number: int, what: str) -> None:
+    def _train(
+        self, images: Features, run: bytes, number: int, what: str, pace: Callable[[int], float]
+    ) -> None:
         """Local SGD; optimiser and momentum are new in each round. It is on record before the
         first step.
 
         Args:
-            number: of the round, as in plans; what: is done, for the progress bar.
+            number: of the round, as in plans; what: is done, for the progress bar; pace: learning
+                rate of an epoch.
         """
         s, method, client = self.settings, self.method, self.client
         if not method.parameters():
@@ -224,7 +231,8 @@ class LocalLearner:
         done, losses = 0, list[torch.Tensor]()
         with torch.random.fork_rng(devices=[]):  # torchvision draws from torch's generator
             torch.manual_seed(int(rng.integers(2**62)))
-            for _ in range(s.epochs):
+            for epoch in range(s.epochs):
+                optimiser.param_groups[0]["lr"] = pace(epoch)
                 order = rng.permutation(len(images))
                 for batch in client.batches(images, order, size):
                     if client.cancelled.is_set():

@@ -11,6 +11,7 @@ from secure_fedprompt.clients.dp_sgd import Draws, PrivateTraining
 from secure_fedprompt.clients.features import Features
 from secure_fedprompt.clients.learning import LocalLearner, named_round
 from secure_fedprompt.clients.ledger import Entry
+from secure_fedprompt.clients.schedule import rate
 from secure_fedprompt.protocol.errors import UpdateError
 from secure_fedprompt.protocol.plan import RoundPlan
 
@@ -26,13 +27,13 @@ def train_privately(learner: LocalLearner, images: Features, plan: RoundPlan) ->
     dp, ledger = client.dp, client.ledger
     learner.check_kind(plan.run)
     ledger.check_bounded(dp)
-    rate, steps = steps_of(len(images), s.batch_size, s.epochs)
+    share, steps = steps_of(len(images), s.batch_size, s.epochs)
     learner.sigma = max(ledger.sigma_of(run) or 0.0, dp.noise_multiplier)
     if not learner.sigma:
         left = steps * (plan.rounds - plan.learning_round + 1 + dp.retries)
         before = ledger.history
-        learner.sigma = noise_for(dp.target_epsilon, dp.delta, rate, left, before, dp.accountant)
-    entry = Entry(run, plan.round, learner.sigma, rate, steps, dp.delta, dp.accountant)
+        learner.sigma = noise_for(dp.target_epsilon, dp.delta, share, left, before, dp.accountant)
+    entry = Entry(run, plan.round, learner.sigma, share, steps, dp.delta, dp.accountant)
     ledger.reserve(entry, dp)
     optimiser = torch.optim.SGD(
         method.parameters(), lr=s.lr, momentum=s.momentum, weight_decay=s.weight_decay
@@ -40,13 +41,15 @@ def train_privately(learner: LocalLearner, images: Features, plan: RoundPlan) ->
     draws = Draws(os.urandom)
     training = PrivateTraining(
         method, optimiser, draws, sigma=learner.sigma, clip=dp.max_grad_norm,
-        expected=rate * len(images),
+        expected=share * len(images),
     )  # fmt: skip
     try:
         for done in range(steps):
             if client.cancelled.is_set():
                 raise UpdateError("training was cancelled")
-            taken = draws.poisson(len(images), rate)
+            epoch = done * s.epochs // steps
+            optimiser.param_groups[0]["lr"] = rate(s, plan.learning_round, plan.rounds, epoch)
+            taken = draws.poisson(len(images), share)
             training.step(client.batch(images, taken))
             client.progress(named_round(plan), done + 1, steps)
     finally:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from msgspec import Meta
 
@@ -44,6 +44,8 @@ class ServerSettings(MethodSettings, frozen=True, forbid_unknown_fields=True, kw
     """The server's file.
 
     Attributes:
+        preset: "published" for the settings that the method was published with, in the place of
+            defaults; what the file or a flag says stays.
         key: own key file.
         roster: the federation's public roster file, the same everywhere.
         bind: ZeroMQ address to listen on.
@@ -102,6 +104,7 @@ class ServerSettings(MethodSettings, frozen=True, forbid_unknown_fields=True, kw
         classes_digest: the same for the class list.
     """
 
+    preset: Literal["", "published"] = ""
     key: FilePath = "server.pem"
     roster: FilePath = "roster.toml"
     bind: str = "tcp://127.0.0.1:5570"

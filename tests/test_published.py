@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
+import argparse
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from models import tiny
+from rounds import make_plan
 from torch import Tensor, nn
 
 from secure_fedprompt.clients.backbone import Backbone
-from secure_fedprompt.clients.methods.base import Batch, Method, array, build
+from secure_fedprompt.clients.data import sets
+from secure_fedprompt.clients.methods.base import METHODS, Batch, Method, array, build
 from secure_fedprompt.clients.methods.fedmgp import FedMGP, likeness
 from secure_fedprompt.clients.methods.fedper import FedPer
 from secure_fedprompt.clients.methods.fedpgp import FedPGP
 from secure_fedprompt.clients.methods.fedtpg import FedTPG
 from secure_fedprompt.clients.methods.promptfolio import PromptFolio
+from secure_fedprompt.clients.schedule import rate
+from secure_fedprompt.clients.settings import PrivacySettings
+from secure_fedprompt.clients.training import LocalTrainer
+from secure_fedprompt.clients.work import Work
+from secure_fedprompt.host import command
+from secure_fedprompt.protocol.presets import published
 from secure_fedprompt.protocol.selection.shares import integer_keys, order
 from secure_fedprompt.protocol.settings import (
     ComparatorSettings,
     FedMGPSettings,
     MethodSettings,
 )
+from secure_fedprompt.server.settings import ServerSettings, check_settings
 
 NAMES = ("cat", "dog", "red ring")
 
@@ -203,3 +214,69 @@ def test_random_contexts_have_the_scale_of_the_models_words(name: str, bundled: 
     method = build(MethodSettings(method=name, n_ctx=16), bundled, NAMES)
     for p in method.parameters():
         assert abs(float(p.detach().std()) / 0.023 - 1) < 0.05
+
+
+# -- schedules and presets -------------------------------------------------------------------------
+
+
+def test_the_rate_warms_up_once_and_falls_with_the_learning_round() -> None:
+    constant, cosine = MethodSettings(lr=0.1), MethodSettings(lr=0.1, schedule="cosine")
+    assert {rate(constant, r, 10, e) for r in (1, 5, 10) for e in (0, 4)} == {0.1}
+    assert rate(cosine, 1, 10, 0) == 1e-5
+    assert rate(MethodSettings(lr=1e-6, schedule="cosine"), 1, 10, 0) == 1e-6
+    assert rate(cosine, 1, 10, 1) == 0.1
+    assert abs(rate(cosine, 6, 10, 0) - 0.05) < 1e-12
+    falling = [rate(cosine, r, 10, 1) for r in range(1, 11)]
+    assert falling == sorted(falling, reverse=True)
+    assert falling[-1] > 0
+
+
+def test_training_takes_the_rate_of_its_round_and_epoch(
+    bundled: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train, test = sets.generated_sets(6, ["sketch"], 8, 2, 0)
+    taken: list[float] = []
+    step = torch.optim.SGD.step
+
+    def watched(self: torch.optim.SGD, *args: Any) -> Any:
+        taken.append(self.param_groups[0]["lr"])
+        return step(self, *args)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", watched)
+    for private in (False, True):
+        dp = PrivacySettings(kind="sample", noise_multiplier=1.0) if private else PrivacySettings()
+        settings = MethodSettings(n_ctx=2, lr=0.01, schedule="cosine", epochs=2, batch_size=4)
+        learner = LocalTrainer(bundled, train, test, 0, dp=dp).prepare(settings)
+        for number, expected in ((1, {1e-5, 0.01}), (2, {0.005})):
+            plan = make_plan(3, tensors=learner.tensors(), max_weight=1, round=number,
+                             learning_round=number, rounds=2)  # fmt: skip
+            taken.clear()
+            learner.run(Work(plan, learner.initial()))
+            assert {round(lr, 12) for lr in taken} == expected
+            if not private and number == 1:
+                assert taken == [1e-5] * (len(taken) // 2) + [0.01] * (len(taken) // 2)
+
+
+def test_a_preset_is_beneath_what_is_given() -> None:
+    parser = argparse.ArgumentParser()
+    command.add_flags(parser, ServerSettings)
+
+    def load(*flags: str) -> ServerSettings:
+        return command.load(ServerSettings, parser.parse_args(flags))
+
+    plain = load("--method", "fedmgp", "--weights", "uniform")
+    assert (plain.batch_size, plain.epochs) == (32, 1)
+    mgp = load("--method", "fedmgp", "--preset", "published")
+    assert (mgp.batch_size, mgp.epochs, mgp.weights, mgp.fedmgp.groups) == (8, 2, "uniform", 5)
+    otp = load("--method", "fedotp", "--preset", "published", "--fedotp-eps", "0.1", "--lr", "0.1")
+    assert (otp.fedotp.eps, otp.fedotp.gamma, otp.lr, otp.epochs) == (0.1, 0.8, 0.1, 5)
+    assert load("--preset", "published").schedule == "cosine"
+    assert load("--preset", "published", "--schedule", "constant").schedule == "constant"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_preset_is_valid_and_says_what_its_method_has(method: str) -> None:
+    made = msgspec.convert({"method": method, **published(method)}, ServerSettings)
+    check_settings(msgspec.structs.replace(made, protection="none"))
+    own = {"fedotp", "fedmgp", "compare"} & set(published(method))
+    assert own <= {method, "compare"}

@@ -27,6 +27,7 @@ import msgspec
 
 from secure_fedprompt.host import plugins
 from secure_fedprompt.host.forms import formed
+from secure_fedprompt.protocol import presets
 from secure_fedprompt.protocol.errors import (
     ConfigError,
     SecureFedPromptError,
@@ -56,6 +57,8 @@ def load(cls: type[S], args: argparse.Namespace, beside: type | None = None) -> 
         others = set(get_type_hints(beside)) - set(get_type_hints(cls))
         values = {name: value for name, value in values.items() if name not in others}
     _merge(cls, values, args, where, "")
+    if "preset" in get_type_hints(cls):
+        values = presets.beneath(values)
     if config:
         _from_folder(cls, values, args, Path(config).parent)
     try:
