@@ -25,7 +25,9 @@ from secure_fedprompt.protocol.settings import (
     validate,
 )
 
-Partition = Literal["iid", "pathological", "overlap", "dirichlet", "domain", "domain-dirichlet"]
+Partition = Literal[
+    "iid", "pathological", "overlap", "dirichlet", "domain", "domain-dirichlet", "pachinko"
+]  # fmt: skip
 
 
 class DataSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -44,11 +46,14 @@ class DataSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         per_class: training pictures of each class and style of the generated set.
         test_per_class: test pictures of each of them.
         classes: "all", or the "base" or "novel" half of the sorted class names.
-        partition: how a shared data set is dealt out: iid, pathological, overlap, dirichlet, domain
-            or domain-dirichlet.
+        partition: how a shared data set is dealt out: iid, pathological, overlap, dirichlet,
+            domain, domain-dirichlet, or pachinko (CIFAR-100's tree of labels).
+        partition_style: "even", or "official" where the published code does it otherwise:
+            round(C/n) classes each and the rest to the last (pathological), ten test images at
+            least (dirichlet), halves by the labels' order (classes).
         part: which share this client takes, from 0.
         parts: into how many shares the data set is dealt out; 1 takes everything.
-        beta: concentration of the Dirichlet partitions.
+        beta: concentration of the Dirichlet partitions, and of pachinko's root (published: 0.1).
         rho: share of classes that all clients have, partition overlap.
         data_seed: of all these draws.
     """
@@ -65,6 +70,7 @@ class DataSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     test_per_class: Positive = 8
     classes: Literal["all", "base", "novel"] = "all"
     partition: Partition = "iid"
+    partition_style: Literal["even", "official"] = "even"
     part: Count = 0
     parts: Positive = 1
     beta: Rate = 0.3

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import msgspec
 
-from secure_fedprompt.clients.data import partitions, sets
+from secure_fedprompt.clients.data import pachinko, partitions, sets
 from secure_fedprompt.clients.data.sets import ImageSet
 from secure_fedprompt.clients.settings import DataSettings
 from secure_fedprompt.protocol.errors import DataError
@@ -42,7 +42,8 @@ def load_sets(
             settings.data_seed,
         )  # fmt: skip
     if settings.classes != "all":
-        train, test = train.half(settings.classes), test.half(settings.classes)
+        official = settings.partition_style == "official"
+        train, test = (s.half(settings.classes, official=official) for s in (train, test))
     if len(train.class_names) < 2:
         raise DataError(
             f"data set {settings.dataset} has one class, {train.class_names[0]!r}: "
@@ -60,16 +61,20 @@ def load_shares(settings: DataSettings) -> tuple[ImageSet, ImageSet, list[partit
     train, test = load_sets(settings)
     train = train.subset(partitions.few_shot(train.labels, settings.shots, settings.data_seed))
     labels, n, seed = (train.labels, test.labels), settings.parts, settings.data_seed
+    official = settings.partition_style == "official"
     match settings.partition:
         case "pathological":
-            shares = partitions.pathological(*labels, n, seed)
+            shares = partitions.pathological(*labels, n, seed, official=official)
         case "overlap":
             shares = partitions.overlap(*labels, n, seed, settings.rho)
         case "dirichlet":
-            shares = partitions.dirichlet(*labels, n, seed, settings.beta)
+            shares = partitions.dirichlet(*labels, n, seed, settings.beta, official=official)
         case "domain-dirichlet":
             both = (train.labels, train.domains), (test.labels, test.domains)
             shares = partitions.domain_dirichlet(*both, n, seed, settings.beta)
+        case "pachinko":
+            coarse = pachinko.coarse_labels(train.class_names)
+            shares = pachinko.pachinko(*labels, coarse, n, seed, settings.beta)
         case "domain":
             shares = partitions.by_domain(train.domains, test.domains, n)
         case _:

@@ -44,16 +44,25 @@ def iid(train: Index, test: Index, parts: int, seed: int) -> list[Part]:
     return [Part(np.sort(a), np.sort(b)) for a, b in zip(*slices, strict=True)]
 
 
-def pathological(train: Index, test: Index, parts: int, seed: int) -> list[Part]:
+def pathological(
+    train: Index, test: Index, parts: int, seed: int, *, official: bool = False
+) -> list[Part]:
     """Classes shuffled by seed and dealt out: no class is at two clients.
 
+    Args:
+        official: round(C / n) classes each, and to the last what is left, as FedOTP's code has it;
+            else as evenly as it goes.
+
     Raises:
-        DataError: fewer classes than clients.
+        DataError: fewer classes than clients, or none for the last.
     """
     classes = np.unique(train)
-    if len(classes) < parts:
+    each = round(len(classes) / parts) if official else 1
+    if len(classes) < parts or each * (parts - 1) >= len(classes):
         raise DataError(f"partition 'pathological': {len(classes)} classes for {parts} clients")
-    hands = np.array_split(np.random.default_rng([seed, 4]).permutation(classes), parts)
+    order = np.random.default_rng([seed, 4]).permutation(classes)
+    cuts = [each * k for k in range(1, parts)]
+    hands = np.split(order, cuts) if official else np.array_split(order, parts)
     return [
         Part(np.flatnonzero(np.isin(train, hand)), np.flatnonzero(np.isin(test, hand)))
         for hand in hands
@@ -86,12 +95,17 @@ def overlap(train: Index, test: Index, parts: int, seed: int, rho: float) -> lis
     return [Part(*(np.flatnonzero(owner == k) for owner in owners)) for k in range(parts)]
 
 
-def dirichlet(train: Index, test: Index, parts: int, seed: int, beta: float) -> list[Part]:
+def dirichlet(
+    train: Index, test: Index, parts: int, seed: int, beta: float, *, official: bool = False
+) -> list[Part]:
     """Label shift: each class is spread with proportions ~ Dir(beta), Hsu et al. 2019.
 
     A client that already holds N / K training images gets no more of later classes, and the draw
     is repeated until every client has at least ``MIN_SAMPLES``, or a quarter of an even share if
     that is less. Test images follow the training proportions.
+
+    Args:
+        official: every client must have ten test images as well.
 
     Raises:
         DataError: too few images for that.
@@ -115,7 +129,8 @@ def dirichlet(train: Index, test: Index, parts: int, seed: int, beta: float) -> 
                 for client, chosen in enumerate(np.split(index, cuts)):
                     owner[chosen] = client
                     held[client] += len(chosen) if labels is train else 0
-        if held.min() >= least:
+        tested = np.bincount(owners[1], minlength=parts)
+        if held.min() >= least and not (official and tested.min() < MIN_SAMPLES):
             return [Part(*(np.flatnonzero(owner == k) for owner in owners)) for k in range(parts)]
     raise DataError(
         f"partition 'dirichlet': no draw of beta {beta} gave each of {parts} clients "

@@ -92,9 +92,10 @@ class ImageSet:
         keys = [self._keys[i] for i in index]
         return replace(self, labels=self.labels[index], domains=self.domains[index], _keys=keys)
 
-    def half(self, which: str) -> ImageSet:
-        """The images of the "base" or "novel" classes, the halves of the sorted names."""
-        names = sorted(self.class_names)
+    def half(self, which: str, *, official: bool = False) -> ImageSet:
+        """The images of the "base" or "novel" classes, the halves of the sorted names, or of the
+        data set's own order of labels as CoOp's code has it (``official``)."""
+        names = list(self.class_names) if official else sorted(self.class_names)
         cut = -(-len(names) // 2)
         kept = tuple(names[:cut] if which == "base" else names[cut:])
         number = {name: i for i, name in enumerate(kept)}
