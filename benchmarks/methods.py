@@ -1,19 +1,22 @@
-"""Accuracy of the methods on real photos: label shift, and new classes.
+"""Accuracy of the methods: label shift, domain shift, and new classes.
 
+    python benchmarks/methods.py --clients 8 --classes 32 --rounds 10     # generated, bundled CLIP
     python benchmarks/methods.py --model local-dir:PATH --dataset caltech101.zip
     python benchmarks/methods.py --model local-dir:PATH --dataset caltech101.zip --full
     python benchmarks/methods.py ... --ablation        # FedMGP's switches
     python benchmarks/methods.py ... --scopes          # FedMGP's secure selection
 
-Every run is a federation of ten clients under masks in one process (the same state machines and
-frames as over sockets). "pathological": disjoint classes; each client is tested on its own test
-images among all classes, and the mean over clients is reported. "base/novel": the first half of the
-sorted class names is dealt out pathologically; Local is as above among base classes, Base the whole
-base test set and Novel the other half of the classes, both with each client's prompts. With fewer
-than ten classes to deal out, labels are spread by Dirichlet(0.3) instead.
+Every run is a federation under masks in one process (the same state machines and frames as over
+sockets). Each client is tested on its own test images among all classes (Local), and the mean over
+clients is reported. "pathological": disjoint classes; "overlap RHO": some classes are everybody's;
+"dirichlet BETA": labels spread; "domain": one style each, "domain-dirichlet" with labels spread
+within them; "base/novel": the first half of the sorted class names is dealt out pathologically,
+Base is the whole base test set and Novel the other half of the classes, with each client's prompts.
+With fewer classes than clients to deal out, labels are spread by Dirichlet(0.3) instead.
 
 The default protocol is reduced (30 classes, 8 shots, 5 rounds) to fit two CPU cores; ``--full``
-takes all classes, 16 shots and 10 rounds. Mean and standard deviation over seeds.
+takes all classes, 16 shots and 10 rounds. Mean and standard deviation over seeds. With ``--json`` a
+run that was cut goes on where it was: rows of the same protocol in the file are not run again.
 """
 
 from __future__ import annotations
@@ -45,7 +48,8 @@ from secure_fedprompt.protocol.settings import FedMGPSettings, FedOTPSettings, M
 from secure_fedprompt.server.settings import ServerSettings
 from secure_fedprompt.server.store import Store
 
-CLIENTS = 10
+SPLITS = ("pathological", "overlap 0.2", "overlap 0.5", "dirichlet 0.1", "dirichlet 0.3",
+          "dirichlet 0.5", "domain", "domain-dirichlet 0.3", "base/novel")  # fmt: skip
 QUIET = lambda *_: None  # noqa: E731
 
 
@@ -99,12 +103,31 @@ def guess(method: Method, features: Features) -> tuple[np.ndarray, np.ndarray]:
     return features.labels.cpu().numpy(), predict(method, features)[0]
 
 
+def shares_of(
+    split: str, train: ImageSet, test: ImageSet, parts: int, seed: int
+) -> list[partitions.Part]:
+    """Who holds what, by the name of the split and its number."""
+    rule, _, number = split.partition(" ")
+    labels = train.labels, test.labels, parts, seed
+    both = (train.labels, train.domains), (test.labels, test.domains)
+    match rule:
+        case "overlap":
+            return partitions.overlap(*labels, float(number))
+        case "domain":
+            return partitions.by_domain(train.domains, test.domains, parts)
+        case "domain-dirichlet":
+            return partitions.domain_dirichlet(*both, parts, seed, float(number))
+        case "pathological" | "base/novel" if len(train.class_names) >= parts:
+            return partitions.pathological(*labels)
+    return partitions.dirichlet(*labels, float(number or 0.3))
+
+
 class Bench:
     """One data set and model, with features cached by what methods need."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.backbone = args, Backbone.load(args.model, device=args.device)
-        train, test = load_sets(DataSettings(dataset=args.dataset))
+        train, test = load_sets(DataSettings(dataset=args.dataset, generated_classes=args.classes))
         if args.tests and not args.full:
             test = test.subset(partitions.few_shot(test.labels, args.tests, 0))
         count = 0 if args.full else args.classes
@@ -126,9 +149,7 @@ class Bench:
         shots = 16 if args.full else args.shots
         index = partitions.few_shot(train.labels, shots, seed)
         train = train.subset(index)
-        labels = train.labels, test.labels, CLIENTS, seed
-        few = split == "dirichlet" or len(train.class_names) < CLIENTS
-        shares = partitions.dirichlet(*labels, 0.3) if few else partitions.pathological(*labels)
+        shares = shares_of(split, train, test, args.clients, seed)
         server = ServerSettings(
             rounds=10 if args.full else args.rounds, seed=seed, metrics="off", **settings
         )
@@ -140,7 +161,7 @@ class Bench:
             f"client{k:03d}": LocalTrainer(
                 self.backbone, train.subset(s.train), test.subset(s.test),
                 client_seed(seed, f"client{k:03d}"),
-                features=(own.subset(s.train), tests.subset(s.test)), seat=(k, CLIENTS),
+                features=(own.subset(s.train), tests.subset(s.test)), seat=(k, args.clients),
             )
             for k, s in enumerate(shares)
         }  # fmt: skip
@@ -177,13 +198,14 @@ class Bench:
         return metrics.accuracy(*guess(method, features))
 
 
-def rows_of(bench: Bench, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def rows_of(
+    bench: Bench, args: argparse.Namespace, done: set[tuple[str, str]]
+) -> Iterator[dict[str, Any]]:
     splits = ("base/novel",) if args.ablation else ("pathological", "base/novel")
-    splits = ("dirichlet",) if args.scopes else splits
-    splits = tuple(s for s in splits if args.split in (None, s))
-    for split in splits:
+    splits = ("dirichlet 0.3",) if args.scopes else splits
+    for split in args.split or splits:
         for name, settings in cases(args).items():
-            if args.only and args.only not in name:
+            if (args.only and args.only not in name) or (split, name) in done:
                 continue
             begin, runs = time.monotonic(), []
             for seed in range(args.first_seed, args.first_seed + args.seeds):
@@ -197,16 +219,25 @@ def rows_of(bench: Bench, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 f"{k} {100 * v['mean']:.1f}+-{100 * v['std']:.1f}" for k, v in figures.items()
             )
             seconds = (time.monotonic() - begin) / args.seeds
-            print(f"{split:12} {name:18} {shown}  {seconds:.0f} s a run", flush=True)
+            print(f"{split:20} {name:18} {shown}  {seconds:.0f} s a run", flush=True)
             yield {"split": split, "method": name, "seconds": seconds, **figures}
+
+
+def kept(path: Path | None, protocol: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of this protocol that are there already."""
+    if path is None or not path.exists():
+        return []
+    content = json.loads(path.read_text())
+    return list(content["rows"]) if content["protocol"] == protocol else []
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", required=True, help="local-dir:PATH")
-    parser.add_argument("--dataset", required=True, help="folder or zip file")
+    parser.add_argument("--model", default="bundled", help="bundled, or local-dir:PATH")
+    parser.add_argument("--dataset", default="generated", help="generated, or a folder or zip file")
+    parser.add_argument("--clients", type=int, default=10)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--full", action="store_true", help="all classes, 16 shots, 10 rounds")
     parser.add_argument("--ablation", action="store_true", help="FedMGP's switches, base/novel")
@@ -229,11 +260,13 @@ def main() -> int:
     parser.add_argument("--first-seed", type=int, default=0, help="another one to choose lr by")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--split", choices=("pathological", "base/novel"), help="only this one")
+    parser.add_argument(
+        "--split", action="append", choices=SPLITS, help="may be given several times"
+    )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     protocol = {
-        "clients": CLIENTS, "dataset": Path(args.dataset).name, "model": Path(args.model).name,
+        "clients": args.clients, "dataset": Path(args.dataset).name, "model": Path(args.model).name,
         "classes": 0 if args.full else args.classes, "shots": 16 if args.full else args.shots,
         "tests": 0 if args.full else args.tests,
         "rounds": 10 if args.full else args.rounds, "epochs": args.epochs, "lr": args.lr,
@@ -241,8 +274,8 @@ def main() -> int:
         "batch_size": 8, "first_seed": args.first_seed, "eps": args.eps, "seeds": args.seeds,
     }  # fmt: skip
     print(json.dumps(protocol))
-    rows = []
-    for row in rows_of(Bench(args), args):
+    rows = kept(args.json, protocol)
+    for row in rows_of(Bench(args), args, {(row["split"], row["method"]) for row in rows}):
         rows.append(row)
         if args.json:  # after every row: a long run that is cut keeps what it has
             content = {"machine": machine.describe(), "protocol": protocol, "rows": rows}
