@@ -16,6 +16,7 @@ from secure_fedprompt.clients.kept import Kept
 from secure_fedprompt.clients.ledger import Entry
 from secure_fedprompt.clients.methods.base import Arrays, Method, build
 from secure_fedprompt.clients.schedule import rate
+from secure_fedprompt.clients.steps import Steps
 from secure_fedprompt.clients.work import Update, Work
 from secure_fedprompt.protocol import layout as lay
 from secure_fedprompt.protocol.averaging import Prompt
@@ -220,9 +221,7 @@ class LocalLearner:
             return
         self.check_kind(run)
         rng = client.draws(number)
-        optimiser = torch.optim.SGD(
-            method.parameters(), lr=s.lr, momentum=s.momentum, weight_decay=s.weight_decay
-        )
+        taking = Steps(method, lr=s.lr, momentum=s.momentum, weight_decay=s.weight_decay)
         # A batch of everything would make training a function of the prompt alone.
         size = min(s.batch_size, max(1, len(images) // 4))
         steps = s.epochs * -(-len(images) // size)
@@ -232,17 +231,14 @@ class LocalLearner:
         with torch.random.fork_rng(devices=[]):  # torchvision draws from torch's generator
             torch.manual_seed(int(rng.integers(2**62)))
             for epoch in range(s.epochs):
-                optimiser.param_groups[0]["lr"] = pace(epoch)
+                taking.rate.fill_(pace(epoch))
                 order = rng.permutation(len(images))
                 for batch in client.batches(images, order, size):
                     if client.cancelled.is_set():
                         raise UpdateError("training was cancelled")
-                    optimiser.zero_grad()
-                    loss = method.loss(batch)
-                    torch.autograd.backward(loss)
-                    optimiser.step()
+                    loss = taking.take(batch)
                     done += 1
-                    losses.append(loss.detach().float() * len(batch.labels))
+                    losses.append(loss.float() * len(batch.labels))
                     client.progress(what, done, steps)
         each = steps // s.epochs
         first, last = (

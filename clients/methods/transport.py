@@ -40,7 +40,8 @@ def transport_plan(
         mode: "unbalanced" or "classical".
         iterations: at most so many updates.
         tolerance: a problem whose log v moves by no more than this in an update is left as it is.
-        early: stop once all problems are; default on the CPU only, where asking costs nothing.
+        early: stop once all problems are; default on the CPU only, where asking costs nothing, and
+            not in a compiled graph, which cannot ask.
 
     Returns:
         (..., M, N), finite for every eps from 0.001 to 1.
@@ -55,7 +56,8 @@ def transport_plan(
         log_v = torch.zeros_like(kernel[..., :1])  # (N, ..., 1)
         log_u = torch.zeros_like(kernel[0])  # (..., M)
         done = torch.zeros_like(log_v[0], dtype=torch.bool)
-        early = similarity.device.type == "cpu" if early is None else early
+        if early is None:
+            early = similarity.device.type == "cpu" and not torch.compiler.is_compiling()
         for step in range(iterations):
             new_u = log_alpha - _log_sum(kernel + log_v)
             if capped:

@@ -1,0 +1,139 @@
+"""The training step of every method: one graph, on any device."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch._dynamo
+from models import in_double
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from secure_fedprompt.clients.backbone import Backbone
+from secure_fedprompt.clients.features import encode
+from secure_fedprompt.clients.methods.base import METHODS, Batch, Method, build
+from secure_fedprompt.clients.steps import Steps
+from secure_fedprompt.protocol.settings import FedMGPSettings, FedOTPSettings, MethodSettings
+
+NAMES = ("red circle", "blue circle", "plain green square")
+TRAINED = tuple(name for name in METHODS if name != "zeroshot")
+
+
+def prepared(name: str, backbone: Backbone) -> tuple[Method, Batch]:
+    settings = MethodSettings(
+        method=name, n_ctx=4, fedmgp=FedMGPSettings(groups=2, slots=1),
+        fedotp=FedOTPSettings(iterations=5),
+    )  # fmt: skip
+    method = build(settings, backbone, NAMES)
+    generator = torch.Generator().manual_seed(0)
+    size = backbone.model.visual.image_size
+    side = size[0] if isinstance(size, tuple) else size
+    pixels = torch.randn(6, 3, side, side, generator=generator).to(backbone.dtype)
+    batch = Batch(encode(backbone, pixels, method.needs), torch.arange(6) % 3)
+    method.observe(batch.images, batch.labels)
+    return method, batch
+
+
+def steps(method: Method) -> Steps:
+    return Steps(method, lr=0.01, momentum=0.9, weight_decay=5e-4)
+
+
+def in_precision(bundled: Backbone, precision: str) -> Backbone:
+    if precision == "bf16":
+        return Backbone.load("bundled", device="cpu", precision="bf16")
+    return in_double(bundled)
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_step_is_pytorchs_own_sgd(name: str, bundled: Backbone) -> None:
+    finals = []
+    for ours in (True, False):
+        method, batch = prepared(name, in_double(bundled))
+        for p in method.parameters():
+            p.data = p.data.double()
+        taking = steps(method)
+        sgd = torch.optim.SGD(method.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+        for number in range(3):
+            if ours:
+                taking.rate.fill_(0.01 / (1 + number))
+                taking.take(batch)
+                continue
+            sgd.param_groups[0]["lr"] = 0.01 / (1 + number)
+            sgd.zero_grad()
+            torch.autograd.backward(method.loss(batch))
+            sgd.step()
+        finals.append([p.detach().clone() for p in method.parameters()])
+    for one, other in zip(*finals, strict=True):
+        assert torch.allclose(one, other, rtol=0, atol=1e-14)
+
+
+QUICK = {("promptfl", "double"), ("promptfl", "bf16"), ("fedotp", "double"), ("fedmgp", "double")}
+GRAPHS = [
+    pytest.param(name, precision, marks=() if (name, precision) in QUICK else pytest.mark.slow)
+    for name in TRAINED for precision in ("double", "bf16")
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "precision"), GRAPHS)
+def test_the_whole_step_is_one_graph_and_the_same_as_without(
+    name: str, precision: str, bundled: Backbone
+) -> None:
+    if not hasattr(torch._dynamo.config, "trace_autograd_ops"):
+        pytest.skip("this PyTorch traces no gradients")
+    torch._dynamo.reset()
+    backbone = in_precision(bundled, precision)
+    finals = []
+    for compiled in (False, True):
+        method, batch = prepared(name, backbone)
+        taking = steps(method)
+        take: Callable[[Batch], Tensor] = taking.take
+        if compiled:
+            take = torch.compile(take, fullgraph=True, backend="aot_eager", dynamic=False)
+        with torch._dynamo.config.patch(trace_autograd_ops=True):
+            losses = [float(take(batch)) for _ in range(2)]
+        finals.append((losses, [p.detach().double().clone() for p in method.parameters()]))
+    (losses, plain), (compiled_losses, graph) = finals
+    tolerance = 1e-6 if precision == "double" else 2e-2  # prompts are float32 in either
+    assert np.allclose(losses, compiled_losses, rtol=tolerance)
+    for one, other in zip(plain, graph, strict=True):
+        assert torch.allclose(one, other, rtol=tolerance, atol=tolerance)
+
+
+def moved(method: Method, batch: Batch, place: Callable[[Tensor], Tensor]) -> tuple[Method, Batch]:
+    """Deep copies with every tensor in another place."""
+
+    def tensor(self: Tensor, memo: dict[int, Any]) -> Tensor:
+        if id(self) not in memo:
+            memo[id(self)] = place(self.detach()).requires_grad_(self.requires_grad)
+        return memo[id(self)]  # type: ignore[no-any-return]
+
+    def parameter(self: nn.Parameter, memo: dict[int, Any]) -> nn.Parameter:
+        if id(self) not in memo:
+            memo[id(self)] = nn.Parameter(place(self.detach()), self.requires_grad)
+        return memo[id(self)]  # type: ignore[no-any-return]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tensor, "__deepcopy__", tensor)
+        patch.setattr(nn.Parameter, "__deepcopy__", parameter)
+        return copy.deepcopy((method, batch))
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_the_forward_pass_runs_on_fake_cuda_tensors(name: str, bundled: Backbone) -> None:
+    """Without a card: gradients on fake CUDA tensors need a real one, shapes and devices do not."""
+    mode = FakeTensorMode()
+
+    def place(x: Tensor) -> Tensor:
+        fake = mode.from_tensor(x)
+        with mode:
+            return fake.to("cuda:0")
+
+    method, batch = moved(*prepared(name, bundled), place)
+    with mode, torch.no_grad():
+        assert method.loss(batch).device.type == "cuda"
+        assert method.logits(batch).shape == (6, 3)
