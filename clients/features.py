@@ -17,7 +17,7 @@ from secure_fedprompt.clients.methods.base import Batch, Method
 _CHUNK = 256  # images at a time through the image tower
 
 
-_PREDICT = {"features": 256, "patches": 64, "tokens": 64}  # images at a time
+_PREDICT = {"features": 256, "patches": 64, "tokens": 64, "pixels": 64}  # images at a time
 
 
 Progress = Callable[[str, int, int], None]
@@ -74,6 +74,8 @@ def encode(backbone: Backbone, pixels: torch.Tensor, needs: str) -> torch.Tensor
             return vision.patch_features(backbone, pixels)
         case "tokens":
             return vision.image_tokens(backbone, pixels)
+        case "pixels":
+            return pixels.to(backbone.device, backbone.dtype)
     return backbone.image_features(pixels)
 
 

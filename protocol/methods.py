@@ -60,6 +60,8 @@ METHODS: dict[str, MethodFacts] = {
         MethodFacts("fedtpg", _OURS + "fedtpg:FedTPG", "Qiu et al., ICLR 2024"),
         MethodFacts("linear", _OURS + "linear:LinearHead", "a linear head, from class names"),
         MethodFacts("linear-scratch", _OURS + "linear:ScratchHead", "a linear head, from zero"),
+        MethodFacts("finetune", _OURS + "whole:FineTuned", "image tower and head, fine-tuned"),
+        MethodFacts("scratch", _OURS + "whole:Scratch", "image tower and head, from nothing"),
     )
 }  # fmt: skip
 _UNKNOWN = MethodFacts("", "", "", weighted=False, hidden=False)  # promises least

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from secure_fedprompt.clients.backbone import Backbone
 from secure_fedprompt.clients.data import sets
+from secure_fedprompt.clients.features import encode
 from secure_fedprompt.clients.methods.base import METHODS, Batch, Method, array, build
 from secure_fedprompt.clients.methods.fedmgp import FedMGP, likeness
 from secure_fedprompt.clients.methods.fedper import FedPer
@@ -28,6 +29,7 @@ from secure_fedprompt.clients.steps import Steps
 from secure_fedprompt.clients.training import LocalTrainer
 from secure_fedprompt.clients.work import Work
 from secure_fedprompt.host import command
+from secure_fedprompt.protocol.errors import ModelError
 from secure_fedprompt.protocol.presets import published
 from secure_fedprompt.protocol.selection.shares import integer_keys, order
 from secure_fedprompt.protocol.settings import (
@@ -287,3 +289,46 @@ def test_every_preset_is_valid_and_says_what_its_method_has(method: str) -> None
     check_settings(msgspec.structs.replace(made, protection="none"))
     own = {"fedotp", "fedmgp", "compare"} & set(published(method))
     assert own <= {method, "compare"}
+
+
+# -- the whole tower -------------------------------------------------------------------------------
+
+
+def test_fine_tuning_starts_as_zero_shot_and_moves_every_value_of_the_tower() -> None:
+    backbone = tiny()
+    method = make("finetune", backbone)
+    pixels = torch.randn(
+        6, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
+    batch = Batch(encode(backbone, pixels, method.needs), torch.arange(6) % 3)
+    zero = backbone.scale * backbone.image_features(pixels) @ backbone.zero_shot_features(NAMES).T
+    assert torch.allclose(method.logits(batch), zero, atol=1e-5)
+    before = method.state()
+    steps = Steps(method, lr=0.01, momentum=0.0, weight_decay=0.0)
+    losses = [float(steps.take(batch)) for _ in range(20)]
+    assert losses[-1] < losses[0] / 2
+    after = method.state()
+    assert after["tower"].size == sum(p.numel() for p in backbone.model.visual.parameters())
+    assert (after["tower"] != before["tower"]).mean() > 0.95
+    frozen = np.concatenate([array(p).reshape(-1) for p in backbone.model.visual.parameters()])
+    assert np.array_equal(frozen, before["tower"])  # the shared model is left as it was
+
+
+def test_from_scratch_is_the_same_on_every_machine_and_knows_nothing() -> None:
+    one, same, other = (
+        build(MethodSettings(method="scratch", seed=seed), tiny(), NAMES).state()
+        for seed in (0, 0, 1)
+    )
+    assert np.array_equal(one["tower"], same["tower"])
+    assert not np.array_equal(one["tower"], other["tower"])
+    assert not one["head"].any()
+    loaded = build(MethodSettings(method="finetune"), tiny(), NAMES).state()["tower"]
+    assert abs(np.corrcoef(one["tower"], loaded)[0, 1]) < 0.6  # norms are 1 in both
+
+
+def test_a_tower_that_is_too_large_to_upload_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from secure_fedprompt.clients.methods import whole
+
+    monkeypatch.setattr(whole, "MAX_VALUES", 1000)
+    with pytest.raises(ModelError, match="'finetune' would upload .* use a smaller model"):
+        build(MethodSettings(method="finetune"), tiny(), NAMES)

@@ -53,7 +53,8 @@ class Method(ABC):
         name: as in settings and plans.
         fine_tunes: whether a client trains once more on the last aggregate before it is evaluated.
         needs: what the frozen image tower must give, computed once and cached: "features" (B, E)
-            pooled, "patches" (B, M, E), or "tokens" (B, 1 + M, W) before the first layer.
+            pooled, "patches" (B, M, E), "tokens" (B, 1 + M, W) before the first layer, or nothing:
+            "pixels" (B, 3, H, H).
     """
 
     name: ClassVar[str]
