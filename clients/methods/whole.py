@@ -57,9 +57,8 @@ class FineTuned(Method):
         return texts
 
     def logits(self, batch: Batch) -> Tensor:
-        parts = self.tower.to(self.backbone.dtype).split(
-            [math.prod(s) for s in self.shapes.values()]
-        )
+        sizes = [math.prod(shape) for shape in self.shapes.values()]
+        parts = torch.functional.split(self.tower.to(self.backbone.dtype), sizes)
         values = {
             name: part.reshape(shape)
             for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
