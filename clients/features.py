@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +24,14 @@ _PREDICT = {"features": 256, "patches": 64, "tokens": 64, "pixels": 64}  # image
 
 
 Progress = Callable[[str, int, int], None]
+A = TypeVar("A")
+B = TypeVar("B")
+
+
+def at_once(read: Callable[[A], B], items: Iterable[A]) -> list[B]:
+    """Read files in threads: decoders and resizing let others run. In the order of ``items``."""
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return list(pool.map(read, items))
 
 
 class Features:
@@ -36,8 +47,8 @@ class Features:
         parts = []
         for start in range(0, len(images), _CHUNK):
             index = range(start, min(start + _CHUNK, len(images)))
-            pixels = torch.stack([backbone.test_transform(images.image(i)) for i in index])
-            parts.append(encode(backbone, pixels, needs))
+            pixels = at_once(lambda i: backbone.test_transform(images.image(i)), index)
+            parts.append(encode(backbone, torch.stack(pixels), needs))
             progress(what, index.stop, len(images))
         self.needs = needs
         empty = torch.zeros(0, dtype=backbone.dtype, device=backbone.device)

@@ -22,6 +22,7 @@ from secure_fedprompt.clients.data.images import read_image
 from secure_fedprompt.clients.methods.base import METHODS
 from secure_fedprompt.clients.settings import ClientSettings
 from secure_fedprompt.clients.training import LocalTrainer
+from secure_fedprompt.commands import evaluate
 from secure_fedprompt.host.log import Bars, Log
 from secure_fedprompt.prompt_file import write_prompt
 from secure_fedprompt.protocol.errors import DataError
@@ -237,7 +238,11 @@ def test_splits_are_never_pooled(
 
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_predict_works_for_every_method_and_loses_no_image(
-    bundled: Backbone, tmp_path: Path, method: str, capsys: pytest.CaptureFixture[str]
+    bundled: Backbone,
+    tmp_path: Path,
+    method: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     train, test = sets.generated_sets(4, ["photo"], 4, 2, 0)
     trainer = LocalTrainer(bundled, train, test, 0)
@@ -259,6 +264,16 @@ def test_predict_works_for_every_method_and_loses_no_image(
     assert bad["error"].endswith("it is no image")
     assert "bad.png cannot be read" in capsys.readouterr().err
     assert main(["predict", str(prompt), words[0]]) == 0
+    monkeypatch.setattr(evaluate, "_AT_ONCE", 1)  # the same, one by one
+    assert main(["predict", str(prompt), *words, "--json", str(out)]) == 2
+    alone = json.loads(out.read_text())["predictions"]
+    assert "error" in alone[1]
+    for one, together in ((alone[0], first), (alone[2], last)):
+        assert one["image"] == together["image"]
+        assert list(one["classes"]) == list(together["classes"])
+        assert np.allclose(
+            list(one["classes"].values()), list(together["classes"].values()), atol=1e-4
+        )
 
 
 def test_an_image_of_too_many_pixels_is_refused(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,12 @@ from secure_fedprompt.host import command, plugins
 from secure_fedprompt.protocol.errors import DataError, PromptFileError
 
 if TYPE_CHECKING:
+    import torch
+
+    from secure_fedprompt.clients.methods.base import Method
     from secure_fedprompt.prompt_file import PromptFile
+
+_AT_ONCE = 64  # images that are decoded and predicted together
 
 
 def _parse(argv: list[str], prog: str, text: str, examples: str) -> argparse.ArgumentParser:
@@ -149,6 +154,23 @@ def _evaluate(args: argparse.Namespace, settings: ModelSettings, prompt: PromptF
     return 0
 
 
+def _likeliest(
+    method: Method, images: torch.Tensor, names: Sequence[str]
+) -> list[dict[str, float]]:
+    """The three likeliest classes of each image, with their probabilities."""
+    import torch
+
+    from secure_fedprompt.clients.methods.base import Batch
+
+    with torch.no_grad():
+        batch = Batch(images, torch.zeros(len(images), dtype=torch.long))
+        best = method.logits(batch).float().softmax(1).topk(min(3, len(names)))
+    return [
+        {names[int(i)]: float(p) for p, i in zip(values, index, strict=True)}
+        for values, index in zip(*best, strict=True)
+    ]
+
+
 def _predict(args: argparse.Namespace, settings: ModelSettings, prompt: PromptFile) -> int:
     import torch
 
@@ -156,8 +178,7 @@ def _predict(args: argparse.Namespace, settings: ModelSettings, prompt: PromptFi
     from secure_fedprompt.clients.data.images import read_image
     from secure_fedprompt.clients.data.loading import load_sets
     from secure_fedprompt.clients.data.sets import read_class_list
-    from secure_fedprompt.clients.features import encode
-    from secure_fedprompt.clients.methods.base import Batch
+    from secure_fedprompt.clients.features import at_once, encode
 
     names = prompt.class_names
     if settings.class_list:
@@ -175,20 +196,28 @@ def _predict(args: argparse.Namespace, settings: ModelSettings, prompt: PromptFi
     method = prompt.method(backbone, names, other_classes=args.other_classes)
     result: list[dict[str, object]] = []
     failure: DataError | None = None
-    for path in args.images:  # one by one: a bad file loses nothing of the others
+
+    def pixels_of(path: Path) -> torch.Tensor | DataError:
         try:
-            pixels = torch.stack([backbone.test_transform(read_image(path))])
-        except DataError as error:
-            failure = failure or error
-            print(f"{path}  {error}")
-            result.append({"image": str(path), "error": str(error)})
-            continue
-        with torch.no_grad():
-            batch = Batch(encode(backbone, pixels, method.needs), torch.zeros(1, dtype=torch.long))
-            best = method.logits(batch)[0].float().softmax(0).topk(min(3, len(names)))
-        guesses = {names[int(i)]: float(p) for p, i in zip(*best, strict=True)}
-        print(f"{path}  " + ", ".join(f"{name} {p:.1%}" for name, p in guesses.items()))
-        result.append({"image": str(path), "classes": guesses})
+            return backbone.test_transform(read_image(path))
+        except DataError as error:  # a bad file loses nothing of the others
+            return error
+
+    for start in range(0, len(args.images), _AT_ONCE):  # never all in memory
+        paths = args.images[start : start + _AT_ONCE]
+        found = at_once(pixels_of, paths)
+        pixels = [x for x in found if isinstance(x, torch.Tensor)]
+        rows = iter(_likeliest(method, encode(backbone, torch.stack(pixels), method.needs), names)
+                    if pixels else [])  # fmt: skip
+        for path, image in zip(paths, found, strict=True):
+            if isinstance(image, DataError):
+                failure = failure or image
+                print(f"{path}  {image}")
+                result.append({"image": str(path), "error": str(image)})
+                continue
+            guesses = next(rows)
+            print(f"{path}  " + ", ".join(f"{name} {p:.1%}" for name, p in guesses.items()))
+            result.append({"image": str(path), "classes": guesses})
     command.write_json(args.json, "predict", {"predictions": result})
     if failure is not None:
         raise failure
