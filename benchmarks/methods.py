@@ -111,6 +111,8 @@ def shares_of(
     labels = train.labels, test.labels, parts, seed
     both = (train.labels, train.domains), (test.labels, test.domains)
     match rule:
+        case "iid":
+            return partitions.iid(*labels)
         case "overlap":
             return partitions.overlap(*labels, float(number))
         case "domain":
@@ -133,6 +135,17 @@ class Bench:
         count = 0 if args.full else args.classes
         self.whole = choose_classes(train, count), choose_classes(test, count)
         self._cache: dict[tuple[str, str, int], Features] = {}
+
+    @classmethod
+    def of(
+        cls, backbone: Backbone, train: ImageSet, test: ImageSet, *, clients: int, shots: int,
+        rounds: int,
+    ) -> Bench:  # fmt: skip
+        """With images that were read before."""
+        made = cls.__new__(cls)
+        made.args = argparse.Namespace(clients=clients, shots=shots, rounds=rounds, full=False)
+        made.backbone, made.whole, made._cache = backbone, (train, test), {}
+        return made
 
     def features(self, key: str, images: ImageSet, needs: str, seed: int) -> Features:
         where = key, needs, seed

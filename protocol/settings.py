@@ -156,8 +156,9 @@ class MethodSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
         n_ctx: context length in tokens.
         init: words that start the context ("a photo of a"), or empty for N(0, 0.02).
         position: of the class name: "end", "middle" or "front" of the context.
-        lr: learning rate of local SGD. schedule: "constant", or "cosine" over the learning rounds
-            with one epoch of warming up (PromptFL's).
+        lr: learning rate of local SGD.
+        schedule: of it: "constant", or "cosine" over the learning rounds with one epoch of warming
+            up (PromptFL's).
         momentum: of local SGD; it begins anew in each round.
         weight_decay: of local SGD.
         batch_size: images of a step; at most a quarter of a client's.
