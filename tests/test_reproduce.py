@@ -46,8 +46,8 @@ def test_a_table_is_measured_beside_what_was_published_and_goes_on(
     assert "OxfordPets, FedOTP: about" in said
     assert "GB of features" in said
     (fedotp,) = [line for line in said.splitlines() if line.startswith("OxfordPets   FedOTP")]
-    _, _, published, measured, _, difference = fedotp.split()
-    assert published == "98.82"
+    _, _, paper, measured, _, difference = fedotp.split()
+    assert paper == "98.82"
     rows = {row["method"]: row for row in json.loads(out.read_text())["rows"]}
     assert set(rows) == {"zero shot", "PromptFL", "FedOTP"}
     assert abs(float(measured) - 100 * rows["FedOTP"]["local"]) < 0.01
