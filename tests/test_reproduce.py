@@ -11,6 +11,7 @@ import pytest
 
 from secure_fedprompt.clients.data import sets
 from secure_fedprompt.protocol.errors import DataError
+from secure_fedprompt.protocol.presets import published
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
