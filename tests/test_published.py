@@ -324,6 +324,16 @@ def test_from_scratch_is_the_same_on_every_machine_and_knows_nothing() -> None:
     assert not one["head"].any()
     loaded = build(MethodSettings(method="finetune"), tiny(), NAMES).state()["tower"]
     assert abs(np.corrcoef(one["tower"], loaded)[0, 1]) < 0.6  # norms are 1 in both
+    backbone = tiny()
+    method = make("scratch", backbone)
+    drawn = torch.randn(
+        6, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
+    steps = Steps(method, lr=0.1, momentum=0.9, weight_decay=0.0)
+    batch = Batch(encode(backbone, drawn, method.needs), torch.arange(6) % 3)
+    losses = [float(steps.take(batch)) for _ in range(20)]
+    assert abs(losses[0] - np.log(3)) < 1e-6
+    assert losses[-1] < losses[0] / 2
 
 
 def test_a_tower_that_is_too_large_to_upload_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
