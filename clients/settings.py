@@ -148,6 +148,8 @@ class ClientSettings(ModelSettings, frozen=True, forbid_unknown_fields=True, kw_
         seed: of batch order, for reproducible benchmarks, together with the client's name; -1
             draws it from the system.
         augment: train on random crops and flips instead of cached features.
+        views: of each training image to encode and keep with augment, one of which is drawn for
+            each step; 0 encodes a fresh one for each step, through the whole tower.
         skip_unreadable: leave out images that cannot be read, instead of ending with their names.
         accept: first hex digits of the terms of a run that train from a prompt that this client has
             trained from before, under other bounds or settings; its error message names them.
@@ -173,6 +175,7 @@ class ClientSettings(ModelSettings, frozen=True, forbid_unknown_fields=True, kw_
     method: str = ""
     seed: int = -1
     augment: bool = False
+    views: Count = 0
     skip_unreadable: bool = False
     accept: tuple[str, ...] = ()
     hold_seconds: NonNegative = 0.0

@@ -24,6 +24,8 @@ from secure_fedprompt.protocol.errors import ConfigError
 from secure_fedprompt.protocol.settings import MethodSettings
 
 _NO_DP = PrivacySettings()
+_CHUNK = 256  # images at a time through the image tower
+_VIEWS = 1 << 33  # a key of draws that no round has
 
 
 def client_seed(seed: int, name: str) -> int:
@@ -65,9 +67,10 @@ class LocalTrainer:
         self.model_fingerprint = backbone.fingerprint
         self.classes_digest = classes_digest(train.class_names)
         self.weight = float(len(train))
-        self.hold_seconds = 0.0  # as the client's settings say
+        self.hold_seconds, self.views = 0.0, 0  # as the client's settings say
         self._sets = train, test
         self._features = {features[0].needs: features} if features else {}
+        self._views = dict[str, torch.Tensor]()
         self.keep: Path | None = None  # folder for what the method must not forget
         self.ledger = Ledger()
         if self.dp.kind == "sample" and self.dp.delta * len(train) >= 1:
@@ -136,11 +139,35 @@ class LocalTrainer:
         return Batch(picked, images.labels[index.to(images.labels.device)])
 
     def _augmented(self, needs: str, order: NDArray[np.int64], size: int) -> Iterator[Batch]:
-        """Batches of fresh random views; the frozen tower encodes each anew."""
-        train, _ = self._sets
-        labels = torch.from_numpy(train.labels).to(self.backbone.device)
+        """Batches of random views: fresh ones, which the frozen tower encodes anew, or some of
+        those that are kept."""
+        labels = torch.from_numpy(self._sets[0].labels).to(self.backbone.device)
         for start in range(0, len(order), size):
             rows = order[start : start + size]
-            views = torch.stack([self.backbone.train_transform(train.image(i)) for i in rows])
-            views = encode(self.backbone, views, needs)
-            yield Batch(views, labels[torch.from_numpy(rows).to(labels.device)])
+            index = torch.from_numpy(rows).to(labels.device)
+            if self.views:
+                drawn = torch.randint(self.views, (len(rows),)).to(labels.device)
+                views = self.kept_views(needs)[drawn, index]
+            else:
+                views = self._view(needs, rows)
+            yield Batch(views, labels[index])
+
+    def _view(self, needs: str, rows: NDArray[np.int64]) -> torch.Tensor:
+        """A random view of each of these images, encoded."""
+        train, _ = self._sets
+        pixels = [self.backbone.train_transform(train.image(i)) for i in rows]
+        return encode(self.backbone, torch.stack(pixels), needs)
+
+    def kept_views(self, needs: str) -> torch.Tensor:
+        """(views, N, ...): made once, and alike whenever a client with a seed is started again."""
+        if needs not in self._views:
+            count = len(self._sets[0])
+            chunks = np.array_split(np.arange(count), -(-count // _CHUNK))
+            found = []
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(int(self.draws(_VIEWS).integers(2**62)))
+                for i in range(self.views):
+                    found.append(torch.cat([self._view(needs, rows) for rows in chunks]))
+                    self.progress("encoding views", i + 1, self.views)
+            self._views[needs] = torch.stack(found)
+        return self._views[needs]

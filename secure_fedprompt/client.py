@@ -100,7 +100,7 @@ def load_trainer(settings: ClientSettings, log: Log, bars: Bars) -> LocalTrainer
     if train.note:
         log.info("data", f"data set {settings.dataset}: {train.note}")
     made = LocalTrainer(backbone, train, test, None, settings.augment, bars.on, dp=settings.dp)
-    made.local_metrics = settings.local_metrics
+    made.local_metrics, made.views = settings.local_metrics, settings.views
     return made
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from secure_fedprompt.clients import backbone as backbone_module
 from secure_fedprompt.clients.backbone import Backbone
 from secure_fedprompt.clients.data import sets
-from secure_fedprompt.clients.features import Features, predict
+from secure_fedprompt.clients.features import Features, encode, predict
 from secure_fedprompt.clients.methods.base import Batch, build
 from secure_fedprompt.clients.methods.promptfl import PromptFL
 from secure_fedprompt.clients.training import LocalTrainer
@@ -247,6 +247,32 @@ def test_augmentation_draws_new_views_and_is_reproducible(bundled: Backbone) -> 
         results.append(learner.run(Work(plan, learner.initial()))[0]["ctx"])
     assert np.array_equal(results[0], results[1])
     assert all(not np.array_equal(results[0], other) for other in results[2:])
+
+
+@pytest.mark.parametrize("needs", ["features", "patches"])
+def test_views_that_are_kept_are_what_fresh_ones_could_be(bundled: Backbone, needs: str) -> None:
+    train, test = sets.generated_sets(3, ["photo"], 4, 1, 0)
+    trainer = LocalTrainer(bundled, train, test, 1, augment=True)
+    trainer.views = 3
+    kept = trainer.kept_views(needs)
+    assert kept.shape[:2] == (3, len(train))
+    assert not torch.equal(kept[0], kept[1])
+    with torch.random.fork_rng(devices=[]):  # by the definition, one after the other
+        torch.manual_seed(int(trainer.draws(1 << 33).integers(2**62)))
+        pixels = [bundled.train_transform(train.image(i)) for i in range(len(train))]
+    assert torch.allclose(kept[0], encode(bundled, torch.stack(pixels), needs), atol=1e-6)
+    images, _ = trainer.features(needs)
+    order = np.array([3, 0, 2, 1])
+    for _ in range(5):
+        for batch, rows in zip(
+            trainer.batches(images, order, 3), (order[:3], order[3:]), strict=True
+        ):
+            assert batch.labels.tolist() == train.labels[rows].tolist()
+            for image, row in zip(batch.images, rows, strict=True):
+                assert any(torch.equal(image, view[row]) for view in kept)
+    again = LocalTrainer(bundled, train, test, 1, augment=True)
+    again.views = 3
+    assert torch.equal(again.kept_views(needs), kept)
 
 
 def test_cached_features_equal_fresh_ones(bundled: Backbone) -> None:

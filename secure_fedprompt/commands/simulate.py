@@ -143,7 +143,7 @@ def make_trainers(
     needs = build(method or MethodSettings(), backbone, train.class_names).needs
     features = [Features(backbone, images, needs, quiet, "") for images in (train, test)]
     names = [f"client{k:03d}" for k in range(len(shares))]
-    return {
+    trainers = {
         name: LocalTrainer(
             backbone,
             train.subset(share.train),
@@ -156,6 +156,9 @@ def make_trainers(
         )
         for k, (name, share) in enumerate(zip(names, shares, strict=True))
     }
+    for trainer in trainers.values():
+        trainer.views = settings.views
+    return trainers
 
 
 def _taking_part(session: Session[LocalLearner]) -> Handler:
