@@ -19,7 +19,6 @@ from secure_fedprompt.protocol import errors
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.averaging import prompt_bytes
 from secure_fedprompt.protocol.expand import Purpose, digest
-from secure_fedprompt.server import results
 
 
 def test_prompts_follow_from_sums_and_are_not_sent_again(tmp_path: Path) -> None:
@@ -69,12 +68,8 @@ def test_a_restarted_client_keeps_the_key_and_what_it_computed(tmp_path: Path) -
         assert world.sessions["c003"].verified
 
 
-def test_sums_that_a_server_lost_its_breath_over_are_told_after_its_restart(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It has stored the sum, and tells nobody: everybody hears of it from its next process."""
-    world = world_of(tmp_path)
-    seen = watched(world)
+def killed_before_it_tells(world: World) -> None:
+    """The server stores the second sum, and its next process meets clients that were started anew."""
     for name in names(5):
         world.join(name)
     world.pump(lambda w, x: isinstance(x, m.OpenedSum) and x.round == 2)
@@ -83,6 +78,13 @@ def test_sums_that_a_server_lost_its_breath_over_are_told_after_its_restart(
     world.start_server()
     for name in names(5):
         world.join(name)
+
+
+def test_sums_that_a_killed_server_told_nobody_are_told_after_its_restart(tmp_path: Path) -> None:
+    """It has stored the sum, and tells nobody: everybody hears of it from its next process."""
+    world = world_of(tmp_path)
+    seen = watched(world)
+    killed_before_it_tells(world)
     del seen[:]
     world.pump()
     assert world.run.error is None, world.run.error
@@ -96,18 +98,10 @@ def test_sums_that_a_server_lost_its_breath_over_are_told_after_its_restart(
 def test_without_the_reminder_nobody_could_vouch_after_that(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(results, "remind", lambda *_: [])
     monkeypatch.setattr("secure_fedprompt.server.run.remind", lambda *_: [])
     world = world_of(tmp_path)
     world.withdraws = True
-    for name in names(5):
-        world.join(name)
-    world.pump(lambda w, x: isinstance(x, m.OpenedSum) and x.round == 2)
-    world.queue.clear()
-    world.store.close()
-    world.start_server()
-    for name in names(5):
-        world.join(name)
+    killed_before_it_tells(world)
     world.pump()
     assert "aborted 3 times" in str(world.run.error)
 
