@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from secure_fedprompt.clients.data.partitions import Index, Part
+from secure_fedprompt.clients.data.partitions import Index, Part, spread
 from secure_fedprompt.protocol.errors import DataError
 
 LEAVES = 10.0
@@ -108,10 +108,8 @@ def _follow(rng: np.random.Generator, test: Index, taken: NDArray[np.int64]) -> 
     """Owners of test images, each class in the proportions of its training images."""
     owner = np.empty(len(test), np.int64)
     for label in np.unique(test):
-        index = rng.permutation(np.flatnonzero(test == label))
         counts = taken[:, label]
         share = counts / counts.sum() if counts.sum() else np.full(len(counts), 1 / len(counts))
-        cuts = np.round(np.cumsum(share)[:-1] * len(index)).astype(int)
-        for client, chosen in enumerate(np.split(index, cuts)):
+        for client, chosen in enumerate(spread(rng, test, label, share)):
             owner[chosen] = client
     return owner

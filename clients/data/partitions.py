@@ -95,6 +95,14 @@ def overlap(train: Index, test: Index, parts: int, seed: int, rho: float) -> lis
     return [Part(*(np.flatnonzero(owner == k) for owner in owners)) for k in range(parts)]
 
 
+def spread(
+    rng: np.random.Generator, labels: Index, label: int, share: NDArray[np.float64]
+) -> list[Index]:
+    """One class's indices, shuffled and cut in the proportions ``share``, which sum to one."""
+    index = rng.permutation(np.flatnonzero(labels == label))
+    return np.split(index, np.round(np.cumsum(share)[:-1] * len(index)).astype(int))
+
+
 def dirichlet(
     train: Index, test: Index, parts: int, seed: int, beta: float, *, official: bool = False
 ) -> list[Part]:
@@ -124,9 +132,7 @@ def dirichlet(
             share = rng.dirichlet(np.full(parts, beta)) * (held < len(train) / parts)
             share = share / share.sum() if share.sum() > 0 else np.full(parts, 1 / parts)
             for labels, owner in zip((train, test), owners, strict=True):
-                index = rng.permutation(np.flatnonzero(labels == label))
-                cuts = np.round(np.cumsum(share)[:-1] * len(index)).astype(int)
-                for client, chosen in enumerate(np.split(index, cuts)):
+                for client, chosen in enumerate(spread(rng, labels, label, share)):
                     owner[chosen] = client
                     held[client] += len(chosen) if labels is train else 0
         tested = np.bincount(owners[1], minlength=parts)
