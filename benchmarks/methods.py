@@ -4,6 +4,7 @@
     python benchmarks/methods.py --model local-dir:PATH --dataset caltech101.zip
     python benchmarks/methods.py --model local-dir:PATH --dataset caltech101.zip --full
     python benchmarks/methods.py ... --ablation        # FedMGP's switches
+    python benchmarks/methods.py ... --comparators     # the other methods
     python benchmarks/methods.py ... --scopes          # FedMGP's secure selection
 
 Every run is a federation under masks in one process (the same state machines and frames as over
@@ -44,10 +45,18 @@ from secure_fedprompt.clients.methods.base import Method, build
 from secure_fedprompt.clients.settings import DataSettings
 from secure_fedprompt.clients.training import LocalTrainer, client_seed
 from secure_fedprompt.commands.simulate import simulate_run
-from secure_fedprompt.protocol.settings import FedMGPSettings, FedOTPSettings, MethodSettings
+from secure_fedprompt.protocol.settings import (
+    ComparatorSettings,
+    FedMGPSettings,
+    FedOTPSettings,
+    MethodSettings,
+)
 from secure_fedprompt.server.settings import ServerSettings
 from secure_fedprompt.server.store import Store
 
+COMPARATORS = ("promptfl-ft", "fedprox", "fedper", "fedamp", "promptfolio", "fedpgp", "dpfpl",
+               "pfedprompt", "fedtpg", "linear")  # fmt: skip
+CLASSES_OF_ITS_OWN = "linear",  # it cannot name a class that it has not seen
 SPLITS = ("pathological", "overlap 0.2", "overlap 0.5", "dirichlet 0.1", "dirichlet 0.3",
           "dirichlet 0.5", "domain", "domain-dirichlet 0.3", "base/novel")  # fmt: skip
 QUIET = lambda *_: None  # noqa: E731
@@ -75,6 +84,12 @@ def cases(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
             "fixed rule": {"rule": "fixed"},
         }  # fmt: skip
         return {k: {**groups, "fedmgp": FedMGPSettings(**v)} for k, v in changes.items()}
+    if args.comparators:
+        open_ = {"fedamp": {"protection": "none"}}  # everybody sees everybody's prompt
+        own = {"fedtpg": {"lr": args.network_lr}, "dpfpl": {"compare": ComparatorSettings(rank=2)}}
+        return {
+            k: {**context, "method": k, **open_.get(k, {}), **own.get(k, {})} for k in COMPARATORS
+        }
     table: dict[str, dict[str, Any]] = {
         "zero-shot": {"method": "zeroshot", "n_ctx": 4},
         "CoOp (local)": {**context, "method": "coop"},
@@ -143,7 +158,9 @@ class Bench:
     ) -> Bench:  # fmt: skip
         """With images that were read before."""
         made = cls.__new__(cls)
-        made.args = argparse.Namespace(clients=clients, shots=shots, rounds=rounds, full=False)
+        made.args = argparse.Namespace(
+            clients=clients, shots=shots, rounds=rounds, full=False, views=0
+        )
         made.backbone, made.whole, made._cache = backbone, (train, test), {}
         return made
 
@@ -175,9 +192,12 @@ class Bench:
                 self.backbone, train.subset(s.train), test.subset(s.test),
                 client_seed(seed, f"client{k:03d}"),
                 features=(own.subset(s.train), tests.subset(s.test)), seat=(k, args.clients),
+                augment=args.views > 0,
             )
             for k, s in enumerate(shares)
         }  # fmt: skip
+        for trainer in trainers.values():
+            trainer.views = args.views
         with tempfile.TemporaryDirectory() as folder:
             store = Store(Path(folder), server)
             done = simulate_run(server, store, trainers)
@@ -216,9 +236,12 @@ def rows_of(
 ) -> Iterator[dict[str, Any]]:
     splits = ("base/novel",) if args.ablation else ("pathological", "base/novel")
     splits = ("dirichlet 0.3",) if args.scopes else splits
+    splits = ("pathological", "dirichlet 0.3", "base/novel") if args.comparators else splits
     for split in args.split or splits:
         for name, settings in cases(args).items():
             if (args.only and args.only not in name) or (split, name) in done:
+                continue
+            if split == "base/novel" and name in CLASSES_OF_ITS_OWN:
                 continue
             begin, runs = time.monotonic(), []
             for seed in range(args.first_seed, args.first_seed + args.seeds):
@@ -255,6 +278,7 @@ def main() -> int:
     parser.add_argument("--full", action="store_true", help="all classes, 16 shots, 10 rounds")
     parser.add_argument("--ablation", action="store_true", help="FedMGP's switches, base/novel")
     parser.add_argument("--scopes", action="store_true", help="secure selection, Dirichlet(0.3)")
+    parser.add_argument("--comparators", action="store_true", help="the other methods, by name")
     parser.add_argument("--only", default="", help="methods whose name holds this")
     parser.add_argument("--classes", type=int, default=30)
     parser.add_argument("--shots", type=int, default=8)
@@ -268,7 +292,11 @@ def main() -> int:
     parser.add_argument("--lr", type=float, default=0.002, help="of the context methods")
     parser.add_argument("--transport-lr", type=float, default=0.002, help="of FedOTP")
     parser.add_argument("--group-lr", type=float, default=0.002, help="of FedMGP")
+    parser.add_argument("--network-lr", type=float, default=0.002, help="of FedTPG")
     parser.add_argument("--eps", type=float, default=0.01)
+    parser.add_argument(
+        "--views", type=int, default=0, help="random crops and flips kept of each training image"
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--first-seed", type=int, default=0, help="another one to choose lr by")
     parser.add_argument("--threads", type=int, default=2)
@@ -285,6 +313,7 @@ def main() -> int:
         "rounds": 10 if args.full else args.rounds, "epochs": args.epochs, "lr": args.lr,
         "start": args.start, "group_lr": args.group_lr, "transport_lr": args.transport_lr,
         "batch_size": 8, "first_seed": args.first_seed, "eps": args.eps, "seeds": args.seeds,
+        "views": args.views,
     }  # fmt: skip
     print(json.dumps(protocol))
     rows = kept(args.json, protocol)

@@ -63,21 +63,22 @@ class Draws:
 
 
 class SharedText(nn.Module):
-    """Features of a context (G, n, W) under a frozen tower, one copy for each image.
+    """Features of contexts (G, n, W) under a frozen tower, one copy for each image.
 
-    It owns the context and nothing of the tower, which is why Opacus accepts it.
+    It owns the contexts and nothing of the tower, which is why Opacus accepts it.
     """
 
-    def __init__(self, context: nn.Parameter, encode: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, contexts: Sequence[nn.Parameter], encode: Callable[..., Tensor]) -> None:
         super().__init__()
-        self.context = context
+        for i, context in enumerate(contexts):
+            self.register_parameter(f"context{i}", context)
         self._encode = encode
         self.features: Tensor | None = None  # of the last forward pass, with its graph
 
     def forward(self, rows: Tensor) -> Tensor:
         """(B, G, C, E) for B rows."""
         with sdpa_kernel(SDPBackend.MATH):  # the fused attention has no batched backward pass
-            self.features = self._encode(self.context)
+            self.features = self._encode(*self.parameters(recurse=False))
         # The copies depend on ``rows`` so that hooks on this module see them as its output.
         copies = self.features.detach().expand(len(rows), *self.features.shape)
         return copies + rows.reshape(-1, 1, 1, 1)
@@ -101,15 +102,16 @@ def _text_gradients(
     module: SharedText, activations: list[Tensor], backprops: Tensor
 ) -> dict[nn.Parameter, Tensor]:
     assert module.features is not None
-    parts = []
+    contexts, parts = list(module.parameters(recurse=False)), []
     for start in range(0, len(backprops), CHUNK):
-        (found,) = torch.autograd.grad(
-            module.features, module.context, backprops[start : start + CHUNK],
-            is_grads_batched=True, retain_graph=True,
+        parts.append(
+            torch.autograd.grad(
+                module.features, contexts, backprops[start : start + CHUNK],
+                is_grads_batched=True, retain_graph=True,
+            )
         )  # fmt: skip
-        parts.append(found)
     module.features = None
-    return {module.context: torch.cat(parts)}
+    return {p: torch.cat(found) for p, found in zip(contexts, zip(*parts, strict=True), strict=True)}
 
 
 @register_grad_sampler(PerImage)  # type: ignore[untyped-decorator]
@@ -188,6 +190,7 @@ class PrivateTraining:
         self.backward(batch)
         self._drop_broken()
         self._optimizer.pre_step()
+        self._method.after_noise()
         free = self._method.data_free_loss()
         if free is not None:
             params = self._method.parameters()

@@ -56,6 +56,7 @@ METHODS: dict[str, MethodFacts] = {
         MethodFacts("fedamp", _OURS + "fedamp:FedAMP", "Huang et al., AAAI 2021", hidden=False),
         MethodFacts("promptfolio", _OURS + "promptfolio:PromptFolio", "Pan et al., NeurIPS 2024"),
         MethodFacts("fedpgp", _OURS + "fedpgp:FedPGP", "Cui et al., ICML 2024"),
+        MethodFacts("dpfpl", _OURS + "dpfpl:DPFPL", "Tran et al., ICLR 2025", sampled=True),
         MethodFacts("pfedprompt", _OURS + "pfedprompt:PFedPrompt", "Guo et al., WWW 2023"),
         MethodFacts("fedtpg", _OURS + "fedtpg:FedTPG", "Qiu et al., ICLR 2024"),
         MethodFacts("linear", _OURS + "linear:LinearHead", "a linear head, from class names"),

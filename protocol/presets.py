@@ -26,6 +26,7 @@ _CHANGES: dict[str, dict[str, Any]] = {
     },
     "promptfolio": {**_FEW_SHOT, "compare": {"theta": 0.4}},
     "fedpgp": {**_FEW_SHOT, "compare": {"rank": 4, "contrast": 1.0}},
+    "dpfpl": {**_FEW_SHOT, "rounds": 100, "epochs": 1, "compare": {"rank": 8}},
     "fedtpg": {
         **_FEW_SHOT, "lr": 3e-3, "weight_decay": 1e-5, "schedule": "cosine", "n_ctx": 4,
         "compare": {"queries": 4},

@@ -126,7 +126,8 @@ class ComparatorSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True
     Attributes:
         prox_mu: FedProx, weight of half the squared distance from the global prompt.
         theta: PromptFolio, share of the local prompt in a text feature (its code: 0.4).
-        rank: FedPGP, of the local correction of the global prompt (its code: 4, its paper: 8).
+        rank: FedPGP, of the local correction of the global prompt (its code: 4, its paper: 8);
+            DP-FPL, of the local prompt's steps (its code: 8), n_ctx at most.
         contrast: FedPGP, weight of the contrastive term.
         cache_weight: pFedPrompt, weight of the local cache's logits.
         cache_sharpness: pFedPrompt, how fast they fall with the distance of features.

@@ -19,8 +19,9 @@ from secure_fedprompt.clients import dp_sgd as privacy
 from secure_fedprompt.clients.accounting import Steps, epsilon, noise_for, steps_of
 from secure_fedprompt.clients.dp_sgd import Draws, PrivateTraining, SecureOptimizer
 from secure_fedprompt.clients.methods.base import Batch, Method, build
+from secure_fedprompt.clients.methods.dpfpl import DPFPL
 from secure_fedprompt.protocol.errors import BudgetError
-from secure_fedprompt.protocol.settings import FedMGPSettings, FedOTPSettings
+from secure_fedprompt.protocol.settings import ComparatorSettings, FedMGPSettings, FedOTPSettings
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "promptfl": {"method": "promptfl"},
@@ -29,6 +30,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "text only": {"method": "fedmgp", "fedmgp": FedMGPSettings(groups=2, slots=1, modality="text")},
     "vision only": {"method": "fedmgp", "fedmgp": FedMGPSettings(groups=2, slots=1, modality="vision")},
     "l2": {"method": "fedmgp", "fedmgp": FedMGPSettings(groups=3, slots=1, diversity="l2")},
+    "dpfpl": {"method": "dpfpl", "compare": ComparatorSettings(rank=2)},
 }  # fmt: skip
 
 
@@ -110,6 +112,19 @@ def test_a_step_is_clip_sum_noise_divide_and_then_the_free_terms(
         assert torch.allclose(p, b - 0.1 * (total / 4 + e), atol=1e-10, rtol=0)
 
 
+def test_noise_of_dpfpl_stays_in_the_low_rank_where_its_local_prompt_learns() -> None:
+    method, _ = make("dpfpl")
+    assert isinstance(method, DPFPL)
+    left, right = method.factors()
+    before = [p.detach().clone() for p in (method.ctx, method.local)]
+    trainer_of(method).step(Batch(torch.zeros(0, 24).double(), torch.zeros(0, dtype=torch.int64)))
+    ctx, local = (p.detach() - b for p, b in zip((method.ctx, method.local), before, strict=True))
+    outside = lambda moved: moved - left @ (left.T @ moved)  # noqa: E731
+    beyond = lambda moved: outside(moved) - outside(moved) @ right.T @ right  # noqa: E731
+    assert beyond(local).abs().max() < 1e-12 < 1e-3 < beyond(ctx).abs().max()
+    assert local.norm() > 1e-3
+
+
 def test_an_empty_batch_is_a_step_of_noise() -> None:
     method, batch = make("fedmgp")
     training = trainer_of(method, sigma=3.0, clip=2.0)
@@ -123,7 +138,7 @@ def test_an_empty_batch_is_a_step_of_noise() -> None:
 def test_one_image_moves_the_sum_by_at_most_the_clip(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neighbouring batches: sensitivity over all trained tensors together."""
     monkeypatch.setattr(Draws, "normal", lambda self, shape: np.zeros(shape))
-    for variant in ("promptfl", "fedotp", "fedmgp"):
+    for variant in ("promptfl", "fedotp", "fedmgp", "dpfpl"):
         moves = []
         for count in (5, 6):
             method, batch = make(variant)

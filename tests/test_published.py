@@ -18,6 +18,7 @@ from secure_fedprompt.clients.backbone import Backbone
 from secure_fedprompt.clients.data import sets
 from secure_fedprompt.clients.features import encode
 from secure_fedprompt.clients.methods.base import METHODS, Batch, Method, array, build
+from secure_fedprompt.clients.methods.dpfpl import DPFPL
 from secure_fedprompt.clients.methods.fedmgp import FedMGP, likeness
 from secure_fedprompt.clients.methods.fedper import FedPer
 from secure_fedprompt.clients.methods.fedpgp import FedPGP
@@ -142,6 +143,31 @@ def test_fedpgp_contrasts_at_half_a_degree_with_placeholder_words() -> None:
     far = torch.exp((shared * own).sum(-1) / 0.5)
     contrast = -torch.log(near / (near + far)).mean()
     assert torch.allclose(method.loss(batch), loss + contrast, atol=1e-10)
+
+
+def test_dpfpl_moves_its_local_prompt_by_the_gradients_of_its_factors() -> None:
+    backbone = tiny()
+    method = make("dpfpl", backbone, compare=ComparatorSettings(rank=2))
+    batch = images(backbone)
+    assert isinstance(method, DPFPL)
+    left, right = (f.clone().requires_grad_() for f in method.factors())
+    for one in (left.T, right):
+        assert torch.allclose(one @ one.T, torch.eye(2).double(), atol=1e-10)
+    residual = method.local.detach() - left.detach() @ right.detach()
+    whole = method.ctx.detach() + method.local.detach()
+    loss = F.cross_entropy(
+        backbone.scale * batch.images @ texts(backbone, whole + left @ right - (left @ right).detach())[0].T,
+        batch.labels,
+    )
+    assert torch.allclose(method.loss(batch), loss, atol=1e-10)
+    assert residual.abs().max() > 1e-3
+    by_left, by_right = torch.autograd.grad(loss, (left, right))
+    expected = by_left @ right + left @ by_right - left @ (left.T @ by_left) @ right  # Yu et al.
+    ctx, local = torch.autograd.grad(method.loss(batch), (method.ctx, method.local))
+    assert torch.allclose(local[0], expected, atol=1e-10)
+    assert not torch.allclose(local, ctx, atol=1e-3 * float(ctx.abs().max()))
+    method.adopt({"ctx": array(method.ctx)})
+    assert method.local.abs().max() == 0
 
 
 @pytest.mark.parametrize(("n_ctx", "kept"), [(1, 1), (2, 1), (3, 1), (5, 2), (16, 8)])

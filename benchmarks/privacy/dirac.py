@@ -68,7 +68,7 @@ class Dirac(Method):
     logits = loss
 
     def private_parts(self) -> Any:
-        return {"shared": (self.both, lambda p: p.reshape(1, 1, -1))}, {"own": self.alone}
+        return {"shared": ((self.both,), lambda p: p.reshape(1, 1, -1))}, {"own": self.alone}
 
     def sample_losses(self, outputs: Mapping[str, Tensor], batch: Batch) -> Tensor:
         rows = torch.arange(len(batch.labels))

@@ -29,7 +29,7 @@ from secure_fedprompt.protocol.settings import MethodSettings
 
 Array = NDArray[np.float32]
 Arrays = dict[str, Array]
-Shared = tuple[nn.Parameter, Callable[[Tensor], Tensor]]
+Shared = tuple[tuple[nn.Parameter, ...], Callable[..., Tensor]]
 
 
 @dataclass(frozen=True)
@@ -140,6 +140,10 @@ class Method(ABC):
                 parameters (B, ...), one for each image.
         """
         raise NotImplementedError
+
+    def after_noise(self) -> None:  # noqa: B027
+        """With DP-SGD: change the gradients, noise and all, before they move anything. Only what
+        is private already may be looked at, no image."""
 
     def data_free_loss(self) -> Tensor | None:
         """The part of the loss that depends on no image."""

@@ -181,7 +181,7 @@ class FedMGP(Method):
 
     def private_parts(self) -> tuple[dict[str, Shared], dict[str, nn.Parameter]]:
         encode = lambda prompts: self.backbone.text_features(prompts, self.tokens)  # noqa: E731
-        shared = {m: (p, encode) for m, p in self.prompts.items() if m == "text"}
+        shared = {m: ((p,), encode) for m, p in self.prompts.items() if m == "text"}
         return shared, {m: p for m, p in self.prompts.items() if m == "visual"}
 
     def sample_losses(self, outputs: Mapping[str, Tensor], batch: Batch) -> Tensor:

@@ -59,7 +59,7 @@ class FedOTP(Method):
     def private_parts(self) -> tuple[dict[str, Shared], dict[str, nn.Parameter]]:
         if not self.facts.sampled:  # built on this method, with another loss
             return super().private_parts()
-        return {"ctx": (self.ctx, self.encode), "local": (self.local, self.encode)}, {}
+        return {"ctx": ((self.ctx,), self.encode), "local": ((self.local,), self.encode)}, {}
 
     def sample_losses(self, outputs: Mapping[str, Tensor], batch: Batch) -> Tensor:
         text = torch.cat([outputs["ctx"], outputs["local"]], 1)  # (B, 2, C, E)

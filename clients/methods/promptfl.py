@@ -44,7 +44,7 @@ class PromptFL(Method):
     def private_parts(self) -> tuple[dict[str, Shared], dict[str, nn.Parameter]]:
         if not self.facts.sampled:  # built on this method, with another loss
             return super().private_parts()
-        return {"ctx": (self.ctx, self.encode)}, {}
+        return {"ctx": ((self.ctx,), self.encode)}, {}
 
     def sample_losses(self, outputs: Mapping[str, Tensor], batch: Batch) -> Tensor:
         cosine = torch.einsum("be,bce->bc", batch.images, outputs["ctx"][:, 0])
