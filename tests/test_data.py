@@ -324,6 +324,17 @@ def test_overlap_shares_some_classes_and_deals_out_the_rest(rho: float) -> None:
         partitions.overlap(labels, labels, 4, 0, 0.9)
 
 
+@pytest.mark.parametrize("rule", ["pathological", "dirichlet", "overlap", "domain-dirichlet"])
+def test_images_of_a_class_that_nobody_trains_on_are_nobodys(
+    rule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train, test = np.repeat(np.arange(8), 40), np.tile(np.arange(11), 20)
+    monkeypatch.setattr(np, "empty", np.zeros)  # what was never written would name a client
+    shares = RULES[rule](train, test, 4, 0)
+    dealt = np.concatenate([share.test for share in shares])
+    assert sorted(dealt.tolist()) == np.flatnonzero(test < 8).tolist()
+
+
 def test_domain_dirichlet_keeps_clients_in_their_domain_and_skews_labels() -> None:
     labels, domains = np.tile(np.repeat(np.arange(10), 40), 2), np.repeat([0, 1], 400)
     shares = partitions.domain_dirichlet((labels, domains), (labels, domains), 6, 0, 0.1)

@@ -1,7 +1,8 @@
 """Which client holds which images: the splits of the literature.
 
 Each rule deals out training and test images together, so that a client is tested on the
-distribution it trains on. All rules are deterministic in their seed.
+distribution it trains on; test images of a class that nobody trains on are nobody's, except under
+``iid`` and ``domain``, which look at no class. All rules are deterministic in their seed.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from secure_fedprompt.protocol.errors import DataError
 
 Index = NDArray[np.int64]
 MIN_SAMPLES = 10  # of every client under Dirichlet
+NOBODY = -1
 _TRIES = 1000
 
 
@@ -85,7 +87,7 @@ def overlap(train: Index, test: Index, parts: int, seed: int, rho: float) -> lis
         )
     owners = []
     for labels in (train, test):
-        owner = np.empty(len(labels), np.int64)
+        owner = np.full(len(labels), NOBODY)
         for client, hand in enumerate(np.array_split(rest, parts)):
             owner[np.isin(labels, hand)] = client
         for number, label in enumerate(shared):
@@ -126,7 +128,7 @@ def dirichlet(
     rng = np.random.default_rng([seed, 5])
     classes = np.unique(train)
     for _ in range(_TRIES):
-        owners = np.empty(len(train), np.int64), np.empty(len(test), np.int64)
+        owners = np.full(len(train), NOBODY), np.full(len(test), NOBODY)
         held = np.zeros(parts)
         for label in rng.permutation(classes):
             share = rng.dirichlet(np.full(parts, beta)) * (held < len(train) / parts)
@@ -135,7 +137,7 @@ def dirichlet(
                 for client, chosen in enumerate(spread(rng, labels, label, share)):
                     owner[chosen] = client
                     held[client] += len(chosen) if labels is train else 0
-        tested = np.bincount(owners[1], minlength=parts)
+        tested = np.bincount(owners[1][owners[1] != NOBODY], minlength=parts)
         if held.min() >= least and not (official and tested.min() < MIN_SAMPLES):
             return [Part(*(np.flatnonzero(owner == k) for owner in owners)) for k in range(parts)]
     raise DataError(
