@@ -56,7 +56,7 @@ from secure_fedprompt.server.store import Store
 
 COMPARATORS = ("promptfl-ft", "fedprox", "fedper", "fedamp", "promptfolio", "fedpgp", "dpfpl",
                "pfedprompt", "fedtpg", "linear")  # fmt: skip
-CLASSES_OF_ITS_OWN = "linear",  # it cannot name a class that it has not seen
+CLASSES_OF_ITS_OWN = ("linear",)  # it cannot name a class that it has not seen
 SPLITS = ("pathological", "overlap 0.2", "overlap 0.5", "dirichlet 0.1", "dirichlet 0.3",
           "dirichlet 0.5", "domain", "domain-dirichlet 0.3", "base/novel")  # fmt: skip
 QUIET = lambda *_: None  # noqa: E731

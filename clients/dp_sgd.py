@@ -111,7 +111,9 @@ def _text_gradients(
             )
         )  # fmt: skip
     module.features = None
-    return {p: torch.cat(found) for p, found in zip(contexts, zip(*parts, strict=True), strict=True)}
+    return {
+        p: torch.cat(found) for p, found in zip(contexts, zip(*parts, strict=True), strict=True)
+    }
 
 
 @register_grad_sampler(PerImage)  # type: ignore[untyped-decorator]

@@ -16,7 +16,7 @@ from secure_fedprompt.clients.kept import Kept
 from secure_fedprompt.clients.ledger import Entry
 from secure_fedprompt.clients.methods.base import Arrays, Method, build
 from secure_fedprompt.clients.schedule import rate
-from secure_fedprompt.clients.steps import Steps
+from secure_fedprompt.clients.steps import CompiledSteps, Steps
 from secure_fedprompt.clients.work import Update, Work
 from secure_fedprompt.protocol import layout as lay
 from secure_fedprompt.protocol.averaging import Prompt
@@ -82,6 +82,7 @@ class LocalLearner:
         self._initial = self._flattened(method.state())
         self._before: tuple[tuple[bytes, int], Arrays] | None = None  # private part, round's start
         self._zero_shot_hits: int | None = None
+        self._steps: Steps | None = None
         self._counted: Counts = {}  # metrics of the round under way
 
     def tensors(self) -> tuple[TensorSpec, ...]:
@@ -187,6 +188,17 @@ class LocalLearner:
         self.method.tuned()
         self.kept.save(self.method, run)
 
+    def _taking(self) -> Steps:
+        """Steps from rest. They are kept: a compiled graph belongs to their tensors."""
+        s, trained = self.settings, self.method.parameters()
+        if self._steps is None or list(map(id, self._steps.parameters)) != list(map(id, trained)):
+            kind = CompiledSteps if self.client.compile else Steps
+            self._steps = kind(
+                self.method, lr=s.lr, momentum=s.momentum, weight_decay=s.weight_decay
+            )
+        self._steps.restart()
+        return self._steps
+
     def check_kind(self, run: bytes) -> None:
         """Refuse to change between dp and none within a run.
 
@@ -221,12 +233,14 @@ class LocalLearner:
             return
         self.check_kind(run)
         rng = client.draws(number)
-        taking = Steps(method, lr=s.lr, momentum=s.momentum, weight_decay=s.weight_decay)
+        taking = self._taking()
         # A batch of everything would make training a function of the prompt alone.
         size = min(s.batch_size, max(1, len(images) // 4))
         steps = s.epochs * -(-len(images) // size)
         entry = Entry(run.hex(), number, 0.0, size / len(images), steps)
         client.ledger.reserve(entry, client.dp)
+        if client.compile:
+            client.progress("compiling a step", 0, 1)
         done, losses = 0, list[torch.Tensor]()
         with torch.random.fork_rng(devices=[]):  # torchvision draws from torch's generator
             torch.manual_seed(int(rng.integers(2**62)))

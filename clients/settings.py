@@ -150,6 +150,8 @@ class ClientSettings(ModelSettings, frozen=True, forbid_unknown_fields=True, kw_
         augment: train on random crops and flips instead of cached features.
         views: of each training image to encode and keep with augment, one of which is drawn for
             each step; 0 encodes a fresh one for each step, through the whole tower.
+        compile: compile the training step with torch.compile, without dp; takes a minute or more,
+            so that it pays for a large model, or ten thousand steps.
         skip_unreadable: leave out images that cannot be read, instead of ending with their names.
         accept: first hex digits of the terms of a run that train from a prompt that this client has
             trained from before, under other bounds or settings; its error message names them.
@@ -176,6 +178,7 @@ class ClientSettings(ModelSettings, frozen=True, forbid_unknown_fields=True, kw_
     seed: int = -1
     augment: bool = False
     views: Count = 0
+    compile: bool = False
     skip_unreadable: bool = False
     accept: tuple[str, ...] = ()
     hold_seconds: NonNegative = 0.0

@@ -67,7 +67,7 @@ class LocalTrainer:
         self.model_fingerprint = backbone.fingerprint
         self.classes_digest = classes_digest(train.class_names)
         self.weight = float(len(train))
-        self.hold_seconds, self.views = 0.0, 0  # as the client's settings say
+        self.hold_seconds, self.views, self.compile = 0.0, 0, False  # as the client's settings say
         self._sets = train, test
         self._features = {features[0].needs: features} if features else {}
         self._views = dict[str, torch.Tensor]()

@@ -32,6 +32,7 @@ from secure_fedprompt.host.recorder import recorder
 from secure_fedprompt.pace import Pace
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.errors import (
+    ConfigError,
     DataError,
     SecureFedPromptError,
     SumError,
@@ -84,6 +85,8 @@ def load_trainer(settings: ClientSettings, log: Log, bars: Bars) -> LocalTrainer
     from secure_fedprompt.clients.data.loading import load_part
     from secure_fedprompt.clients.training import LocalTrainer
 
+    if settings.compile and settings.dp.kind != "none":
+        raise ConfigError("compile: steps of DP-SGD cannot be compiled: leave it out")
     if settings.threads:
         torch.set_num_threads(settings.threads)
     train, test = readable(load_part(settings), log, settings.skip_unreadable, bars.on)
@@ -101,6 +104,7 @@ def load_trainer(settings: ClientSettings, log: Log, bars: Bars) -> LocalTrainer
         log.info("data", f"data set {settings.dataset}: {train.note}")
     made = LocalTrainer(backbone, train, test, None, settings.augment, bars.on, dp=settings.dp)
     made.local_metrics, made.views = settings.local_metrics, settings.views
+    made.compile = settings.compile
     return made
 
 

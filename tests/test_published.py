@@ -156,7 +156,9 @@ def test_dpfpl_moves_its_local_prompt_by_the_gradients_of_its_factors() -> None:
     residual = method.local.detach() - left.detach() @ right.detach()
     whole = method.ctx.detach() + method.local.detach()
     loss = F.cross_entropy(
-        backbone.scale * batch.images @ texts(backbone, whole + left @ right - (left @ right).detach())[0].T,
+        backbone.scale
+        * batch.images
+        @ texts(backbone, whole + left @ right - (left @ right).detach())[0].T,
         batch.labels,
     )
     assert torch.allclose(method.loss(batch), loss, atol=1e-10)

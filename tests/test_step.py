@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,13 +12,20 @@ import pytest
 import torch
 import torch._dynamo
 from models import in_double
+from rounds import make_plan
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from secure_fedprompt.clients import learning
 from secure_fedprompt.clients.backbone import Backbone
+from secure_fedprompt.clients.data.sets import generated_sets
 from secure_fedprompt.clients.features import encode
 from secure_fedprompt.clients.methods.base import METHODS, Batch, Method, build
-from secure_fedprompt.clients.steps import Steps
+from secure_fedprompt.clients.steps import CompiledSteps, Steps
+from secure_fedprompt.clients.training import LocalTrainer
+from secure_fedprompt.clients.work import Update, Work
+from secure_fedprompt.protocol.errors import ConfigError
 from secure_fedprompt.protocol.settings import FedMGPSettings, FedOTPSettings, MethodSettings
 
 NAMES = ("red circle", "blue circle", "plain green square")
@@ -102,6 +110,68 @@ def test_the_whole_step_is_one_graph_and_the_same_as_without(
     assert np.allclose(losses, compiled_losses, rtol=tolerance)
     for one, other in zip(plain, graph, strict=True):
         assert torch.allclose(one, other, rtol=tolerance, atol=tolerance)
+
+
+SLOWER = (pytest.param(name, marks=pytest.mark.slow) for name in ("fedotp", "fedprox"))
+
+
+@pytest.mark.parametrize("name", ["promptfl", "fedmgp", *SLOWER])
+def test_a_client_compiles_once_and_trains_as_without(
+    name: str, bundled: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three rounds, with a smaller last batch: two graphs, whatever a round begins with."""
+    if not hasattr(torch._dynamo.config, "trace_autograd_ops"):
+        pytest.skip("this PyTorch traces no gradients")
+    torch._dynamo.reset()
+    counting = CompileCounterWithBackend("aot_eager")
+    compiled = functools.partial(CompiledSteps, backend=counting)
+    monkeypatch.setattr(learning, "CompiledSteps", compiled)
+    train, test = generated_sets(3, ["sketch"], 6, 1, 0)
+    settings = MethodSettings(
+        method=name, n_ctx=4, lr=0.02, epochs=2, batch_size=4,
+        fedmgp=FedMGPSettings(groups=2, slots=1), fedotp=FedOTPSettings(iterations=5),
+    )  # fmt: skip
+    finals = []
+    for compiling in (False, True):
+        client = LocalTrainer(bundled, train, test, seed=1)
+        client.compile = compiling
+        learner = client.prepare(settings)
+        base, losses = learner.initial(), list[float | None]()
+        for number in (1, 2, 3):
+            plan = make_plan(
+                3,
+                tensors=learner.tensors(),
+                max_weight=200,
+                max_seen=200,
+                round=number,
+                learning_round=number,
+                rounds=3,
+            )
+            update = learner.run(Work(plan, base))
+            assert isinstance(update, Update)
+            base = base + np.concatenate(
+                [np.ravel(update.values[t.name]) for t in learner.tensors()]
+            ).astype(np.float32)
+            losses += [learner.figures.first_loss, learner.figures.last_loss]
+        finals.append((base, losses))
+    assert counting.frame_count == 2
+    (plain, first), (graph, second) = finals
+    assert np.allclose(plain, graph, atol=1e-5)
+    assert np.allclose(np.array(first, float), np.array(second, float), rtol=1e-4)
+    assert np.abs(plain - learner.initial()).max() > 1e-2
+
+
+def test_what_cannot_be_compiled_says_to_leave_it_out(bundled: Backbone) -> None:
+    if not hasattr(torch._dynamo.config, "trace_autograd_ops"):
+        pytest.skip("this PyTorch traces no gradients")
+
+    def broken(graph: Any, example: Any) -> Any:
+        raise KeyError("buf613")  # as inductor's own
+
+    method, batch = prepared("promptfl", bundled)
+    taking = CompiledSteps(method, lr=0.1, momentum=0.9, weight_decay=0.0, backend=broken)
+    with pytest.raises(ConfigError, match=r"cannot compile a step of promptfl on cpu .* leave it"):
+        taking.take(batch)
 
 
 def moved(method: Method, batch: Batch, place: Callable[[Tensor], Tensor]) -> tuple[Method, Batch]:

@@ -1,10 +1,10 @@
-"""DP-FPL: a global prompt plus a local one that learns in a low rank, so that noise is added to less.
+"""DP-FPL: a global prompt and a local one that learns in a low rank, where less noise is added.
 
 Tran, Sun, Patterson and Milanova, "Privacy-Preserving Personalized Federated Prompt Learning for
 Multimodal Large Language Models" (ICLR 2025). The context is global + local. In every step the
-local one is factorised by one power iteration (Yu et al., "Large Scale Private Learning via Low-rank
-Reparametrization", ICML 2021), local = U V + residual with orthonormal U (n, r) and V (r, W), and
-moves by the gradients of U and V alone: for D, that of the context,
+local one is factorised by one power iteration (Yu et al., "Large Scale Private Learning via
+Low-rank Reparametrization", ICML 2021), local = U V + residual with orthonormal U (n, r) and V
+(r, W), and moves by the gradients of U and V alone: for D, that of the context,
 
     P(D) = (D V') V + U (U' D) - U U' (D V') V,
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from secure_fedprompt.clients.backbone import Backbone
@@ -60,7 +59,7 @@ class FedAMP(PromptFL):
 
     def begin(self, tensors: Mapping[str, Array], learning_round: int) -> None:
         self.load(tensors)
-        self.anchor = torch.from_numpy(self.drawn_to()).to(self.ctx.device)
+        put(self.anchor, self.drawn_to())
 
     def adopt(self, tensors: Mapping[str, Array]) -> None:
         """Without a seat: the mean of the clients' prompts."""

@@ -181,7 +181,9 @@ class FedMGP(Method):
 
     def private_parts(self) -> tuple[dict[str, Shared], dict[str, nn.Parameter]]:
         encode = lambda prompts: self.backbone.text_features(prompts, self.tokens)  # noqa: E731
-        shared = {m: ((p,), encode) for m, p in self.prompts.items() if m == "text"}
+        shared: dict[str, Shared] = {
+            m: ((p,), encode) for m, p in self.prompts.items() if m == "text"
+        }
         return shared, {m: p for m, p in self.prompts.items() if m == "visual"}
 
     def sample_losses(self, outputs: Mapping[str, Tensor], batch: Batch) -> Tensor:
@@ -244,8 +246,9 @@ def likeness(features: Tensor, kind: str, compat: str = "") -> Tensor:
     if kind == "cosine":
         return (features.sum(0).square().sum(-1) - groups).mean() / pairs
     gram = torch.einsum("ire,jre->rij", features, features)
-    off = ~torch.eye(groups, dtype=torch.bool, device=features.device)
-    return -(2 - 2 * gram[:, off]).clamp(min=1e-12).sqrt().mean()
+    same = torch.eye(groups, dtype=torch.bool, device=features.device)
+    distance = (2 - 2 * gram).masked_fill(same, 1).clamp(min=1e-12).sqrt().masked_fill(same, 0)
+    return -distance.sum() / (pairs * rows)
 
 
 def slot_similarity(groups: Array, slots: Array) -> NDArray[np.float64]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from secure_fedprompt.clients.backbone import Backbone
-from secure_fedprompt.clients.methods.base import Array, Batch
+from secure_fedprompt.clients.methods.base import Array, Batch, put
 from secure_fedprompt.clients.methods.promptfl import PromptFL
 from secure_fedprompt.protocol.settings import MethodSettings
 
@@ -25,7 +25,7 @@ class FedProx(PromptFL):
 
     def load(self, tensors: Mapping[str, Array]) -> None:
         super().load(tensors)
-        self.anchor = self.ctx.detach().clone()
+        put(self.anchor, tensors["ctx"])
 
     def loss(self, batch: Batch) -> Tensor:
         return super().loss(batch) + self.mu / 2 * (self.ctx - self.anchor).square().sum()
