@@ -42,10 +42,11 @@ from secure_fedprompt.protocol.settings import FedMGPSettings, MethodSettings
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a data set lies: CoOp's folder, images and split file in it; torchvision's name."""
+    """Where a data set lies: CoOp's folder, images and split file in it; torchvision's name. One
+    of several domains has no split file: a folder each, and in it one for each class."""
 
     images: str
-    split: str
+    split: str = ""
     torchvision: str = ""
 
 
@@ -57,8 +58,15 @@ DATA = {
     "Caltech101": Layout(
         "caltech-101/101_ObjectCategories", "split_zhou_Caltech101.json", "Caltech101"
     ),
+    "StanfordCars": Layout("stanford_cars", "split_zhou_StanfordCars.json", "StanfordCars"),
+    "SUN397": Layout("sun397/SUN397", "split_zhou_SUN397.json", "SUN397"),
+    "UCF101": Layout("ucf101/UCF-101-midframes", "split_zhou_UCF101.json"),
+    "FGVCAircraft": Layout("fgvc-aircraft-2013b", torchvision="FGVCAircraft"),
+    "DomainNet": Layout("domainnet"),
+    "OfficeCaltech10": Layout("office_caltech_10"),
 }
 FIVE = ("Food101", "DTD", "Caltech101", "Flowers102", "OxfordPets")
+NINE = (*FIVE, "StanfordCars", "SUN397", "UCF101", "FGVCAircraft")
 
 
 @dataclass(frozen=True)
@@ -67,7 +75,8 @@ class Table:
 
     Attributes:
         source: where it is; model: that it was measured with; split, shots, clients: its protocol.
-        cells: published figures by data set and method; ``mean`` where a paper gives only that.
+        cells: published figures by data set and method; ``mean`` where only that is known here,
+            neither where nothing is.
         settings: of each method, over its preset.
         figure: what is compared: "local" or "cm".
     """
@@ -115,7 +124,21 @@ TABLES = {
         "FedMGP, NeurIPS 2025, means of nine data sets", "ViT-B-16", "base/novel", 16, 10, {},
         {"PromptFL": {"method": "promptfl"}, "FedOTP": {"method": "fedotp"},
          "FedMGP": {"method": "fedmgp"}},
-        "cm", {"PromptFL": 71.31, "FedOTP": 57.10, "FedMGP": 81.85},
+        "cm", {"PromptFL": 71.31, "FedOTP": 57.10, "FedMGP": 81.85}, NINE,
+    ),
+    "fedotp-domains": Table(
+        "FedOTP, CVPR 2024, DomainNet, a client for each domain; its figures are not known here",
+        "ViT-B-16", "domain", 16, 6, {},
+        {"zero shot": {"method": "zeroshot"}, "PromptFL": {"method": "promptfl"},
+         "FedOTP": {"method": "fedotp"}},
+        datasets=("DomainNet",),
+    ),
+    "fedotp-offices": Table(
+        "FedOTP, CVPR 2024, Office-Caltech10, a client for each domain; its figures are not known "
+        "here", "ViT-B-16", "domain", 16, 4, {},
+        {"zero shot": {"method": "zeroshot"}, "PromptFL": {"method": "promptfl"},
+         "FedOTP": {"method": "fedotp"}},
+        datasets=("OfficeCaltech10",),
     ),
     "fedmgp-ablation": Table(
         "FedMGP, NeurIPS 2025, means of Flowers102, DTD, Caltech101", "ViT-B-16", "base/novel", 16,
@@ -140,16 +163,31 @@ def load(name: str, root: Path, download: bool) -> tuple[ImageSet, ImageSet]:
     """
     layout = DATA[name]
     folder = root / Path(layout.images).parts[0]
-    if (folder / layout.split).exists():
+    if layout.split and (folder / layout.split).exists():
         return coop_split(folder / layout.split, root / layout.images)
+    if not layout.split and not layout.torchvision:
+        if folder.exists():
+            return load_sets(DataSettings(dataset=str(folder)))
+        raise DataError(f"{name}: put its domains' folders, with one for each class, into {folder}")
+    if not layout.torchvision:
+        raise DataError(missing(name, root))
     try:
         settings = DataSettings(dataset=layout.torchvision, data_root=str(root), download=download)
         return load_sets(settings)
     except DataError as error:
         raise DataError(
-            f"{name}: put its images into {root / layout.images} and CoOp's {layout.split} into "
-            f"{folder} (its repository's DATASETS.md says where both are), or: {error}"
+            f"{missing(name, root)}, or: {error}" if layout.split else f"{error}"
         ) from None
+
+
+def missing(name: str, root: Path) -> str:
+    """Where a data set with a split file of CoOp's goes."""
+    layout = DATA[name]
+    folder = root / Path(layout.images).parts[0]
+    return (
+        f"{name}: put its images into {root / layout.images} and CoOp's {layout.split} into "
+        f"{folder} (its repository's DATASETS.md says where both are)"
+    )
 
 
 def coop_split(path: Path, images: Path) -> tuple[ImageSet, ImageSet]:
