@@ -47,7 +47,7 @@ class Meter:
     """CPU seconds by owner and kind of work, and bytes by client; the server is ""."""
 
     def __init__(self) -> None:
-        self.cpu: dict[tuple[str, str], float] = {}
+        self.cpu: dict[str, dict[str, float]] = {}
         self.up: dict[str, int] = {}
         self.down: dict[str, int] = {}
         self.opened, self.sum = 0, dict[str, Vector]()  # by how many clients, and what it is
@@ -55,14 +55,13 @@ class Meter:
     def charge(self, who: str, kind: str, work: Callable[[], T]) -> T:
         begin = time.process_time()
         result = work()
-        self.cpu[who, kind] = self.cpu.get((who, kind), 0.0) + time.process_time() - begin
+        kinds = self.cpu.setdefault(who, {})
+        kinds[kind] = kinds.get(kind, 0.0) + time.process_time() - begin
         return result
 
     def total(self, who: str, kinds: tuple[str, ...] = ()) -> float:
         """Seconds of one owner, for some kinds of work or all."""
-        return sum(
-            s for (w, kind), s in self.cpu.items() if w == who and (not kinds or kind in kinds)
-        )
+        return sum(s for kind, s in self.cpu.get(who, {}).items() if not kinds or kind in kinds)
 
 
 def run(

@@ -29,6 +29,7 @@ class SumKey:
     def __init__(self, secret: bytes) -> None:
         self._secret = secret
         self.digest = digest(Purpose.SUM_KEY, secret)
+        self._last: tuple[bytes, TagKey] | None = None  # of a plan, which tags and checks
 
     def __repr__(self) -> str:
         return "SumKey(<private>)"
@@ -56,4 +57,7 @@ class SumKey:
 
     def tags(self, plan: RoundPlan) -> TagKey:
         """What tags uploads under a plan, and checks their sums."""
-        return TagKey.of(self._secret, plan.digest, total_size(plan.layout), plan.cohort)
+        if self._last is None or self._last[0] != plan.digest:
+            size = total_size(plan.layout)
+            self._last = plan.digest, TagKey.of(self._secret, plan.digest, size, plan.cohort)
+        return self._last[1]

@@ -7,6 +7,7 @@ A frame is ``version (1) | type (1) | fields in order``, all little-endian:
     UpTo(n) Blob              u32 length, at most n; decoded as a view of the frame, not a copy
     Text(n) str               u16 length, UTF-8, at most n bytes, no control characters
     tuple[T, ...] + Many(n)   u32 count, at most n
+    tuple[str, ...] + Roll(n) u32 length, at most n distinct ASCII names in order; see ``rolls``
     a frozen dataclass        its fields in order
 
 Decoding consumes every byte or raises: there are no optional fields, no padding and no
@@ -24,6 +25,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
+from secure_fedprompt.protocol import rolls
 from secure_fedprompt.protocol.errors import (
     FieldError,
     TooLargeError,
@@ -33,7 +35,7 @@ from secure_fedprompt.protocol.errors import (
     UnknownVersionError,
 )
 
-VERSION = 9
+VERSION = 10
 MAX_FRAME = 1 << 28
 T = TypeVar("T")
 
@@ -60,6 +62,11 @@ class Text:
 
 @dataclass(frozen=True)
 class Many:
+    limit: int
+
+
+@dataclass(frozen=True)
+class Roll:
     limit: int
 
 
@@ -199,6 +206,23 @@ def _many(where: str, limit: int, item: tuple[Writer, Reader]) -> tuple[Writer, 
     return write, read
 
 
+def _roll(where: str, limit: int) -> tuple[Writer, Reader]:
+    write_bytes, read_bytes = _prefixed(where, limit * rolls.LONGEST, Number("<I"))
+
+    def write(names: tuple[str, ...], out: list[bytes]) -> None:
+        if len(names) > limit:
+            raise TooLargeError(f"{where}: {len(names)} names, at most {limit}")
+        write_bytes(rolls.pack(names, where), out)
+
+    def read(cursor: Cursor) -> tuple[str, ...]:
+        names = rolls.unpack(bytes(read_bytes(cursor)), where)
+        if len(names) > limit:
+            raise TooLargeError(f"{where}: {len(names)} names, at most {limit}")
+        return names
+
+    return write, read
+
+
 def _coder(annotation: Any, where: str) -> tuple[Writer, Reader]:
     kind = None
     if get_origin(annotation) is Annotated:
@@ -212,6 +236,8 @@ def _coder(annotation: Any, where: str) -> tuple[Writer, Reader]:
             return _prefixed(where, limit, Number("<I"))
         case Text(limit):
             return _text(where, limit)
+        case Roll(limit):
+            return _roll(where, limit)
         case Many(limit):
             return _many(where, limit, _coder(get_args(annotation)[0], where))
     if is_dataclass(annotation):

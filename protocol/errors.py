@@ -55,7 +55,6 @@
         ├── AdvertMismatchError                  an advert is missing, doubled or altered
         ├── SurvivorError                        survivor list not ours, too short, unsigned
         │   ├── IsolationError                       a list that, with others, would isolate a few
-        │   ├── OverlapError                     a peer both alive and dropped
         │   └── ThresholdError                   fewer than t
         ├── SumError                             what came back is not the sum of what was sent
         └── BadShareError                        a share does not reconstruct; names the sender
@@ -289,10 +288,6 @@ class SurvivorError(ProtocolError):
 
 
 class IsolationError(SurvivorError):
-    pass
-
-
-class OverlapError(SurvivorError):
     pass
 
 

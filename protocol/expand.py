@@ -36,7 +36,6 @@ class Purpose(IntEnum):
     ROSTER_ENTRY = 3
     PLAN = 4
     ADVERT = 5
-    ADVERT_LIST = 6
     SURVIVORS = 7
     SELF_MASK = 8
     PAIR_MASK = 9
@@ -70,6 +69,8 @@ class Purpose(IntEnum):
     SUM_TAG_OFFSET = 37
     SUM = 38
     SUM_KEY = 39
+    MERKLE_LEAF = 40
+    MERKLE_NODE = 41
 
 
 _TAGS = {purpose: TAG + purpose.name.lower().encode() + b"\0" for purpose in Purpose}

@@ -15,9 +15,10 @@ from __future__ import annotations
 import functools
 import hmac
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from secure_fedprompt.protocol import shamir
@@ -30,24 +31,50 @@ from secure_fedprompt.protocol.shamir import Entropy
 Check = Callable[[bytes], bool]
 
 
-@functools.lru_cache(maxsize=8)
-def neighbourhoods(plan: RoundPlan) -> dict[str, tuple[str, ...]]:
+class Graph(Mapping[str, tuple[str, ...]]):
     """For every client its sorted closed neighbourhood: itself and those it is paired with.
 
-    The k-regular graph is a ring lattice over a permutation that the plan's seed fixes.
+    The k-regular graph is a ring lattice over a permutation that the plan's seed fixes. ``places``
+    are those on the ring, so that a neighbourhood is a run of them; the cohort's order on the
+    complete graph.
     """
-    cohort = plan.cohort
-    if not plan.degree:
-        return dict.fromkeys(cohort, cohort)
-    n, half = len(cohort), plan.degree // 2
-    stream = keystream(derive(plan.graph_seed, Purpose.GRAPH, plan.run), 16 * n)
-    order = sorted(range(n), key=lambda i: (stream[16 * i : 16 * i + 16], i))
-    return {
-        cohort[order[p]]: tuple(
-            sorted(cohort[order[(p + step) % n]] for step in range(-half, half + 1))
-        )
-        for p in range(n)
-    }
+
+    def __init__(self, plan: RoundPlan) -> None:
+        n, self._plan = len(plan.cohort), plan
+        self._ring = np.arange(n)  # the client at each place
+        if plan.degree:
+            stream = keystream(derive(plan.graph_seed, Purpose.GRAPH, plan.run), 16 * n)
+            halves = np.frombuffer(stream, ">u8").reshape(n, 2)
+            self._ring = np.lexsort((self._ring, halves[:, 1], halves[:, 0]))
+        self._places = np.argsort(self._ring)
+
+    def place(self, name: str) -> int:
+        """From 0; KeyError if the client is not in the cohort."""
+        return int(self._places[self._plan.points[name] - 1])
+
+    @property
+    def ring(self) -> tuple[str, ...]:
+        """Names by place."""
+        return tuple(self._plan.cohort[i] for i in self._ring.tolist())
+
+    def __getitem__(self, name: str) -> tuple[str, ...]:
+        plan, place, half = self._plan, self.place(name), self._plan.degree // 2
+        if not half:
+            return plan.cohort
+        near = np.sort(self._ring.take(range(place - half, place + half + 1), mode="wrap"))
+        return tuple([plan.cohort[i] for i in near.tolist()])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._plan.cohort)
+
+    def __len__(self) -> int:
+        return len(self._plan.cohort)
+
+
+@functools.lru_cache(maxsize=8)
+def neighbourhoods(plan: RoundPlan) -> Graph:
+    """The graph of a plan."""
+    return Graph(plan)
 
 
 def _log_choose(n: int, k: int) -> float:

@@ -8,7 +8,7 @@
       Accept           ->                            or Contest: the start is not what I compute
                        <-           Plan             round plan, global prompt
       Advert           ->                            fresh public keys, signed
-                       <-           Adverts
+                       <-           Adverts          of the neighbours, and proof of their place
       Shares           ->                            sealed key shares for each peer
                        <-           Inbox
      (Complaint        ->                            a box does not open
@@ -17,7 +17,7 @@
       MaskedUpload     ->                            (PlainUpload without protection)
                        <-           SurvivorList
       Consistent       ->                            signature on the list
-                       <-           UnmaskRequest
+                       <-           UnmaskRequest    enough signatures of neighbours
       Reveal           ->                            shares of self masks and of dropped keys
                        <-           OpenedSum        to the survivors, who check it
                        <-           RoundEnd         or the next Plan
@@ -62,10 +62,15 @@ the end of each round. ``repr`` never shows vectors, shares or boxes.
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Protocol, TypeVar
 
+import numpy as np
+
+from secure_fedprompt.protocol import merkle
 from secure_fedprompt.protocol.agreement_proof import AgreementProof
 from secure_fedprompt.protocol.codec import (
     MAX_FRAME,
@@ -81,6 +86,7 @@ from secure_fedprompt.protocol.codec import (
     Name,
     Printable,
     PublicKey,
+    Roll,
     RunId,
     Signature,
     SumTag,
@@ -97,7 +103,9 @@ from secure_fedprompt.protocol.selection import parties
 from secure_fedprompt.protocol.terms import RunTerms
 
 VectorBytes = Annotated[Blob, UpTo(MAX_FRAME)]
-Names = Annotated[tuple[Name, ...], Many(MAX_COHORT)]
+Names = Annotated[tuple[str, ...], Roll(MAX_COHORT)]
+Members = Annotated[Blob, UpTo(MAX_COHORT // 8)]  # see ``members_bits``
+Digests = Annotated[tuple[Digest, ...], Many(2 * MAX_COHORT)]
 MAX_KEY = 1 << 20
 MAX_CIPHERTEXTS = 1 << 15
 UNSIGNED = bytes(64)  # in the place of a signature that is still to be made
@@ -287,7 +295,11 @@ class Advert(OfRound):
 
 @dataclass(frozen=True, repr=False)
 class Adverts(OfRound):
+    """Those of the recipient and its neighbours, in name order, with what is missing to the root of
+    the tree over all of them (``merkle``, by place in the graph)."""
+
     adverts: Annotated[tuple[Advert, ...], Many(MAX_COHORT)]
+    proof: Digests
 
 
 @dataclass(frozen=True, repr=False)
@@ -298,7 +310,7 @@ class Shares(OfRound):
     signature: Signature
 
     def body(self, plan: RoundPlan, adverts: bytes) -> bytes:
-        """What the dealer signs; ``adverts`` is the digest of those that it dealt to."""
+        """What the dealer signs; ``adverts`` is the root over all of them."""
         return plan.digest + adverts + digest(Purpose.BOXES, self.boxes)
 
 
@@ -319,11 +331,18 @@ class Complaint(OfRound):
 
 @dataclass(frozen=True, repr=False)
 class Evidence(OfRound):
-    """What ``dealer`` sent and signed: was the box altered on its way?"""
+    """What ``dealer`` sent and signed: was the box altered on its way?
+
+    Attributes:
+        near: of its closed neighbourhood by place, the leaves of the tree of adverts; proof: the
+            rest of it. To whom it dealt boxes follows from them.
+    """
 
     dealer: Name
     boxes: Annotated[Blob, UpTo(BOX * MAX_COHORT)]
     signature: Signature
+    near: Digests
+    proof: Digests
 
 
 @dataclass(frozen=True, repr=False)
@@ -357,7 +376,7 @@ class PlainUpload(OfRound):
 
 @dataclass(frozen=True, repr=False)
 class SurvivorList(OfRound):
-    survivors: Names
+    survivors: Members
 
 
 @dataclass(frozen=True, repr=False)
@@ -373,10 +392,10 @@ class Signed(Printable):
 
 @dataclass(frozen=True, repr=False)
 class UnmaskRequest(OfRound):
-    """Who signed the survivor list, and whose mask keys are asked for."""
+    """Who signed the survivor list, of the recipient and its neighbours. What is revealed follows
+    from the list."""
 
     signers: Annotated[tuple[Signed, ...], Many(MAX_COHORT)]
-    dropped: Names
 
 
 @dataclass(frozen=True, repr=False)
@@ -392,12 +411,12 @@ class OpenedSum(OfRound):
     """The sum that the masks hid, as an upload is packed, and the sum of its members' tags.
 
     Attributes:
-        members: a bit for each of the plan's cohort, from the lowest of the first byte.
+        members: of the plan's cohort.
     """
 
     vector: VectorBytes
     tag: SumTag
-    members: Annotated[Blob, UpTo(MAX_COHORT // 8)]
+    members: Members
 
 
 @dataclass(frozen=True, repr=False)
@@ -683,30 +702,36 @@ def run_id(server_nonce: bytes, commitments: Sequence[Nonce]) -> bytes:
     return digest(Purpose.RUN_ID, server_nonce, *parts)[:16]
 
 
-def adverts_digest(adverts: Sequence[Advert]) -> bytes:
-    return digest(Purpose.ADVERT_LIST, *(encode_fields(a) for a in adverts))
+def advert_leaf(advert: Advert | None) -> bytes:
+    """Of the tree over all adverts, which has a leaf for everybody in the cohort."""
+    return merkle.ABSENT if advert is None else merkle.leaf(encode_fields(advert))
 
 
 def members_bits(cohort: Sequence[str], members: Collection[str]) -> bytes:
-    """Who of a cohort is meant, as in ``OpenedSum``."""
+    """Who of a cohort is meant: a bit for each, from the lowest of the first byte."""
     chosen = set(members)
-    bits = sum(1 << i for i, name in enumerate(cohort) if name in chosen)
-    return bits.to_bytes(-(-len(cohort) // 8), "little")
+    bits = np.fromiter((name in chosen for name in cohort), bool, len(cohort))
+    return np.packbits(bits, bitorder="little").tobytes()
 
 
-def members_of(cohort: Sequence[str], bits: bytes | memoryview) -> tuple[str, ...]:
+def members_of(cohort: tuple[str, ...], bits: bytes | memoryview) -> tuple[str, ...]:
     """Inverse of ``members_bits``.
 
     Raises:
         FieldError: of another length, or with bits behind the last name.
     """
-    found = int.from_bytes(bits, "little")
-    if len(bits) != -(-len(cohort) // 8) or found >> len(cohort):
+    return _members_of(cohort, bytes(bits))
+
+
+@functools.lru_cache(maxsize=8)
+def _members_of(cohort: tuple[str, ...], bits: bytes) -> tuple[str, ...]:
+    found = np.unpackbits(np.frombuffer(bits, np.uint8), bitorder="little")
+    if len(bits) != -(-len(cohort) // 8) or found[len(cohort) :].any():
         raise FieldError(f"{len(bits)} bytes of members for a cohort of {len(cohort)}")
-    return tuple(name for i, name in enumerate(cohort) if found >> i & 1)
+    return tuple(itertools.compress(cohort, found.tolist()))
 
 
-def survivors_body(plan: RoundPlan, adverts: bytes, survivors: Sequence[str]) -> bytes:
-    """What a client signs in the consistency stage."""
-    names = digest(Purpose.SURVIVORS, *(name.encode() for name in survivors))
+def survivors_body(plan: RoundPlan, adverts: bytes, survivors: tuple[str, ...]) -> bytes:
+    """What a client signs in the consistency stage; ``adverts`` is the root over all of them."""
+    names = digest(Purpose.SURVIVORS, members_bits(plan.cohort, survivors))
     return b"".join((plan.run, plan.round.to_bytes(4, "little"), plan.digest, adverts, names))

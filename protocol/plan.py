@@ -22,7 +22,7 @@ from secure_fedprompt.protocol.codec import (
     U32,
     Digest,
     Many,
-    Name,
+    Roll,
     RunId,
     Text,
     encode_fields,
@@ -41,7 +41,7 @@ from secure_fedprompt.protocol.protections import (
 )
 from secure_fedprompt.protocol.selection.task import Selection
 
-MAX_COHORT = 4096
+MAX_COHORT = 1 << 14
 MAX_VALUES = 1 << 25
 MAX_ATTEMPTS = 10  # at one learning round: each has a graph of its own, and a chance to be opened
 NO_SEED = NO_KEY = bytes(32)
@@ -99,7 +99,7 @@ class RoundPlan:
     roster_digest: Digest
     base_digest: Digest
     members: U16
-    cohort: Annotated[tuple[Name, ...], Many(MAX_COHORT)]
+    cohort: Annotated[tuple[str, ...], Roll(MAX_COHORT)]
     quorum: U16
     threshold: U16
     degree: U16
@@ -113,13 +113,16 @@ class RoundPlan:
     maker: Annotated[str, Text(64)]
     election: U32
     key: Digest
-    grants: Annotated[tuple[Name, ...], Many(MAX_COHORT)]
+    grants: Annotated[tuple[str, ...], Roll(MAX_COHORT)]
     selection: Selection
     noise: Noise
 
     @functools.cached_property
     def digest(self) -> bytes:
         return digest(Purpose.PLAN, encode_fields(self))
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
 
     @functools.cached_property
     def points(self) -> dict[str, int]:

@@ -36,6 +36,11 @@ class Roster:
     def by_name(self) -> dict[str, Member]:
         return {member.name: member for member in self.members}
 
+    @functools.cached_property
+    def clients(self) -> frozenset[str]:
+        """Names of all clients."""
+        return frozenset(member.name for member in self.with_role("client"))
+
     def identity_of(self, name: str, *roles: str) -> bytes:
         """The Ed25519 public key of a member, by default a client.
 

@@ -86,12 +86,13 @@ class TagKey:
     Attributes:
         across: a in 21-bit limbs, (limbs x tags, m).
         down: b, (rows, tags).
-        offsets: by name, (tags,).
+        offsets: (n, tags); places: by name.
     """
 
     across: NDArray[np.int64]
     down: Elements
-    offsets: Mapping[str, Elements]
+    offsets: Elements
+    places: Mapping[str, int]
 
     @classmethod
     def of(cls, secret: bytes, plan_digest: bytes, size: int, cohort: Sequence[str]) -> TagKey:
@@ -111,7 +112,8 @@ class TagKey:
         across = np.ascontiguousarray(np.concatenate(limbs, 1).T.astype(np.int64))
         own = derive(secret, Purpose.SUM_TAG_OFFSET, plan_digest)
         offsets = mersenne.elements(keystream(own, ELEMENT * TAGS * len(cohort)))
-        return cls(across, drawn[m:], dict(zip(cohort, offsets.reshape(-1, TAGS), strict=True)))
+        places = {name: i for i, name in enumerate(cohort)}
+        return cls(across, drawn[m:], offsets.reshape(-1, TAGS), places)
 
     def __repr__(self) -> str:
         return "TagKey(<private>)"
@@ -145,19 +147,19 @@ class TagKey:
 
     def tag(self, name: str, integers: Integers) -> Elements:
         """t_k of one member's upload, (tags,)."""
-        return mersenne.add(self.linear(integers), self.offsets[name])
+        return mersenne.add(self.linear(integers), self.offsets[self.places[name]])
 
     def holds(self, members: Sequence[str], integers: Integers, tag: Elements) -> bool:
         """Whether these integers are the sum of what these members of the cohort tagged.
 
         Nobody's sum is none: it needs no offset, so anybody could make its tag.
         """
-        known = set(members) <= set(self.offsets)
-        if not members or len(set(members)) != len(members) or not known:
+        rows = {self.places[name] for name in members if name in self.places}
+        if not members or len(rows) != len(members):
             return False
         try:
-            parts = [self.linear(integers), *(self.offsets[name] for name in members)]
+            linear = self.linear(integers)
         except FieldError:
             return False
-        expected = mersenne.total(np.stack(parts))
+        expected = mersenne.add(linear, mersenne.total(self.offsets[sorted(rows)]))
         return hmac.compare_digest(to_bytes(expected), to_bytes(tag))

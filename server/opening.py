@@ -6,11 +6,11 @@ be finished, by a restarted server as well.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated
 
-from secure_fedprompt.protocol import masking
+from secure_fedprompt.protocol import masking, merkle
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.agreement_proof import check, lift
 from secure_fedprompt.protocol.codec import Digest, Many, SumTag
@@ -27,7 +27,7 @@ class Pending:
 
     Attributes:
         dropped: clients that are not in the sum.
-        signers: of the list, and of the encrypted sum.
+        signers: of the list, all of them on a regular graph; and of the encrypted sum.
         adverts, sharers, words: of masks; ``words`` is the masked sum.
         key, ciphertexts, tag: of homomorphic encryption.
     """
@@ -44,15 +44,21 @@ class Pending:
     tag: SumTag = bytes(16)
 
 
+def advert_tree(plan: RoundPlan, adverts: Mapping[str, m.Advert]) -> merkle.Tree:
+    """Over the adverts of everybody in the cohort, by place in the graph."""
+    ring = masking.neighbourhoods(plan).ring
+    return merkle.Tree([m.advert_leaf(adverts.get(name)) for name in ring])
+
+
 def signed_boxes(
-    plan: RoundPlan, roster: Roster, adverts: Sequence[m.Advert], dealer: str, dealt: m.Shares
+    plan: RoundPlan, roster: Roster, advert: m.Advert, root: bytes, dealt: m.Shares
 ) -> bool:
     """Whether a dealer signed its boxes, with a key that anything can be proved about."""
+    dealer = advert.name
     try:
         identity = roster.identity_of(dealer)
-        body = dealt.body(plan, m.adverts_digest(adverts))
-        verify(identity, Purpose.BOXES, body, dealt.signature, dealer)
-        lift(next(a.seal_key for a in adverts if a.name == dealer))
+        verify(identity, Purpose.BOXES, dealt.body(plan, root), dealt.signature, dealer)
+        lift(advert.seal_key)
     except ProtocolError:
         return False
     return True

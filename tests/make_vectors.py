@@ -59,10 +59,8 @@ def sum_of_another_round() -> m.OpenedSum:
 
 # name -> (the frame to spoil, how, the error)
 BAD: dict[str, tuple[type, Callable[[Any], Any], str]] = {
-    "overlapping_lists": (
-        m.UnmaskRequest, lambda u: dataclasses.replace(u, dropped=("c002", DROPPED)), "OverlapError"),
     "wrong_threshold": (
-        m.SurvivorList, lambda s: dataclasses.replace(s, survivors=s.survivors[:3]), "ThresholdError"),
+        m.SurvivorList, lambda s: dataclasses.replace(s, survivors=b"\x07"), "ThresholdError"),
     "replayed_round": (m.Inbox, lambda i: dataclasses.replace(i, round=0), "ReplayError"),
     "bad_signature": (
         m.UnmaskRequest,
@@ -185,7 +183,7 @@ def main() -> None:
             break
         until.append(frame.hex())
     sealed = bytes(m.BOX * 4)
-    evidence = m.Evidence(plan().run, plan().round, "c002", sealed, bytes(64))
+    evidence = m.Evidence(plan().run, plan().round, "c002", sealed, bytes(64), (), ())
     until.append(CATALOGUE.encode(evidence).hex())
     write("client_altered_box", {"client": CLIENT, "frames": until, "error": "SignatureError"})
     # The server's side: all frames to it, with one bad share at the bare threshold.

@@ -37,6 +37,11 @@ def values(annotation: Any) -> st.SearchStrategy[Any]:
         case codec.Text(limit):
             alphabet = st.characters(categories=["L", "N", "P"])
             return st.text(alphabet, max_size=limit // 4)
+        case codec.Roll(_):
+            names = st.text(
+                st.characters(min_codepoint=0x21, max_codepoint=0x7E), min_size=1, max_size=64
+            )
+            return st.sets(names, max_size=5).map(lambda found: tuple(sorted(found)))
         case codec.Many(_):
             return st.lists(values(typing.get_args(annotation)[0]), max_size=3).map(tuple)
     return structs(annotation)
@@ -91,8 +96,8 @@ def test_flipped_bytes_never_yield_the_same_message(
 
 def test_unknown_version_and_type() -> None:
     frame = CATALOGUE.encode(m.Alive())
-    with pytest.raises(errors.UnknownVersionError, match="version 10"):
-        CATALOGUE.decode(b"\x0a" + frame[1:])
+    with pytest.raises(errors.UnknownVersionError, match="version 11"):
+        CATALOGUE.decode(b"\x0b" + frame[1:])
     with pytest.raises(errors.UnknownTypeError, match="200"):
         CATALOGUE.decode(frame[:1] + b"\xc8")
 

@@ -22,7 +22,7 @@ from rounds import (
 from secure_fedprompt.clients.rounds import keying
 from secure_fedprompt.clients.rounds import masks as masks_round
 from secure_fedprompt.memory import run_round
-from secure_fedprompt.protocol import errors, masking
+from secure_fedprompt.protocol import errors, masking, merkle
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.agreement_proof import AgreementProof, check
 from secure_fedprompt.protocol.expand import Purpose
@@ -40,7 +40,7 @@ class Spoiler:
         if isinstance(message, m.Plan):
             self.plan = message.plan
         if isinstance(message, m.Adverts):
-            self.adverts = m.adverts_digest(message.adverts)
+            self.adverts = merkle.Tree([m.advert_leaf(a) for a in message.adverts]).root
         if not isinstance(message, m.Shares) or sender not in self.victims:
             return message
         boxes = bytearray(message.boxes)

@@ -65,7 +65,6 @@ CLIENTS: dict[str, tuple[str, type, dict[str, Any], type[Exception]]] = {
     "a signer twice": ("c002", m.SumSigned, {"signers": lambda s: s.signers[:2] * 2}, errors.SurvivorError),
     "an unsigned sum": ("c002", m.SumSigned, {"signers": lambda s: (
         *s.signers[:2], dataclasses.replace(s.signers[2], signature=bytes(64)))}, errors.SignatureError),
-    "unsorted survivors": ("c002", m.CipherSum, {"survivors": ("c002", "c001", "c003", "c004")}, errors.SurvivorError),
     "request of an earlier round": ("c002", m.SealedRequest, {"round": 0}, errors.ReplayError),
 }  # fmt: skip
 

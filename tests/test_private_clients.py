@@ -173,7 +173,7 @@ def test_noise_that_exceeds_the_budget_is_said_before_a_run_is_joined(
 
 @pytest.mark.parametrize(
     "method",
-    sorted(set(METHODS) - {"promptfl", "fedotp", "fedmgp", "coop", "fedper"}),
+    sorted(set(METHODS) - {"promptfl", "fedotp", "fedmgp", "coop", "fedper", "dpfpl"}),
 )
 def test_methods_without_losses_of_single_images_are_refused(
     bundled: Backbone, tmp_path: Path, method: str

@@ -331,6 +331,6 @@ def test_tags_of_a_round_unmask_to_that_of_the_sum(count: int) -> None:
     }  # fmt: skip
     assert m.members_of(plan.cohort, told_.members) == tuple(who)
     key = SUMS.tags(plan)
-    expected = mersenne.total(np.stack([key.offsets[name] for name in who]))
+    expected = mersenne.total(np.stack([key.offsets[key.places[name]] for name in who]))
     expected = mersenne.add(expected, key.linear(reference(plan, updates, who)))
     assert told_.tag == sum_tag.to_bytes(expected)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -66,8 +66,8 @@ class State:
             SurvivorError, ThresholdError, PolicyError; IsolationError: see ``check_isolation``.
         """
         plan, own = self.plan, self.party.name
-        if list(survivors) != sorted(set(survivors)) or not set(survivors) <= set(plan.cohort):
-            raise SurvivorError("survivor list is doubled, unsorted or from outside the cohort")
+        if not set(survivors) <= set(plan.cohort):
+            raise SurvivorError("survivor list is from outside the cohort")
         if own not in survivors:
             raise SurvivorError(f"survivor list leaves out {own!r}, who uploaded")
         if len(survivors) < plan.quorum:
@@ -164,17 +164,17 @@ class Awaiting(State):
         raise NotImplementedError
 
 
-def check_signers(plan: RoundPlan, signers: Sequence[m.Signed], survivors: Sequence[str]) -> None:
-    """Refuse signers of a survivor list that are no quorum of it.
+def check_signers(signers: Sequence[m.Signed], asked: Collection[str], needed: int) -> None:
+    """Refuse signers of a survivor list that are too few of those who were asked for.
 
     Raises:
         SurvivorError, ThresholdError
     """
     names = [signed.name for signed in signers]
-    if len(set(names)) != len(names) or not set(names) <= set(survivors):
-        raise SurvivorError("survivor list is signed twice by one client, or by a non-survivor")
-    if len(names) < plan.quorum:
-        raise ThresholdError(f"{len(names)} signed the survivor list, quorum is {plan.quorum}")
+    if len(set(names)) != len(names) or not set(names) <= set(asked):
+        raise SurvivorError("survivor list is signed twice by one client, or by one not asked for")
+    if len(names) < needed:
+        raise ThresholdError(f"{len(names)} signed the survivor list, {needed} are needed")
 
 
 def words_of(plan: RoundPlan, data: bytes) -> Words:

@@ -144,7 +144,7 @@ class Signing(Sent):
             SumError: it is not the sum of what its members sent.
         """
         plan, party, survivors = self.plan, self.party, self.sum.survivors
-        check_signers(plan, signers, survivors)
+        check_signers(signers, survivors, plan.quorum)
         for signed in signers:
             identity = party.roster.identity_of(signed.name)
             verify(identity, Purpose.SUM, self.body, signed.signature, signed.name)

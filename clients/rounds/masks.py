@@ -34,6 +34,7 @@ from secure_fedprompt.protocol import (
     client_noise,
     fixedpoint,
     masking,
+    merkle,
     mersenne,
     shamir,
     sum_tag,
@@ -92,14 +93,15 @@ class Advertised(State):
 
     def _on_adverts(self, message: m.Adverts) -> Step:
         plan, own = self.plan, self.party.name
-        names = [a.name for a in message.adverts]
-        if names != sorted(set(names)) or not set(names) <= set(plan.cohort):
-            raise AdvertMismatchError("adverts are doubled, unsorted or from outside the cohort")
+        peers, graph = [a.name for a in message.adverts], masking.neighbourhoods(plan)
+        near = graph[own]
+        if peers != sorted(set(peers)) or not set(peers) <= set(near):
+            raise AdvertMismatchError("adverts are doubled, unsorted or not of our neighbours")
         by_name = {a.name: a for a in message.adverts}
         if by_name.get(own) != self.advert:
             raise AdvertMismatchError("our own advert is missing or altered")
-        if len(names) < plan.quorum:
-            raise ThresholdError(f"{len(names)} adverts, quorum is {plan.quorum}")
+        if len(peers) < plan.threshold:
+            raise ThresholdError(f"{len(peers)} neighbours advertised, threshold {plan.threshold}")
         keys = [key for a in message.adverts for key in (a.seal_key, a.mask_key)]
         if len(set(keys)) != len(keys):
             raise AdvertMismatchError("two adverts share a key")
@@ -111,9 +113,8 @@ class Advertised(State):
             if advert.key != self.advert.key:
                 raise AdvertMismatchError(f"{advert.name} holds another sum key than we do")
         self._check_prompt(message.adverts)
-        peers = [n for n in masking.neighbourhoods(plan)[own] if n in by_name]
-        if len(peers) < plan.threshold:
-            raise ThresholdError(f"{len(peers)} neighbours advertised, threshold {plan.threshold}")
+        leaves = {graph.place(name): m.advert_leaf(by_name.get(name)) for name in near}
+        root = merkle.fold(len(plan.cohort), leaves, message.proof)
         points = [plan.points[peer] for peer in peers]
         mask_shares, self_shares = (
             shamir.split(secret, points, plan.threshold, self.party.entropy)
@@ -129,11 +130,10 @@ class Advertised(State):
             context = masking.seal_context(plan, own, peer)
             boxes.append(seal(key, mask_share + self_share, context))
             incoming[peer] = masking.seal_key(plan, peer, own, shared)
-        listed = m.adverts_digest(message.adverts)
         mask_keys = {peer: by_name[peer].mask_key for peer in incoming}
         seal_keys = {peer: by_name[peer].seal_key for peer in incoming}
         reply = m.Shares(plan.run, plan.round, b"".join(boxes), m.UNSIGNED)
-        reply = m.signed(reply, self.party.identity, Purpose.BOXES, plan, listed)
+        reply = m.signed(reply, self.party.identity, Purpose.BOXES, plan, root)
         after = Dealt(
             self.party,
             plan,
@@ -142,20 +142,20 @@ class Advertised(State):
             incoming,
             mask_keys,
             seal_keys,
-            listed,
-            tuple(names),
+            root,
         )
         return after, [reply]
 
     def _check_prompt(self, adverts: Sequence[m.Advert]) -> None:
-        """Take a global prompt that we could not compute ourselves from c + 1 who have: one of
-        them is honest.
+        """Take a global prompt that we could not compute ourselves from c + 1 who have, or from a
+        threshold of neighbours on a regular graph: one of them is honest.
 
         Raises:
             AdvertMismatchError: they are fewer.
         """
         plan = self.plan
         needed = 1 + plan.facts.tolerated(bool(plan.degree), plan.members, plan.quorum)
+        needed = plan.threshold if plan.degree else needed
         vouching = sum(advert.vouches == 1 for advert in adverts)
         if not self.advert.vouches and vouching < needed:
             raise AdvertMismatchError(
@@ -176,8 +176,7 @@ class Dealt(State):
     incoming: Mapping[str, bytes]  # peer -> key of the box it sealed for us
     mask_keys: Mapping[str, bytes]
     seal_keys: Mapping[str, bytes]
-    adverts: bytes
-    advertised: tuple[str, ...]
+    adverts: bytes  # the root over all of them
 
     def _on_inbox(self, message: m.Inbox) -> Step:
         plan, own = self.plan, self.party.name
@@ -200,9 +199,7 @@ class Dealt(State):
                 shares[peer] = unseal(self.incoming[peer], box, context, peer)
             except SealError:
                 key = self.seal_keys[peer]
-                after = Doubting(
-                    self.party, plan, peer, box, key, self.secrets, self.adverts, self.advertised
-                )
+                after = Doubting(self.party, plan, peer, box, key, self.secrets, self.adverts)
                 return after, [m.Complaint(plan.run, plan.round, peer)]
         pairs = {
             peer: self.secrets.pair_key(plan, own, peer, self.mask_keys[peer]) for peer in senders
@@ -222,7 +219,6 @@ class Doubting(State):
     seal_key: bytes  # the dealer's
     secrets: masking.RoundSecrets
     adverts: bytes
-    advertised: tuple[str, ...]
 
     def on(self, message: m.Message) -> Step:
         return super().on(message) if isinstance(message, m.Evidence) else (self, [])
@@ -234,13 +230,30 @@ class Doubting(State):
         dealt = m.Shares(plan.run, plan.round, message.boxes, message.signature)
         identity = party.roster.identity_of(dealer)
         verify(identity, Purpose.BOXES, dealt.body(plan, self.adverts), dealt.signature, dealer)
-        near = masking.neighbourhoods(plan)[dealer]
-        recipients = [n for n in near if n in self.advertised and n != dealer]
+        recipients = self._recipients(message)
+        if party.name not in recipients:
+            raise AdvertMismatchError(f"evidence that {dealer} dealt us nothing")
         at = m.BOX * recipients.index(party.name)
         if bytes(message.boxes[at : at + m.BOX]) != self.box:
             raise SealError(f"the box that {dealer} sealed for us was altered on its way")
         secret = self.secrets.seal.private_bytes_raw()
         return Complained.of(party, plan, dealer, secret, self.seal_key)
+
+    def _recipients(self, message: m.Evidence) -> list[str]:
+        """To whom the dealer had to deal: those of its neighbours who advertised.
+
+        Raises:
+            AdvertMismatchError: it is not what the signed root says.
+        """
+        graph = masking.neighbourhoods(self.plan)
+        near = graph[self.dealer]
+        if len(message.near) != len(near):
+            raise AdvertMismatchError(f"evidence on {len(message.near)} of {len(near)} neighbours")
+        leaves = dict(zip(sorted(map(graph.place, near)), message.near, strict=True))
+        if merkle.fold(len(self.plan.cohort), leaves, message.proof) != self.adverts:
+            raise AdvertMismatchError("evidence on other adverts than those that were signed")
+        there = (name for name in near if leaves[graph.place(name)] != merkle.ABSENT)
+        return [name for name in there if name != self.dealer]
 
     takes: ClassVar[Takes] = {m.Evidence: _on_evidence}
 

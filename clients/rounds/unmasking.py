@@ -19,7 +19,6 @@ from secure_fedprompt.protocol import fixedpoint, layout, masking, sum_tag
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.codec import UpTo, decode_fields, encode_fields
 from secure_fedprompt.protocol.errors import (
-    OverlapError,
     ProtocolError,
     SecondUnmaskError,
     SurvivorError,
@@ -81,7 +80,8 @@ class Uploaded(InSum):
     shares: Mapping[str, bytes]
 
     def _on_survivor_list(self, message: m.SurvivorList) -> Step:
-        plan, party, survivors = self.plan, self.party, message.survivors
+        plan, party = self.plan, self.party
+        survivors = m.members_of(plan.cohort, message.survivors)
         self.check_survivors(survivors)
         near = set(masking.neighbourhoods(plan)[party.name])
         if strangers := (set(survivors) & near) - set(self.shares):
@@ -94,8 +94,7 @@ class Uploaded(InSum):
             share[32:] if name in alive else share[:32]
             for name, share in sorted(self.shares.items())
         )
-        dropped = tuple(sorted(set(self.shares) - alive))
-        after = Agreed(party, plan, survivors, dropped, body, shares)
+        after = Agreed(party, plan, survivors, body, shares)
         party.journal.record_survivors(plan, survivors, after.to_bytes())
         signature = party.identity.sign(Purpose.SURVIVORS, body)
         return after, [m.Consistent(plan.run, plan.round, signature)]
@@ -108,8 +107,7 @@ class _Kept:
     """An ``Agreed`` on the disk."""
 
     plan: RoundPlan
-    survivors: m.Names
-    dropped: m.Names
+    survivors: m.Members
     body: Annotated[bytes | memoryview, UpTo(1 << 12)]
     shares: Annotated[bytes | memoryview, UpTo(32 * MAX_COHORT)]
 
@@ -119,7 +117,6 @@ class Agreed(InSum):
     """The survivor list is signed. ``shares`` can open this sum, and nothing else."""
 
     survivors: tuple[str, ...]
-    dropped: tuple[str, ...]
     body: bytes
     shares: bytes
 
@@ -129,24 +126,21 @@ class Agreed(InSum):
 
     def to_bytes(self) -> bytes:
         """What the journal keeps, so that a restarted client can still help to open the sum."""
-        return encode_fields(_Kept(self.plan, self.survivors, self.dropped, self.body, self.shares))
+        members = m.members_bits(self.plan.cohort, self.survivors)
+        return encode_fields(_Kept(self.plan, members, self.body, self.shares))
 
     @classmethod
     def from_bytes(cls, party: Party, data: bytes) -> Agreed:
         """Inverse of ``to_bytes``."""
         kept = decode_fields(_Kept, data)
-        return cls(
-            party, kept.plan, kept.survivors, kept.dropped, bytes(kept.body), bytes(kept.shares)
-        )
+        survivors = m.members_of(kept.plan.cohort, kept.survivors)
+        return cls(party, kept.plan, survivors, bytes(kept.body), bytes(kept.shares))
 
     def _on_unmask_request(self, message: m.UnmaskRequest) -> Step:
         plan, party = self.plan, self.party
-        if both := set(message.dropped) & set(self.survivors):
-            raise OverlapError(f"{sorted(both)} asked for as dropped, but on the survivor list")
-        near = set(masking.neighbourhoods(plan)[party.name])
-        if set(message.dropped) & near != set(self.dropped):
-            raise SurvivorError("dropped clients are not those that shared keys and then vanished")
-        check_signers(plan, message.signers, self.survivors)
+        near = masking.neighbourhoods(plan)[party.name]
+        asked = set(near).intersection(self.survivors)
+        check_signers(message.signers, asked, plan.threshold)
         for signed in message.signers:
             identity = party.roster.identity_of(signed.name)
             verify(identity, Purpose.SURVIVORS, self.body, signed.signature, signed.name)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
-from secure_fedprompt.protocol import fixedpoint, homomorphic, masking
+from secure_fedprompt.protocol import fixedpoint, homomorphic, masking, merkle, rolls
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.codec import Exact, Number
 from secure_fedprompt.protocol.layout import total_size
@@ -83,16 +83,30 @@ Size = Callable[[RoundPlan, str], int]
 
 
 def _boxes(plan: RoundPlan, name: str) -> int:
-    near = masking.neighbourhoods(plan).get(name, plan.cohort)
-    return m.BOX * (len(near) - 1)
+    return m.BOX * (len(_near(plan, name)) - 1)
 
 
-def _names(plan: RoundPlan, without: str = "") -> int:
-    return 4 + sum(2 + len(n.encode()) for n in plan.cohort if n != without)
+def _near(plan: RoundPlan, name: str) -> tuple[str, ...]:
+    graph = masking.neighbourhoods(plan)
+    return graph[name] if name in plan.points else plan.cohort
 
 
-def _signers(plan: RoundPlan) -> int:
-    return sum(66 + len(n.encode()) for n in plan.cohort[: plan.quorum])
+def _roll(names: Iterable[str]) -> int:
+    return 4 + len(rolls.pack(tuple(names)))
+
+
+def _signers(names: Sequence[str], count: int) -> int:
+    return 4 + sum(66 + len(n.encode()) for n in names[:count])
+
+
+def _members(plan: RoundPlan) -> int:
+    return 4 + -(-len(plan.cohort) // 8)
+
+
+def _proof(plan: RoundPlan, near: Sequence[str]) -> int:
+    """Of these neighbours' place in the tree of adverts."""
+    tree = merkle.Tree([merkle.ABSENT] * len(plan.cohort))
+    return 4 + 32 * len(tree.proof(map(masking.neighbourhoods(plan).place, near)))
 
 
 def _advert(name: str) -> int:
@@ -109,25 +123,30 @@ _ROUND = 16 + 4
 _SIZES: dict[type, Size] = {
     m.MaskedUpload: lambda plan, name: _ROUND + 4 + fixedpoint.wire_size(plan.layout) + 16,
     m.OpenedSum: lambda plan, name: (
-        _ROUND + 4 + fixedpoint.wire_size(plan.layout) + 16 + 4 + -(-len(plan.cohort) // 8)
+        _ROUND + 4 + fixedpoint.wire_size(plan.layout) + 16 + _members(plan)
     ),
     m.PlainUpload: lambda plan, name: _ROUND + 4 + 8 * total_size(plan.layout),
     m.Advert: lambda plan, name: _advert(name),
-    m.Adverts: lambda plan, name: _ROUND + 4 + sum(map(_advert, plan.cohort)),
-    m.Shares: lambda plan, name: _ROUND + 4 + _boxes(plan, name) + 64,
-    m.Inbox: lambda plan, name: _ROUND + _names(plan, name) + 4 + _boxes(plan, name),
-    m.SurvivorList: lambda plan, name: _ROUND + _names(plan),
-    m.Reveal: lambda plan, name: (
-        _ROUND + 4 + 32 * len(masking.neighbourhoods(plan).get(name, plan.cohort))
+    m.Adverts: lambda plan, name: (
+        _ROUND + 4 + sum(map(_advert, _near(plan, name))) + _proof(plan, _near(plan, name))
     ),
-    m.UnmaskRequest: lambda plan, name: _ROUND + 4 + _signers(plan) + 4,
+    m.Shares: lambda plan, name: _ROUND + 4 + _boxes(plan, name) + 64,
+    m.Inbox: lambda plan, name: (
+        _ROUND + _roll(n for n in _near(plan, name) if n != name) + 4 + _boxes(plan, name)
+    ),
+    m.SurvivorList: lambda plan, name: _ROUND + _members(plan),
+    m.Reveal: lambda plan, name: _ROUND + 4 + 32 * len(_near(plan, name)),
+    m.UnmaskRequest: lambda plan, name: _ROUND + _signers(_near(plan, name), plan.threshold),
     m.CipherUpload: lambda plan, name: (
         _ROUND + 32 + 16 + 64 + _ciphertexts(plan, homomorphic.fresh_size(plan.parameters))
     ),
     m.CipherSum: lambda plan, name: (
-        _ROUND + _names(plan) + _ciphertexts(plan, homomorphic.summed_size(plan.parameters)) + 20
+        _ROUND
+        + _roll(plan.cohort)
+        + _ciphertexts(plan, homomorphic.summed_size(plan.parameters))
+        + 20
     ),
-    m.SumSigned: lambda plan, name: _ROUND + 4 + _signers(plan),
+    m.SumSigned: lambda plan, name: _ROUND + _signers(plan.cohort, plan.quorum),
     m.RoundEnd: lambda plan, name: _ROUND + 2,
 }
 

@@ -173,25 +173,26 @@ def _protection(log: Log, run: str, entries: list[Entry]) -> Iterator[Finding]:
 
 
 def _masks(log: Log, run: str, decoded: Decoded) -> Iterator[Finding]:
-    """One survivor list a round for everybody, long enough, and nobody on both lists."""
-    lists: dict[int, set[tuple[str, ...]]] = defaultdict(set)
-    dropped: dict[int, set[str]] = defaultdict(set)
+    """One survivor list a round for everybody, of its cohort and long enough."""
+    lists: dict[int, set[bytes]] = defaultdict(set)
     for _, message in decoded:
         if isinstance(message, m.SurvivorList):
-            lists[message.round].add(message.survivors)
-        if isinstance(message, m.UnmaskRequest):
-            dropped[message.round] |= set(message.dropped)
+            lists[message.round].add(bytes(message.survivors))
     for number, found in lists.items():
         where = f"{log.name}: round {number}"
         if len(found) > 1:
             text = f"{len(found)} different survivor lists: sums over both could be subtracted"
             yield failed("protection", where, text)
         plan = log.plans.get((run, number))
-        for survivors in found:
-            if both := sorted(set(survivors) & dropped[number]):
-                text = f"{', '.join(both)} on the lists of survivors and of dropped clients"
-                yield failed("protection", where, text)
-            if plan and len(survivors) < plan.quorum:
+        if plan is None:
+            continue
+        for bits in found:
+            try:
+                survivors = m.members_of(plan.cohort, bits)
+            except SecureFedPromptError as error:
+                yield failed("protection", where, f"a survivor list of nobody: {error}")
+                continue
+            if len(survivors) < plan.quorum:
                 text = f"a sum over {len(survivors)} clients, the quorum is {plan.quorum}"
                 yield failed("protection", where, text)
 

@@ -52,10 +52,10 @@ def _pair(tag: bytes) -> int:
 def _opened(log: Log, run: str, decoded: Decoded) -> Iterator[Finding]:
     """Under masks everybody is told one sum of a round, over the survivors who signed for it."""
     told = defaultdict[int, set[bytes]](set)
-    lists = defaultdict[int, set[tuple[str, ...]]](set)
+    lists = defaultdict[int, set[bytes]](set)
     for entry, message in decoded:
         if isinstance(message, m.SurvivorList):
-            lists[message.round].add(message.survivors)
+            lists[message.round].add(bytes(message.survivors))
         if not isinstance(message, m.OpenedSum):
             continue
         told[message.round].add(digest(Purpose.SUM, message.vector, message.tag, message.members))
@@ -67,7 +67,7 @@ def _opened(log: Log, run: str, decoded: Decoded) -> Iterator[Finding]:
         except SecureFedPromptError as error:
             yield failed("protection", where, f"a sum of nobody in particular: {error}")
             continue
-        if lists[message.round] and members not in lists[message.round]:
+        if lists[message.round] and bytes(message.members) not in lists[message.round]:
             text = f"a sum of {', '.join(members)}, for whom no survivor list was signed"
             yield failed("protection", where, text)
     for number, found in told.items():

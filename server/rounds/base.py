@@ -157,8 +157,8 @@ class Round(ABC):
         """Go on with an opening that a restart interrupted; ``back`` for each who returns."""
 
     @abstractmethod
-    def _request(self) -> m.Message:
-        """What opens the sum, to each survivor."""
+    def _request(self, name: str) -> m.Message:
+        """What opens the sum, to one survivor."""
 
     def _is_dealer(self, dealer: str, recipient: str) -> bool:
         """Whether one client sealed something to another."""
@@ -251,7 +251,7 @@ class Round(ABC):
             return []
         self._gone.discard(name)
         self.waiting.add(name)
-        return [(name, self._request())]
+        return [(name, self._request(name))]
 
     def involves(self, name: str) -> bool:
         """Whether the round still counts on a client or helper, in this stage or a later one."""

@@ -107,9 +107,13 @@ class EncryptedRound(KeyedRound):
         super()._hope(now)
         self.deadline = min(self._open_until, now + self.deadlines.stage)
         present = sorted(self.waiting - self._gone)  # a lost frame costs nothing to send again
-        return [(name, self._request()) for name in present]
+        message = self._sum_frame()
+        return [(name, message) for name in present]
 
-    def _request(self) -> m.CipherSum:
+    def _request(self, name: str) -> m.Message:
+        return self._sum_frame()
+
+    def _sum_frame(self) -> m.CipherSum:
         assert self.pending is not None
         p = self.pending
         return m.CipherSum(
@@ -119,7 +123,7 @@ class EncryptedRound(KeyedRound):
     @functools.cached_property
     def _sum_body(self) -> bytes:
         """What every client signs: one sum in a round."""
-        return self._request().body(self.plan)
+        return self._sum_frame().body(self.plan)
 
     def _summed(self, names: tuple[str, ...]) -> Pending:
         """The sum of these members' uploads, to be signed and opened."""
@@ -174,7 +178,7 @@ class EncryptedRound(KeyedRound):
                                    f"{self.plan.quorum} are needed")  # fmt: skip
             self._survivors, self.pending = names, self._summed(names)
             self._begin(Stage.CONSISTENCY, names, now)
-            message = self._request()
+            message = self._sum_frame()
             return [(name, message) for name in names]
         if self.stage is Stage.CONSISTENCY:
             return self._open(names, now)

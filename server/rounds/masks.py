@@ -10,6 +10,7 @@ sent the sum with its tag, and check it with a key that the server relays sealed
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -26,7 +27,12 @@ from secure_fedprompt.protocol.errors import (
 )
 from secure_fedprompt.protocol.expand import Purpose, digest
 from secure_fedprompt.protocol.keys import agree, verify
-from secure_fedprompt.server.opening import Pending, share_box_is_bad, signed_boxes
+from secure_fedprompt.server.opening import (
+    Pending,
+    advert_tree,
+    share_box_is_bad,
+    signed_boxes,
+)
 from secure_fedprompt.server.rounds.base import LONG_AGO, Stage
 from secure_fedprompt.server.rounds.keying import ASKED, KeyedRound
 from secure_fedprompt.server.rounds.unmasking import MaskedSum, masks_to_remove
@@ -87,10 +93,28 @@ class MaskedRound(KeyedRound):
 
     def _evidence(self, dealer: str) -> m.Evidence | None:
         """What a dealer signed, or None if it did not sign it."""
-        plan, dealt = self.plan, self._dealt[dealer]
-        if not signed_boxes(plan, self.roster, tuple(self._adverts.values()), dealer, dealt):
+        plan, dealt, tree = self.plan, self._dealt[dealer], self._tree
+        if not signed_boxes(plan, self.roster, self._adverts[dealer], tree.root, dealt):
             return None
-        return m.Evidence(plan.run, plan.round, dealer, dealt.boxes, dealt.signature)
+        places = self._places_of(masking.neighbourhoods(plan)[dealer])
+        leaves = tuple([tree.levels[0][i] for i in places])
+        return m.Evidence(
+            plan.run, plan.round, dealer, dealt.boxes, dealt.signature, leaves, tree.proof(places)
+        )
+
+    def _places_of(self, near: tuple[str, ...]) -> list[int]:
+        """In the tree of adverts."""
+        return sorted(map(masking.neighbourhoods(self.plan).place, near))
+
+    def _to_neighbours(
+        self, names: tuple[str, ...], make: Callable[[tuple[str, ...]], m.Message]
+    ) -> Outbox:
+        """A message to each of these, which those with the same neighbourhood share."""
+        graph = masking.neighbourhoods(self.plan)
+        if self.plan.degree:
+            return [(name, make(graph[name])) for name in names]
+        message = make(self.plan.cohort)
+        return [(name, message) for name in names]
 
     def _box_is_bad(self, sender: str, accusation: m.Accusation) -> bool:
         if self._of_grant(sender):
@@ -148,9 +172,14 @@ class MaskedRound(KeyedRound):
         self._adverts = dict(zip(names, adverts, strict=True))
         if (before := self.plan.learning_round - 1) > 0:
             self.checked[before] = tuple(a.name for a in adverts if a.vouches)
+        self._tree = advert_tree(self.plan, self._adverts)
         self._begin(Stage.SHARING, names, now)
-        message = m.Adverts(self.plan.run, self.plan.round, tuple(adverts))
-        return [(name, message) for name in names]
+        return self._to_neighbours(names, self._adverts_of)
+
+    def _adverts_of(self, near: tuple[str, ...]) -> m.Adverts:
+        there = tuple([self._adverts[name] for name in near if name in self._adverts])
+        proof = self._tree.proof(self._places_of(near))
+        return m.Adverts(self.plan.run, self.plan.round, there, proof)
 
     def _send_inboxes(self, names: tuple[str, ...], now: float) -> Outbox:
         near = masking.neighbourhoods(self.plan)
@@ -176,17 +205,17 @@ class MaskedRound(KeyedRound):
         return out
 
     def _send_survivors(self, names: tuple[str, ...], now: float) -> Outbox:
-        listed = m.adverts_digest(tuple(self._adverts.values()))
-        self._survivors, body = names, m.survivors_body(self.plan, listed, names)
-        self._survivors_body = body
+        plan, self._survivors = self.plan, names
+        self._survivors_body = m.survivors_body(plan, self._tree.root, names)
         self._begin(Stage.CONSISTENCY, names, now)
-        message = m.SurvivorList(self.plan.run, self.plan.round, names)
+        members = m.members_bits(plan.cohort, names)
+        message = m.SurvivorList(plan.run, plan.round, members)
         return [(name, message) for name in names]
 
     def _ask_to_unmask(self, names: tuple[str, ...], now: float) -> Outbox:
         signers = tuple(
             m.Signed(name, a.signature)
-            for name in names[: self.plan.quorum]  # enough for every client, and less to verify
+            for name in (names if self.plan.degree else names[: self.plan.quorum])
             if isinstance(a := self.answers[name], m.Consistent)
         )
         self._begin(Stage.UNMASKING, names, now)
@@ -195,12 +224,21 @@ class MaskedRound(KeyedRound):
             tuple(self._adverts.values()), tuple(self._shared), signers,
             self._sum.words.astype("<u4").tobytes(), tag=sum_tag.to_bytes(self._sum.tag),
         )  # fmt: skip
-        return [(name, self._request()) for name in names]
+        return self._to_neighbours(names, self._request_of)
 
-    def _request(self) -> m.Message:
+    def _request(self, name: str) -> m.Message:
+        return self._request_of(masking.neighbourhoods(self.plan)[name])
+
+    @functools.cached_property
+    def _signed(self) -> dict[str, m.Signed]:
         assert self.pending is not None
-        dropped = tuple(sorted(set(self._shared) - set(self._survivors)))
-        return m.UnmaskRequest(self.plan.run, self.plan.round, self.pending.signers, dropped)
+        return {signed.name: signed for signed in self.pending.signers}
+
+    def _request_of(self, near: tuple[str, ...]) -> m.UnmaskRequest:
+        """With as many signatures as are needed, and no more to verify."""
+        plan, signed = self.plan, self._signed
+        enough = tuple([signed[name] for name in near if name in signed][: plan.threshold])
+        return m.UnmaskRequest(plan.run, plan.round, enough)
 
     def reopen(self, pending: Pending, now: float) -> None:
         self.pending, self._survivors = pending, pending.survivors

@@ -1,0 +1,71 @@
+"""Rolls: distinct names in order, front-coded. Ten thousand numbered names take 21 kB.
+
+Each name is what it shares with the one before (one byte, how many characters) and the rest of it,
+whose last byte has its high bit set (Witten, Moffat and Bell, "Managing Gigabytes", section 4.1).
+The names of members are ASCII. A roll has one encoding: a name that shares more than it says, or
+does not come after the one before, is refused.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+
+from secure_fedprompt.protocol.errors import FieldError
+
+LONGEST = 65  # bytes of one name
+_TOKEN = re.compile(rb"([\x00-\x3f])([\x21-\x7e]*[\xa1-\xfe])")
+_NAME = re.compile(r"[\x21-\x7e]{1,64}")
+_LAST = 0x80
+
+
+@functools.lru_cache(maxsize=32)
+def pack(names: tuple[str, ...], where: str = "roll") -> bytes:
+    """Names as bytes.
+
+    Raises:
+        FieldError: they are not distinct, in order, and of 1 to 64 printable ASCII characters.
+    """
+    out, before = bytearray(), ""
+    for name in names:
+        if name <= before or not _NAME.fullmatch(name):
+            raise FieldError(f"{where}: {name!r} is no name, doubled, or not in order")
+        shared = len(name) - 1
+        if name[:shared] != before[:shared] or len(before) < shared:  # numbered ones mostly do
+            shared = _shared(before, name)
+        out.append(shared)
+        out += name[shared:].encode("ascii")
+        out[-1] |= _LAST
+        before = name
+    return bytes(out)
+
+
+def _shared(one: str, other: str) -> int:
+    for i, (a, b) in enumerate(zip(one, other, strict=False)):
+        if a != b:
+            return i
+    return min(len(one), len(other))
+
+
+@functools.lru_cache(maxsize=32)
+def unpack(data: bytes, where: str = "roll") -> tuple[str, ...]:
+    """Inverse of ``pack``.
+
+    Raises:
+        FieldError: the bytes are no roll, or not the one encoding of it.
+    """
+    names, before, size = list[str](), "", 0
+    for head, tail in _TOKEN.findall(data):
+        shared = head[0]
+        size += 1 + len(tail)
+        rest = tail[:-1].decode("ascii") + chr(tail[-1] ^ _LAST)
+        if shared > len(before) or rest[0] <= before[shared : shared + 1]:
+            raise FieldError(f"{where}: {rest!r} does not follow {before!r}")
+        name = before[:shared] + rest
+        if len(name) > 64:
+            raise FieldError(f"{where}: a name of {len(name)} characters")
+        names.append(name)
+        before = name
+    if size != len(data):
+        raise FieldError(f"{where}: {len(data) - size} of {len(data)} bytes are no names")
+    return tuple(names)

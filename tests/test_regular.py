@@ -1,0 +1,199 @@
+"""A round on a k-regular graph: a client sees its neighbours, and a root of everybody else."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from rounds import identity, make_parties, make_plan, make_updates, plain_sum
+from test_complaints import altered_inbox
+
+from secure_fedprompt.memory import SimulatedRound, run_round
+from secure_fedprompt.protocol import errors, masking
+from secure_fedprompt.protocol import messages as m
+from secure_fedprompt.protocol.expand import Purpose
+from secure_fedprompt.protocol.plan import RoundPlan
+from secure_fedprompt.server.rounds.base import Stage
+
+N = 40
+PLAN = make_plan(N, degree=12, graph_seed=b"\7" * 32, quorum=27, threshold=8)
+NEAR = masking.neighbourhoods(PLAN)
+VICTIM = "c001"
+PEER = next(n for n in NEAR[VICTIM] if n != VICTIM)
+STRANGER = next(n for n in PLAN.cohort if n not in NEAR[VICTIM])
+
+
+def run(
+    tap: Callable[[str, str, m.Message], m.Message | None] = lambda s, r, x: x,
+    plan: RoundPlan = PLAN,
+    gone: dict[str, Stage] | None = None,
+) -> SimulatedRound:
+    return run_round(plan, make_parties(N), make_updates(plan), gone, tap)
+
+
+def sent(outcome: SimulatedRound, kind: type, recipient: str) -> list[Any]:
+    frames = (m.CATALOGUE.decode(f) for _, r, f in outcome.frames if r == recipient)
+    return [x for x in frames if isinstance(x, kind)]
+
+
+def test_what_a_client_is_sent_does_not_grow_with_the_others() -> None:
+    gone = {"c005": Stage.ADVERTISING, "c007": Stage.COLLECTING}
+    outcome = run(gone=gone)
+    assert outcome.round.stage is Stage.DONE, outcome.round.reason
+    survivors = [name for name in PLAN.cohort if name not in gone]
+    assert outcome.round.integers is not None
+    assert (outcome.round.integers == plain_sum(PLAN, make_updates(PLAN), survivors)).all()
+    for name in survivors:
+        (adverts,) = sent(outcome, m.Adverts, name)
+        near = [n for n in NEAR[name] if n != "c005"]
+        assert [a.name for a in adverts.adverts] == near
+        assert len(adverts.proof) <= 2 * 6
+        (request,) = sent(outcome, m.UnmaskRequest, name)
+        assert len(request.signers) == PLAN.threshold
+        assert {signed.name for signed in request.signers} <= set(near)
+
+
+def of_stranger(outcome: SimulatedRound) -> m.Advert:
+    return next(a for a in sent(outcome, m.Adverts, STRANGER)[0].adverts if a.name == STRANGER)
+
+
+REFUSED: dict[str, tuple[type, Callable[[Any], Any], type[Exception], str]] = {
+    "a stranger's advert": (
+        m.Adverts,
+        lambda a: dataclasses.replace(
+            a, adverts=tuple(sorted((*a.adverts, of_stranger(run())), key=lambda x: x.name))
+        ),
+        errors.AdvertMismatchError, "not of our neighbours",
+    ),
+    "a shorter proof": (
+        m.Adverts, lambda a: dataclasses.replace(a, proof=a.proof[:-1]),
+        errors.AdvertMismatchError, "do not prove 13 leaves",
+    ),
+    "too few neighbours": (
+        m.Adverts,
+        lambda a: dataclasses.replace(a, adverts=tuple(
+            x for i, x in enumerate(a.adverts) if x.name == VICTIM or i < 6)),
+        errors.ThresholdError, "threshold 8",
+    ),
+    "too few signatures": (
+        m.UnmaskRequest, lambda u: dataclasses.replace(u, signers=u.signers[:-1]),
+        errors.ThresholdError, "7 signed the survivor list, 8 are needed",
+    ),
+    "a stranger's signature": (
+        m.UnmaskRequest,
+        lambda u: dataclasses.replace(u, signers=(
+            *u.signers[:-1], dataclasses.replace(u.signers[-1], name=STRANGER))),
+        errors.SurvivorError, "not asked for",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(case: str) -> None:
+    kind, change, error, words = REFUSED[case]
+    outcome = run(lambda s, r, x: change(x) if isinstance(x, kind) and r == VICTIM else x)
+    assert isinstance(outcome.errors[VICTIM], error), outcome.errors
+    assert words in str(outcome.errors[VICTIM])
+    assert outcome.round.stage is Stage.DONE  # the others do without
+
+
+def test_who_is_not_on_the_list_cannot_vouch_for_it() -> None:
+    def tap(sender: str, recipient: str, message: m.Message) -> m.Message:
+        if isinstance(message, m.UnmaskRequest) and recipient == VICTIM:
+            first, *rest = message.signers
+            return dataclasses.replace(message, signers=(dataclasses.replace(first, name=PEER), *rest))
+        return message
+
+    outcome = run(tap, gone={PEER: Stage.COLLECTING})
+    assert "not asked for" in str(outcome.errors[VICTIM])
+
+
+@pytest.mark.parametrize("how", ["withheld", "other root"])
+def test_who_saw_other_adverts_signs_another_list(how: str) -> None:
+    """One neighbour's advert withheld from one client: it would mask with fewer than they do."""
+
+    def tap(sender: str, recipient: str, message: m.Message) -> m.Message:
+        if isinstance(message, m.Adverts) and recipient == VICTIM:
+            if how == "withheld":
+                kept = tuple(a for a in message.adverts if a.name != PEER)
+                return dataclasses.replace(message, adverts=kept)
+            return dataclasses.replace(message, proof=(bytes(32), *message.proof[1:]))
+        if how == "withheld" and isinstance(message, m.Inbox) and recipient == VICTIM:
+            at = message.senders.index(PEER) * m.BOX  # its box would be refused at once
+            boxes = bytes(message.boxes[:at]) + bytes(message.boxes[at + m.BOX :])
+            senders = tuple(n for n in message.senders if n != PEER)
+            return dataclasses.replace(message, senders=senders, boxes=boxes)
+        return message
+
+    outcome = run(tap)
+    faults = outcome.round.faults
+    if how == "withheld":
+        assert VICTIM in faults  # boxes of the wrong number, and signed under another root
+    else:
+        assert "signature of c001 on its survivors does not verify" in faults[VICTIM]
+    reveals = [s for s, r, f in outcome.frames
+               if not r and isinstance(m.CATALOGUE.decode(f), m.Reveal)]  # fmt: skip
+    assert VICTIM not in reveals
+
+
+def test_an_altered_box_is_told_from_a_bad_one() -> None:
+    outcome = run(altered_inbox((VICTIM,), PEER))
+    assert "was altered on its way" in str(outcome.errors[VICTIM])
+    assert not outcome.round.excluded
+    (evidence,) = sent(outcome, m.Evidence, VICTIM)
+    assert len(evidence.near) == 13
+
+
+@pytest.mark.parametrize("what", ["near", "proof", "fewer"])
+def test_evidence_on_other_adverts_is_refused(what: str) -> None:
+    """A box of somebody else, relayed as ours, would be accused, and opened by the accusation."""
+    altered = altered_inbox((VICTIM,), PEER)
+
+    def tap(sender: str, recipient: str, message: m.Message) -> m.Message:
+        if isinstance(message, m.Evidence):
+            match what:
+                case "near":
+                    return dataclasses.replace(message, near=(bytes(32), *message.near[1:]))
+                case "proof":
+                    return dataclasses.replace(message, proof=(bytes(32), *message.proof[1:]))
+            return dataclasses.replace(message, near=message.near[1:])
+        return altered(sender, recipient, message)
+
+    outcome = run(tap)
+    assert isinstance(outcome.errors[VICTIM], errors.AdvertMismatchError)
+    assert not any(isinstance(m.CATALOGUE.decode(f), m.Accusation) for _, _, f in outcome.frames)
+
+
+def test_a_dealer_of_a_bad_box_is_excluded() -> None:
+    root = []
+
+    def tap(sender: str, recipient: str, message: m.Message) -> m.Message:
+        if isinstance(message, m.Shares) and sender == PEER:
+            boxes = bytes(len(message.boxes))
+            made = dataclasses.replace(message, boxes=boxes)
+            body = made.body(PLAN, root[0])
+            return dataclasses.replace(made, signature=identity(PEER).sign(Purpose.BOXES, body))
+        return message
+
+    honest = run()
+    root.append(honest.round._tree.root)  # type: ignore[attr-defined]
+    outcome = run(tap)
+    assert outcome.round.excluded == PEER
+    assert "sealed a box for" in outcome.round.reason
+
+
+def test_a_threshold_of_neighbours_vouches_for_a_prompt_that_was_missed() -> None:
+    plan = dataclasses.replace(PLAN, round=2, learning_round=2, rounds=2, base_digest=b"2" * 32)
+    near = masking.neighbourhoods(plan)[VICTIM]
+    for vouching, fine in ((8, True), (7, False)):
+        parties = make_parties(N)
+        strangers = [n for n in plan.cohort if n not in near]
+        for name in [*[n for n in near if n != VICTIM][:vouching], *strangers]:
+            parties[name].journal.note_made(plan.run, 2, plan.base_digest, own=True)
+        outcome = run_round(plan, parties, make_updates(plan))
+        assert (VICTIM not in outcome.errors) == fine
+        if not fine:
+            assert "7 clients vouch" in str(outcome.errors[VICTIM])
+            assert "needs 8" in str(outcome.errors[VICTIM])
