@@ -47,17 +47,20 @@ TABLE = [
 TABLE += [(10, 8_192, 0.0, 22, "complete")]
 
 
-def make_plan(n: int, dim: int, bits: int, graph: str, roster: Roster, key: SumKey) -> RoundPlan:
-    """Weighted updates at 32 bits; uniform weights where fewer bits leave no room for them."""
-    max_weight = 4096 if bits == 32 else 1
+def make_plan(
+    n: int, dim: int, bits: int, graph: str, roster: Roster, key: SumKey, corruption: float = 0.1
+) -> RoundPlan:
+    """Weighted updates at 32 bits; uniform weights where there is no room for them."""
+    max_weight = 4096 if bits == 32 and n <= 1000 else 1
     layout = size_layout(
-        [TensorSpec("ctx", (dim,))], n, clip=1.0, max_weight=max_weight, max_seen=65536,
+        [TensorSpec("ctx", (dim,))], n, clip=1.0, max_weight=max_weight,
+        max_seen=65536 if n <= 1000 else 4096,
         ring_bits=bits, metrics=True,
     )  # fmt: skip
     degree, quorum = 0, default_threshold(n)
     threshold, seed = quorum, NO_SEED
     if graph == "regular":
-        degree, threshold = choose_degree(n, dropout=0.1, corruption=0.1)
+        degree, threshold = choose_degree(n, dropout=0.1, corruption=corruption)
         seed = os.urandom(32)
     return RoundPlan(
         run=os.urandom(16), terms=bytes(32), round=1, attempt=1, learning_round=1, rounds=1,

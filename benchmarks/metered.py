@@ -64,6 +64,63 @@ class Meter:
         return sum(s for kind, s in self.cpu.get(who, {}).items() if not kinds or kind in kinds)
 
 
+class Crowd:
+    """Clients of one process, and what each costs.
+
+    Args:
+        values, weight: what every client uploads.
+        gone: clients that vanish before their upload.
+        prompt: from which each computes the next one, if it is given.
+    """
+
+    def __init__(
+        self, parties: Mapping[str, Party], values: Values, weight: float, gone: frozenset[str],
+        prompt: Prompt | None,
+    ) -> None:  # fmt: skip
+        self.parties, self.gone, self.prompt = parties, gone, prompt
+        self.values, self.weight = values, weight
+        self.meter, self.states = Meter(), dict[str, State]()
+        self._last: tuple[bytes, m.Message] = b"", m.Alive()
+
+    def take(self, name: str, frame: bytes) -> list[bytes]:
+        """A frame to one of them; its answers. Work is charged by the kind of the frame that caused
+        it, the upload as "upload"."""
+        meter, kind = self.meter, m.CATALOGUE.types[frame[1]].__name__
+        meter.down[name] = meter.down.get(name, 0) + len(frame)
+        if kind == "RoundEnd":
+            return []
+        out = meter.charge(name, kind, lambda: self._on(name, frame))
+        if isinstance(state := self.states[name], Awaiting) and name not in self.gone:
+            out += meter.charge(name, "upload", lambda: self._upload(name, state))
+        meter.up[name] = meter.up.get(name, 0) + sum(map(len, out))
+        return out
+
+    def _on(self, name: str, frame: bytes) -> list[bytes]:
+        message = self._decoded(frame)
+        if isinstance(message, m.Plan):
+            self.states[name], replies = start(self.parties[name], message.plan)
+        else:
+            self.states[name], replies = self.states[name].on(message)
+        state = self.states[name]
+        if isinstance(state, Opening):
+            self.meter.opened, self.meter.sum = self.meter.opened + 1, state.total
+            following = b"prompt"
+            if self.prompt is not None:
+                following = prompt_bytes(averaged(self.prompt, state.plan.layout, state.total))
+            self.states[name], replies = state.report(following)
+        return [m.CATALOGUE.encode(reply) for reply in replies]
+
+    def _decoded(self, frame: bytes) -> m.Message:
+        """A broadcast, the same object again, is decoded once."""
+        if frame is not self._last[0]:
+            self._last = frame, m.CATALOGUE.decode(frame)
+        return self._last[1]
+
+    def _upload(self, name: str, state: Awaiting) -> list[bytes]:
+        self.states[name], replies = state.upload(self.values, self.weight)
+        return [m.CATALOGUE.encode(reply) for reply in replies]
+
+
 def run(
     server: Round,
     parties: Mapping[str, Party],
@@ -75,56 +132,28 @@ def run(
 ) -> Meter:
     """Drive a round to its end; clients in ``gone`` vanish before their upload.
 
-    ``passed`` sees every frame, uncharged; the server is "". Work of clients is charged by the kind
-    of the frame that caused it, the upload as "upload". From ``prompt`` clients compute the next
-    one, if it is given.
+    ``passed`` sees every frame, uncharged; the server is "".
     """
-    meter, states = Meter(), dict[str, State]()
-    queue: deque[tuple[str, str, bytes]] = deque()
+    crowd = Crowd(parties, values, weight, gone, prompt)
+    meter, queue = crowd.meter, deque[tuple[str, str, bytes]]()
 
-    def post(sender: str, out: list[tuple[str, m.Message]]) -> None:
-        for recipient, message in out:
-            queue.append((sender, recipient, m.CATALOGUE.encode(message)))
+    def post(out: list[tuple[str, m.Message]]) -> None:
+        queue.extend(("", recipient, m.CATALOGUE.encode(message)) for recipient, message in out)
 
     def to_server(sender: str, frame: bytes) -> None:
-        post("", server.on(sender, m.CATALOGUE.decode(frame), 0.0))
+        post(server.on(sender, m.CATALOGUE.decode(frame), 0.0))
 
-    def to_client(name: str, frame: bytes) -> None:
-        message = m.CATALOGUE.decode(frame)
-        if isinstance(message, m.Plan):
-            states[name], replies = start(parties[name], message.plan)
-        else:
-            states[name], replies = states[name].on(message)
-        state = states[name]
-        if isinstance(state, Opening):
-            meter.opened, meter.sum = meter.opened + 1, state.total
-            following = b"prompt"
-            if prompt is not None:
-                following = prompt_bytes(averaged(prompt, state.plan.layout, state.total))
-            states[name], replies = state.report(following)
-        post(name, [("", reply) for reply in replies])
-
-    def upload(name: str, state: Awaiting) -> None:
-        states[name], replies = state.upload(values, weight)
-        post(name, [("", reply) for reply in replies])
-
-    meter.charge("", "start", lambda: post("", server.start(0.0)))
+    meter.charge("", "start", lambda: post(server.start(0.0)))
     while not server.over or queue:
         if not queue:
-            meter.charge("", "tick", lambda: post("", server.tick(server.deadline)))
+            meter.charge("", "tick", lambda: post(server.tick(server.deadline)))
             continue
         sender, recipient, frame = queue.popleft()
         passed(sender, recipient, frame)
-        kind = m.CATALOGUE.types[frame[1]].__name__
         if sender:
-            meter.up[sender] = meter.up.get(sender, 0) + len(frame)
+            kind = m.CATALOGUE.types[frame[1]].__name__
             meter.charge("", kind, lambda s=sender, f=frame: to_server(s, f))  # type: ignore[misc]
-            continue
-        meter.down[recipient] = meter.down.get(recipient, 0) + len(frame)
-        if kind == "RoundEnd":
-            continue
-        meter.charge(recipient, kind, lambda r=recipient, f=frame: to_client(r, f))  # type: ignore[misc]
-        if isinstance(state := states[recipient], Awaiting) and recipient not in gone:
-            meter.charge(recipient, "upload", lambda r=recipient, s=state: upload(r, s))  # type: ignore[misc]
+        else:
+            queue.extend((recipient, "", reply) for reply in crowd.take(recipient, frame))
     assert server.stage is Stage.DONE, server.reason
     return meter

@@ -367,7 +367,7 @@ class MemoryJournal:
                 run.uploaded = int(record["round"])
             case "list":
                 made = self._bases.setdefault(str(record["base"]), _Base())
-                names = tuple(str(name) for name in record["survivors"])
+                names = tuple(map(str, record["survivors"]))
                 made.lists.append((str(record["run"]), int(record["round"]), names))
                 made.bounds.add(bytes.fromhex(record["bounds"]))
             case "reveal":

@@ -91,7 +91,7 @@ class Party:
     @functools.cached_property
     def roster_clients(self) -> int:
         """How many clients are on this party's own roster."""
-        return len(self.roster.with_role("client"))
+        return len(self.roster.clients)
 
     def ready(self, run: bytes, nonce: bytes = bytes(32)) -> m.Ready:
         """The signed key of this run, which shared key is held, and the committed nonce."""

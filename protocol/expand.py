@@ -9,6 +9,10 @@ counter zero.
 from __future__ import annotations
 
 import hashlib
+import itertools
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from enum import IntEnum
 from typing import Any
 
@@ -26,6 +30,9 @@ TAG = b"secure-fedprompt/v1/"
 _CHUNK = 1 << 16  # words; keystream and accumulator chunks stay in the second-level cache
 _ZEROS = bytes(4 * _CHUNK)
 _COUNTER = bytes(16)
+THREADS = min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2)
+_SHARE = 1 << 23  # words of masks that are worth a thread: 10 ms
+_Masks = tuple[CipherContext, Any]  # a keystream, and whether it is added or subtracted
 
 
 class Purpose(IntEnum):
@@ -123,13 +130,28 @@ def expand(key: bytes, count: int) -> Words:
 def add_masks(total: Words, plus: list[bytes], minus: list[bytes], after: int = 0) -> bytes:
     """``total += sum expand(plus) - sum expand(minus)`` modulo 2^32, in place.
 
-    Works chunk by chunk over all keys, so the accumulator is read and written once.
+    Much of it is shared between threads: AES and numpy let others run.
 
     Returns:
         the next ``after`` bytes of each keystream, in the order of the keys.
     """
-    streams: list[tuple[CipherContext, Any]] = [(_stream(key), np.add) for key in plus]
+    streams: list[_Masks] = [(_stream(key), np.add) for key in plus]
     streams += [(_stream(key), np.subtract) for key in minus]
+    shares = min(THREADS, len(streams) * len(total) // _SHARE)
+    if shares < 2:
+        return _add_masks(total, streams, after)
+    cuts = [len(streams) * i // shares for i in range(shares + 1)]
+    parts = [np.zeros_like(total) for _ in range(shares)]
+    with ThreadPoolExecutor(shares) as pool:
+        some = (streams[a:b] for a, b in itertools.pairwise(cuts))
+        read = list(pool.map(_add_masks, parts, some, itertools.repeat(after)))
+    for part in parts:
+        np.add(total, part, out=total)
+    return b"".join(read)
+
+
+def _add_masks(total: Words, streams: Sequence[_Masks], after: int) -> bytes:
+    """The same, chunk by chunk over all streams, so that ``total`` is read and written once."""
     buffer = bytearray(4 * min(_CHUNK, len(total)) + 16)
     zeros = memoryview(_ZEROS)
     words = np.frombuffer(buffer, "<u4", offset=0, count=min(_CHUNK, len(total)))

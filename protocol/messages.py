@@ -731,7 +731,7 @@ def _members_of(cohort: tuple[str, ...], bits: bytes) -> tuple[str, ...]:
     return tuple(itertools.compress(cohort, found.tolist()))
 
 
-def survivors_body(plan: RoundPlan, adverts: bytes, survivors: tuple[str, ...]) -> bytes:
-    """What a client signs in the consistency stage; ``adverts`` is the root over all of them."""
-    names = digest(Purpose.SURVIVORS, members_bits(plan.cohort, survivors))
-    return b"".join((plan.run, plan.round.to_bytes(4, "little"), plan.digest, adverts, names))
+def survivors_body(plan: RoundPlan, adverts: bytes, survivors: bytes | memoryview) -> bytes:
+    """What a client signs in the consistency stage: the root over all adverts, and the list."""
+    listed = digest(Purpose.SURVIVORS, survivors)
+    return b"".join((plan.run, plan.round.to_bytes(4, "little"), plan.digest, adverts, listed))

@@ -19,13 +19,29 @@ _NAME = re.compile(r"[\x21-\x7e]{1,64}")
 _LAST = 0x80
 
 
-@functools.lru_cache(maxsize=32)
+_RECENT: dict[tuple[str, ...], bytes] = {}  # the last few long rolls: plans repeat them
+_FEW, _LONG = 8, 64
+
+
 def pack(names: tuple[str, ...], where: str = "roll") -> bytes:
     """Names as bytes.
 
     Raises:
         FieldError: they are not distinct, in order, and of 1 to 64 printable ASCII characters.
     """
+    known = _RECENT.get(names) if len(names) >= _LONG else None
+    return known or _remember(names, _pack(names, where))
+
+
+def _remember(names: tuple[str, ...], data: bytes) -> bytes:
+    if len(names) >= _LONG:
+        if len(_RECENT) >= _FEW:
+            _RECENT.clear()
+        _RECENT[names] = data
+    return data
+
+
+def _pack(names: tuple[str, ...], where: str) -> bytes:
     out, before = bytearray(), ""
     for name in names:
         if name <= before or not _NAME.fullmatch(name):
@@ -47,7 +63,7 @@ def _shared(one: str, other: str) -> int:
     return min(len(one), len(other))
 
 
-@functools.lru_cache(maxsize=32)
+@functools.lru_cache(maxsize=_FEW)
 def unpack(data: bytes, where: str = "roll") -> tuple[str, ...]:
     """Inverse of ``pack``.
 
@@ -68,4 +84,5 @@ def unpack(data: bytes, where: str = "roll") -> tuple[str, ...]:
         before = name
     if size != len(data):
         raise FieldError(f"{where}: {len(data) - size} of {len(data)} bytes are no names")
-    return tuple(names)
+    _remember(roll := tuple(names), data)  # the one encoding
+    return roll

@@ -48,13 +48,21 @@ def test_signed(bits: int, data: st.DataObject) -> None:
     assert ring.signed(np.array([value % 2**32], np.uint32), bits)[0] == value
 
 
-@given(st.integers(1, 3), st.integers(0, 3), st.integers(1, 140_000))
-@settings(max_examples=15, deadline=None)
-def test_add_masks_equals_whole_streams(plus: int, minus: int, count: int) -> None:
+@given(st.integers(1, 3), st.integers(0, 3), st.integers(1, 140_000), st.integers(1, 4))
+@settings(max_examples=20, deadline=None)
+def test_add_masks_equals_whole_streams(plus: int, minus: int, count: int, threads: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(expand, "THREADS", threads)
+        patch.setattr(expand, "_SHARE", 1 if threads > 1 else expand._SHARE)
+        check_masks(plus, minus, count)
+
+
+def check_masks(plus: int, minus: int, count: int) -> None:
     keys = [bytes([i]) * 32 for i in range(plus + minus)]
     fast = np.arange(count, dtype=np.uint32)
     slow = fast.copy()
-    expand.add_masks(fast, keys[:plus], keys[plus:])
+    after = expand.add_masks(fast, keys[:plus], keys[plus:], 24)
+    assert after == b"".join(expand.keystream(key, 4 * count + 24)[-24:] for key in keys)
     for i, key in enumerate(keys):
         mask = expand.expand(key, count)
         slow = slow + mask if i < plus else slow - mask

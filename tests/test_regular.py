@@ -103,7 +103,9 @@ def test_who_is_not_on_the_list_cannot_vouch_for_it() -> None:
     def tap(sender: str, recipient: str, message: m.Message) -> m.Message:
         if isinstance(message, m.UnmaskRequest) and recipient == VICTIM:
             first, *rest = message.signers
-            return dataclasses.replace(message, signers=(dataclasses.replace(first, name=PEER), *rest))
+            return dataclasses.replace(
+                message, signers=(dataclasses.replace(first, name=PEER), *rest)
+            )
         return message
 
     outcome = run(tap, gone={PEER: Stage.COLLECTING})

@@ -80,7 +80,7 @@ def test_the_largest_integers_stay_exact_at_the_widest_row(worst: int) -> None:
     assert sum_tag.width(size) == 1024
     key = TagKey.of(K, PLAN, size, COHORT)
     limb = (1 << 21) - 1
-    key = TagKey(np.full_like(key.across, limb), key.down, {})
+    key = TagKey(np.full_like(key.across, limb), key.down, np.zeros((0, 2), np.uint64), {})
     found = key.linear(np.full(size, worst, np.int64))
     a = sum(limb << 21 * i for i in range(3)) % P
     down = [sum(int(x) for x in key.down[:, k]) for k in range(TAGS)]

@@ -59,15 +59,13 @@ class State:
         return handler(self, message)
 
     def check_survivors(self, survivors: tuple[str, ...]) -> None:
-        """Refuse a list that is not one of this cohort with us in it, too short, or too near to
+        """Refuse a list of members of this cohort that is without us, too short, or too near to
         lists whose sums may be open.
 
         Raises:
             SurvivorError, ThresholdError, PolicyError; IsolationError: see ``check_isolation``.
         """
         plan, own = self.plan, self.party.name
-        if not set(survivors) <= set(plan.cohort):
-            raise SurvivorError("survivor list is from outside the cohort")
         if own not in survivors:
             raise SurvivorError(f"survivor list leaves out {own!r}, who uploaded")
         if len(survivors) < plan.quorum:

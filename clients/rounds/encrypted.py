@@ -104,6 +104,8 @@ class Sent(State):
 
     def _on_cipher_sum(self, message: m.CipherSum) -> Step:
         plan, party = self.plan, self.party
+        if not plan.points.keys() >= set(message.survivors):
+            raise SurvivorError("survivor list is from outside the cohort")
         self.check_survivors(message.survivors)
         party.journal.record_survivors(plan, message.survivors, b"")
         after = Signing(party, plan, self.key, message, message.body(plan))

@@ -88,13 +88,14 @@ class Uploaded(InSum):
             raise SurvivorError(
                 f"survivor list names {sorted(strangers)}, who shared no keys with us"
             )
-        body = m.survivors_body(plan, self.adverts, survivors)
+        listed = bytes(message.survivors)
+        body = m.survivors_body(plan, self.adverts, listed)
         alive = set(survivors)
         shares = b"".join(
             share[32:] if name in alive else share[:32]
             for name, share in sorted(self.shares.items())
         )
-        after = Agreed(party, plan, survivors, body, shares)
+        after = Agreed(party, plan, survivors, listed, body, shares)
         party.journal.record_survivors(plan, survivors, after.to_bytes())
         signature = party.identity.sign(Purpose.SURVIVORS, body)
         return after, [m.Consistent(plan.run, plan.round, signature)]
@@ -107,7 +108,7 @@ class _Kept:
     """An ``Agreed`` on the disk."""
 
     plan: RoundPlan
-    survivors: m.Members
+    members: m.Members
     body: Annotated[bytes | memoryview, UpTo(1 << 12)]
     shares: Annotated[bytes | memoryview, UpTo(32 * MAX_COHORT)]
 
@@ -117,6 +118,7 @@ class Agreed(InSum):
     """The survivor list is signed. ``shares`` can open this sum, and nothing else."""
 
     survivors: tuple[str, ...]
+    members: bytes  # the same, as it came
     body: bytes
     shares: bytes
 
@@ -126,15 +128,15 @@ class Agreed(InSum):
 
     def to_bytes(self) -> bytes:
         """What the journal keeps, so that a restarted client can still help to open the sum."""
-        members = m.members_bits(self.plan.cohort, self.survivors)
-        return encode_fields(_Kept(self.plan, members, self.body, self.shares))
+        return encode_fields(_Kept(self.plan, self.members, self.body, self.shares))
 
     @classmethod
     def from_bytes(cls, party: Party, data: bytes) -> Agreed:
         """Inverse of ``to_bytes``."""
         kept = decode_fields(_Kept, data)
-        survivors = m.members_of(kept.plan.cohort, kept.survivors)
-        return cls(party, kept.plan, survivors, bytes(kept.body), bytes(kept.shares))
+        members = bytes(kept.members)
+        survivors = m.members_of(kept.plan.cohort, members)
+        return cls(party, kept.plan, survivors, members, bytes(kept.body), bytes(kept.shares))
 
     def _on_unmask_request(self, message: m.UnmaskRequest) -> Step:
         plan, party = self.plan, self.party

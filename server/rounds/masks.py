@@ -206,9 +206,9 @@ class MaskedRound(KeyedRound):
 
     def _send_survivors(self, names: tuple[str, ...], now: float) -> Outbox:
         plan, self._survivors = self.plan, names
-        self._survivors_body = m.survivors_body(plan, self._tree.root, names)
-        self._begin(Stage.CONSISTENCY, names, now)
         members = m.members_bits(plan.cohort, names)
+        self._survivors_body = m.survivors_body(plan, self._tree.root, members)
+        self._begin(Stage.CONSISTENCY, names, now)
         message = m.SurvivorList(plan.run, plan.round, members)
         return [(name, message) for name in names]
 

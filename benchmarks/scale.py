@@ -1,0 +1,226 @@
+"""A masked round of thousands of clients on one machine: seconds, memory, and how both grow.
+
+    python benchmarks/scale.py                                  # 250 to 4,000 clients
+    python benchmarks/scale.py --clients 1000 --clients 10000 --json out.json
+    python benchmarks/scale.py --clients 1000 --corruption 0.33
+
+All parties are there, with the machines, keys, signatures and frames of the real programs: the
+server in this process, the clients in ``--workers`` others. Seconds are of the wall, from the plan
+to the checked sum. A process decodes a broadcast once, and checks no signature twice; what a client
+costs by itself is measured on some that have a process each.
+Sockets, training and the disk are not in it. Dropped clients vanish before their upload, and the
+sum is held against the inputs. Ends with the exponent of n that fits the seconds best.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing as mp
+import resource
+import sys
+import time
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import bench_masking
+import machine
+import metered
+import numpy as np
+
+from secure_fedprompt.clients.sum_key import SumKey
+from secure_fedprompt.protocol import messages as m
+from secure_fedprompt.protocol.layout import Values
+from secure_fedprompt.protocol.plan import RoundPlan
+from secure_fedprompt.server.rounds.base import Deadlines, Stage
+from secure_fedprompt.server.rounds.masks import MaskedRound
+
+FRAMES = 128  # in one message to a worker
+ALONE = 5  # clients that are measured by themselves
+Frames = list[tuple[str, bytes]]
+
+
+def update_of(dim: int) -> np.ndarray:
+    return np.random.default_rng(0).normal(0, 0.05, dim)
+
+
+@dataclass
+class Report:
+    """Of a worker at the end, by client."""
+
+    cpu: dict[str, float]
+    up: dict[str, int]
+    down: dict[str, int]
+    opened: int
+    wrong: float  # largest difference of the opened sum from the inputs
+    megabytes: float
+
+
+def megabytes() -> float:
+    """The most that this process has used."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def work(
+    pipe: Connection, keys: metered.Keys, secret: bytes, dim: int, gone: frozenset[str],
+    survivors: int,
+) -> None:  # fmt: skip
+    """A worker's clients, until the driver asks for the report."""
+    update = update_of(dim)
+    values: Values = {"ctx": update, **{k: np.float64(64) for k in ("seen", "correct", "loss")}}
+    parties, shared = metered.parties_of(keys), SumKey(secret)
+    for party in parties.values():
+        party.keyring.sums = shared
+    bench_masking.one_round(20, 8, 0.0, 32, "complete", metered.federation(20))  # code that is warm
+    crowd = metered.Crowd(parties, values, 1.0, gone, np.zeros(dim, np.float32))
+    while (frames := pipe.recv()) is not None:
+        pipe.send([(name, out) for name, frame in frames for out in crowd.take(name, frame)])
+    meter = crowd.meter
+    wrong = np.abs(meter.sum["ctx"] - survivors * update).max() if meter.opened else 0.0
+    cpu = {name: meter.total(name) for name in parties}
+    pipe.send(Report(cpu, meter.up, meter.down, meter.opened, float(wrong), megabytes()))
+
+
+class Workers:
+    """Clients in processes of their own; the first ones have one each."""
+
+    def __init__(
+        self, keys: metered.Keys, secret: bytes, dim: int, gone: frozenset[str], count: int,
+    ) -> None:  # fmt: skip
+        identities, roster = keys
+        names = list(identities)
+        alone = [name for name in names if name not in gone][:ALONE]
+        rest = [name for name in names if name not in alone]
+        groups = [*([name] for name in alone), *(rest[i::count] for i in range(count))]
+        self.of = {name: i for i, group in enumerate(groups) for name in group}
+        self.alone, self.pipes = alone, list[Connection]()
+        for group in groups:
+            ours, theirs = mp.Pipe()
+            own = {name: identities[name] for name in group}, roster
+            args = theirs, own, secret, dim, gone, len(names) - len(gone)
+            mp.Process(target=work, args=args, daemon=True).start()
+            self.pipes.append(ours)
+
+    def run(self, server: MaskedRound) -> float:
+        """A round; CPU seconds of the server."""
+        waiting = [deque[tuple[str, bytes]]() for _ in self.pipes]
+        busy, spent = set[Connection](), 0.0
+
+        def post(out: list[tuple[str, m.Message]]) -> None:
+            for name, message in out:
+                waiting[self.of[name]].append((name, m.CATALOGUE.encode(message)))
+
+        begin = time.process_time()
+        post(server.start(0.0))
+        spent += time.process_time() - begin
+        while True:
+            for pipe, frames in zip(self.pipes, waiting, strict=True):
+                if frames and pipe not in busy:
+                    pipe.send([frames.popleft() for _ in range(min(FRAMES, len(frames)))])
+                    busy.add(pipe)
+            if not busy:
+                if server.over:
+                    return spent
+                begin = time.process_time()
+                post(server.tick(server.deadline))
+                spent += time.process_time() - begin
+            for pipe in wait(list(busy)) if busy else ():
+                assert isinstance(pipe, Connection)
+                replies: Frames = pipe.recv()
+                busy.discard(pipe)
+                begin = time.process_time()
+                for name, frame in replies:
+                    post(server.on(name, m.CATALOGUE.decode(frame), 0.0))
+                spent += time.process_time() - begin
+
+    def reports(self) -> list[Report]:
+        for pipe in self.pipes:
+            pipe.send(None)
+        return [pipe.recv() for pipe in self.pipes]
+
+
+def one_round(
+    keys: metered.Keys, dim: int, dropout: float, corruption: float, workers: int
+) -> dict[str, Any]:
+    """A round of everybody."""
+    identities, roster = keys
+    n = len(identities)
+    key = SumKey.make(bench_masking.os.urandom)
+    plan = bench_masking.make_plan(n, dim, 32, "regular", roster, key, corruption)
+    gone = frozenset(list(identities)[n - round(dropout * n) :])
+    crowd = Workers(keys, key.to_bytes(), dim, gone, workers)
+    server = MaskedRound(plan, b"", roster, Deadlines(1, 1))
+    begin = time.perf_counter()
+    cpu = crowd.run(server)
+    wall = time.perf_counter() - begin
+    assert server.stage is Stage.DONE, server.reason
+    reports = crowd.reports()
+    return {**checked(plan, reports, n - len(gone)), **alone_of(plan, crowd, reports),
+            "clients": n, "dim": dim, "dropout": dropout, "corruption": corruption,
+            "degree": plan.degree, "threshold": plan.threshold, "workers": workers,
+            "wall_s": wall, "server_cpu_s": cpu,
+            "megabytes": megabytes() + sum(r.megabytes for r in reports)}  # fmt: skip
+
+
+def checked(plan: RoundPlan, reports: list[Report], survivors: int) -> dict[str, Any]:
+    """Everybody opened the sum, and it is the sum."""
+    step = 2.0 ** -plan.layout[0].frac
+    assert sum(r.opened for r in reports) == survivors
+    assert all(r.wrong <= survivors * step for r in reports)
+    return {"clients_cpu_s": sum(sum(r.cpu.values()) for r in reports)}
+
+
+def alone_of(plan: RoundPlan, crowd: Workers, reports: list[Report]) -> dict[str, Any]:
+    """What a client costs that remembers nothing, vectors apart: one up, one down."""
+    vector = 4 * sum(field.size for field in plan.layout)
+    own = list(zip(crowd.alone, reports, strict=False))
+    other = [r.up[n] + r.down[n] - 2 * vector for n, r in own]
+    return {"client_cpu_s": machine.spread([r.cpu[n] for n, r in own]),
+            "client_bytes_besides": float(np.median(other))}  # fmt: skip
+
+
+def exponent(rows: list[Mapping[str, Any]]) -> float:
+    """Of n, in the seconds of the wall."""
+    logs = np.log([[row["clients"], row["wall_s"]] for row in rows])
+    return float(np.polyfit(logs[:, 0], logs[:, 1], 1)[0])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--clients", type=int, action="append", help="may be given several times")
+    parser.add_argument("--dim", type=int, default=8192)
+    parser.add_argument("--dropout", type=float, default=0.1)
+    parser.add_argument("--corruption", type=float, default=0.1)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    print(json.dumps(machine.describe()))
+    print("     n   k   t   wall s  server s  clients s  MB    alone: ms   bytes besides vectors")
+    rows: list[dict[str, Any]] = []
+    for n in args.clients or (250, 500, 1000, 2000, 4000):
+        keys = metered.federation(n)
+        row = one_round(keys, args.dim, args.dropout, args.corruption, args.workers)
+        rows.append(row)
+        alone = row["client_cpu_s"]
+        print(f"{n:6} {row['degree']:3} {row['threshold']:3} {row['wall_s']:8.2f} "
+              f"{row['server_cpu_s']:8.2f} {row['clients_cpu_s']:9.1f} {row['megabytes']:6.0f} "
+              f"{1e3 * alone['median']:7.1f} ({1e3 * alone['min']:.0f}-{1e3 * alone['max']:.0f})"
+              f"{row['client_bytes_besides']:9,.0f}", flush=True)  # fmt: skip
+        if args.json:
+            content = {"machine": machine.describe(), "rows": rows}
+            if len(rows) > 1:
+                content["exponent"] = exponent(rows)
+            args.json.write_text(json.dumps(content, indent=1) + "\n")
+    if len(rows) > 1:
+        print(f"seconds grow as n^{exponent(rows):.2f}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
