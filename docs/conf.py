@@ -31,7 +31,14 @@ CONTENTS = """
 """
 GROUPS = {
     "Use": ["deployment", "protections", "methods", "auditing", "differential-privacy"],
-    "Believe": ["threat-model", "terms", "secure-selection", "sum-tags", "results/privacy"],
+    "Believe": [
+        "threat-model",
+        "terms",
+        "secure-selection",
+        "sum-tags",
+        "regular-graph",
+        "results/privacy",
+    ],
     "Measure": ["results/performance", "results/methods"],
     "Read and change": ["architecture", "audit-log", "json"],
 }

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from enum import IntEnum
@@ -30,7 +29,7 @@ TAG = b"secure-fedprompt/v1/"
 _CHUNK = 1 << 16  # words; keystream and accumulator chunks stay in the second-level cache
 _ZEROS = bytes(4 * _CHUNK)
 _COUNTER = bytes(16)
-THREADS = min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2)
+THREADS = 2
 _SHARE = 1 << 23  # words of masks that are worth a thread: 10 ms
 _Masks = tuple[CipherContext, Any]  # a keystream, and whether it is added or subtracted
 

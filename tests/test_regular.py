@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 from rounds import identity, make_parties, make_plan, make_updates, plain_sum
 from test_complaints import altered_inbox
 
+from secure_fedprompt.__main__ import main
 from secure_fedprompt.memory import SimulatedRound, run_round
 from secure_fedprompt.protocol import errors, masking
 from secure_fedprompt.protocol import messages as m
@@ -199,3 +202,18 @@ def test_a_threshold_of_neighbours_vouches_for_a_prompt_that_was_missed() -> Non
         if not fine:
             assert "7 clients vouch" in str(outcome.errors[VICTIM])
             assert "needs 8" in str(outcome.errors[VICTIM])
+
+
+def test_explain_says_what_the_graph_stands_on(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    out, base = tmp_path / "told.json", ["explain", "--graph", "regular", "--clients"]
+    assert main([*base, "1000", "--json", str(out)]) == 0
+    told = json.loads(out.read_text())
+    k, t = masking.choose_degree(1000, dropout=0.1, corruption=0.1)
+    assert (told["degree"], told["threshold"]) == (k, t) == (52, 28)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "k = 52, of whom t = 28" in said
+    assert "3 colluders among a client's neighbours and a dishonest server" in said
+    assert main([*base, "12"]) == 2
+    assert "no k-regular graph of 12 clients" in capsys.readouterr().err

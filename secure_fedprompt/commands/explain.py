@@ -10,7 +10,7 @@ import msgspec
 from rich.console import Console
 
 from secure_fedprompt.host import command
-from secure_fedprompt.protocol import client_noise, fixedpoint, homomorphic
+from secure_fedprompt.protocol import client_noise, fixedpoint, homomorphic, masking
 from secure_fedprompt.protocol.client_noise import Noise
 from secure_fedprompt.protocol.errors import ConfigError, PlanError
 from secure_fedprompt.protocol.homomorphic import Parameters
@@ -29,7 +29,7 @@ from secure_fedprompt.server.settings import (
 _USED = {"protection", "clients", "clip", "weights", "max_weight", "max_seen", "ring_bits",
          "metrics", "flood_bits", "threshold", "method", "selection", "selection_scope",
          "selection_keep", "helper", "fedmgp", "dp_noise", "dp_clip", "dp_colluders",
-         "min_clients", "rounds"}  # fmt: skip
+         "min_clients", "rounds", "graph", "max_dropout", "max_corruption"}  # fmt: skip
 _DELTA = 1e-5
 _FAR = 4.0  # a clip this many times above or below the norm of updates is far from it
 _FEWEST, _MANY = 3, 10_000_000  # clients that are looked at
@@ -124,7 +124,9 @@ def describe(
     else:
         up = fixedpoint.wire_size(layout) if facts.masked else 8 * total_size(layout)
         figures |= {"bytes_up": up, "bytes_down": up if facts.masked else 4.0 * dim}
-        if facts.masked:
+        if facts.masked and settings.graph == "regular":
+            _regular(rows, figures, settings, clients)
+        elif facts.masked:
             t = settings.threshold or default_threshold(clients)
             rows["threshold"] = (
                 f"{clients} clients, t = {t}: safe against a dishonest server with "
@@ -147,6 +149,19 @@ def describe(
         "weights divide that"
     )
     return rows, figures
+
+
+def _regular(rows: Rows, figures: dict[str, float], settings: ServerSettings, clients: int) -> None:
+    dropout, corruption = settings.max_dropout, settings.max_corruption
+    k, t = masking.choose_degree(clients, dropout=dropout, corruption=corruption)
+    figures |= {"degree": k, "threshold": t}
+    rows["graph"] = (
+        f"each of {clients:,} clients is paired with k = {k}, of whom t = {t} with itself open a "
+        f"mask: safe against an honest-but-curious server with {corruption:.0%} of the clients "
+        f"colluding, and done if {dropout:.0%} vanish (failures below 2^-40 and 2^-30); "
+        f"{max(1, 2 * t - k - 1)} colluders among a client's neighbours and a dishonest server "
+        "could open it"
+    )
 
 
 def _noise(

@@ -31,6 +31,7 @@ MEANING = {
     "cohort": "names of the clients that a round was planned with",
     "connects_as": "fingerprint of the key for connections",
     "contributors": "clients in the sum",
+    "degree": "k, on a regular graph",
     "delta": "that epsilon is at",
     "direction": "in or out, as the owner of the log sees it",
     "dropouts": "round, who, what",
@@ -98,6 +99,7 @@ MEANING = {
     "steps": "of DP-SGD in sum",
     "subtitle": "of a report",
     "text": "of a finding",
+    "threshold": "t: how many of a client and its k neighbours open one of its masks",
     "traffic": "list by type and direction; of a report by direction, type and round",
     "type": "of a message",
     "update_norm": "quantiles of the clients' L2 norms: low 10%, median, high 90%",
@@ -130,7 +132,7 @@ FORMS: dict[str, tuple[str, ...]] = {
     "explain": (
         "step", "values", "bytes_up", "bytes_down", "rms_error", "epsilon", "delta", "noise_norm",
         "signal_norm", "signal_to_noise", "break_even_clients", "selection_bytes",
-        "flooding_bits", "failure_bits",
+        "flooding_bits", "failure_bits", "degree", "threshold",
     ),
     "privacy-plan": (
         "noise_multiplier", "rate", "steps", "delta", "accountant", "epsilon",
