@@ -36,6 +36,7 @@ from secure_fedprompt.protocol.ring import (
 MAX_FRAC = 24
 LOSS_CLIP = 20.0
 _CHUNK = 1 << 14  # values encoded at a time, to stay in the cache
+FINE_STEPS = 1 << 17  # of a clip range, where the ring is chosen for it: finer than float16
 MIN_UPDATE_STEPS = 128  # a clip range coarser than +-128 steps is refused
 
 
@@ -73,6 +74,17 @@ def _sized(
         f"field {name!r}: {n} clients with values up to {bound:g} do not fit a {bits}-bit ring: "
         "use more ring bits, a smaller clip or a smaller max_weight"
     )
+
+
+def smallest_ring(clients: int, *, clip: float, max_weight: int, noise: float = 0.0) -> int:
+    """The fewest bits of update fields that leave ``FINE_STEPS`` on either side of zero, or all.
+
+    Args:
+        clients, clip, max_weight, noise: as in ``size_layout``.
+    """
+    frac = min(MAX_FRAC, math.ceil(math.log2(FINE_STEPS / clip)))
+    largest = clients * magnitude(max_weight * clip + noise, frac)
+    return max(MIN_BITS, min(MAX_BITS, largest.bit_length() + 1))
 
 
 def size_layout(

@@ -22,7 +22,7 @@ from secure_fedprompt.protocol.plan import (
 from secure_fedprompt.protocol.roster import Roster
 from secure_fedprompt.protocol.selection.task import SCOPES
 from secure_fedprompt.protocol.terms import RunTerms, nonces_digest
-from secure_fedprompt.server.settings import ServerSettings, noise_of, quorum_of, weight_of
+from secure_fedprompt.server.settings import ServerSettings, bits_of, noise_of, quorum_of, weight_of
 
 TENSOR_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.]{0,47}")
 
@@ -201,7 +201,7 @@ def terms_of(settings: ServerSettings, roster: Roster, state: RunState) -> RunTe
         attempts=MAX_ATTEMPTS,
         protection=settings.protection,
         tensors=state.tensors,
-        ring_bits=settings.ring_bits,
+        ring_bits=bits_of(settings, n),
         clip=settings.clip,
         weights=settings.weights,
         max_weight=weight_of(settings),

@@ -10,13 +10,14 @@ from secure_fedprompt.protocol import masking
 from secure_fedprompt.protocol.client_noise import NONE as NO_NOISE
 from secure_fedprompt.protocol.client_noise import Noise
 from secure_fedprompt.protocol.errors import ConfigError, PlanError
-from secure_fedprompt.protocol.fixedpoint import size_layout
+from secure_fedprompt.protocol.fixedpoint import size_layout, smallest_ring
 from secure_fedprompt.protocol.layout import TensorSpec
 from secure_fedprompt.protocol.methods import method_facts
 from secure_fedprompt.protocol.plan import (
     noise_colluders,
 )
 from secure_fedprompt.protocol.protections import Protection, default_threshold, facts_of
+from secure_fedprompt.protocol.ring import MAX_BITS, MIN_BITS
 from secure_fedprompt.protocol.roster import Roster
 from secure_fedprompt.protocol.selection.task import SCOPES, Selection
 from secure_fedprompt.protocol.settings import (
@@ -78,7 +79,8 @@ class ServerSettings(MethodSettings, frozen=True, forbid_unknown_fields=True, kw
         threshold: t, the quorum; 0 means floor(2n/3) + 1, and less is refused.
         max_dropout: share of clients that a regular graph tolerates as lost.
         max_corruption: share of clients that a regular graph tolerates as colluding.
-        ring_bits: b, width of the update words on the wire.
+        ring_bits: b, width of the update words on the wire, 8 to 32; 0 is the smallest with steps
+            of clip / 131072 or finer, 22 for ten clients of weight 1.
         clip: C, largest magnitude of an update value.
         weights: "uniform"; "bucket" (n_k rounded down to a power of two) or "samples" (n_k). Under
             the last two a dropout between two rounds can reveal a client's bucket, or its n_k.
@@ -129,7 +131,7 @@ class ServerSettings(MethodSettings, frozen=True, forbid_unknown_fields=True, kw
     threshold: Count = 0
     max_dropout: NonNegative = 0.1
     max_corruption: NonNegative = 0.1
-    ring_bits: Annotated[int, Meta(ge=8, le=32)] = 32
+    ring_bits: Annotated[int, Meta(ge=0, le=32)] = 32
     clip: Annotated[float, Meta(gt=0, le=1e6)] = 1.0
     weights: Weights = "uniform"
     max_weight: Positive = 4096
@@ -232,7 +234,7 @@ def check_roster(settings: ServerSettings, roster: Roster) -> None:
         size_layout(
             (TensorSpec("prompt", (1,)),), n, clip=settings.clip,
             max_weight=weight_of(settings), max_seen=settings.max_seen,
-            ring_bits=settings.ring_bits, metrics=settings.metrics != "off", noise=noise.room,
+            ring_bits=bits_of(settings, n), metrics=settings.metrics != "off", noise=noise.room,
         )  # fmt: skip
         fewest_of(settings, n)
     except PlanError as error:
@@ -277,6 +279,10 @@ def check_settings(settings: ServerSettings) -> None:
         ConfigError: naming the key.
     """
     settings.check()
+    if 0 < settings.ring_bits < MIN_BITS:
+        raise ConfigError(
+            f"ring_bits = {settings.ring_bits}: {MIN_BITS} to {MAX_BITS}, or 0 for the smallest"
+        )
     method = method_facts(settings.method)
     if not method.weighted and settings.weights != "uniform":
         raise ConfigError(
@@ -316,6 +322,14 @@ def check_settings(settings: ServerSettings) -> None:
             f"protection = {settings.protection!r}: {settings.method} shows every client's prompt "
             "to the others; only 'none' is honest, for comparisons"
         )
+
+
+def bits_of(settings: ServerSettings, clients: int) -> int:
+    """b."""
+    return settings.ring_bits or smallest_ring(
+        clients, clip=settings.clip, max_weight=weight_of(settings),
+        noise=noise_of(settings, clients).room,
+    )  # fmt: skip
 
 
 def weight_of(settings: ServerSettings) -> int:

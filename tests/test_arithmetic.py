@@ -233,3 +233,25 @@ def test_wire_round_trip_at_every_width(bits: int) -> None:
     fixedpoint.add_wire(fields, fixedpoint.to_wire(fields, values), total)
     masks = np.concatenate([np.full(f.size, (1 << f.bits) - 1, np.uint32) for f in fields])
     assert (total == values & masks).all()
+
+
+@given(
+    st.integers(1, 5000), st.sampled_from([0.003, 0.5, 1.0, 7.0]), st.sampled_from([1, 64, 4096]),
+    st.sampled_from([0.0, 3.5]),
+)  # fmt: skip
+@settings(max_examples=60)
+def test_the_smallest_ring_is_fine_enough_and_no_smaller_one_is(
+    clients: int, clip: float, weight: int, noise: float
+) -> None:
+    bits = fixedpoint.smallest_ring(clients, clip=clip, max_weight=weight, noise=noise)
+
+    def steps(b: int) -> float:
+        try:
+            field = fixedpoint._sized("x", (1,), weight * clip + noise, b, clients, True)
+        except errors.OverflowPlanError:
+            return 0.0
+        return clip * 2.0**field.frac
+
+    enough = min(fixedpoint.FINE_STEPS, clip * 2.0**fixedpoint.MAX_FRAC)
+    assert bits == 32 or steps(bits) >= enough
+    assert bits == ring.MIN_BITS or steps(bits - 1) < enough

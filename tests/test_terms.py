@@ -24,6 +24,7 @@ from secure_fedprompt.protocol.layout import TensorSpec
 from secure_fedprompt.protocol.policy import Policy
 from secure_fedprompt.protocol.settings import MethodSettings
 from secure_fedprompt.protocol.terms import RunTerms, nonces_digest
+from secure_fedprompt.server import settings as server_settings
 
 
 def begun(tmp_path: Path, n: int = 10, **changes: Any) -> tuple[Any, Any]:
@@ -144,6 +145,13 @@ def test_a_training_setting_reaches_only_the_runs_whose_terms_hold_it() -> None:
     assert one.digest != two.digest
     assert one.bounds != two.bounds
     assert make_terms(rounds=3).bounds == make_terms(rounds=4).bounds
+
+
+def test_the_smallest_ring_is_chosen_when_terms_are_made() -> None:
+    assert make_terms(ring_bits=0).ring_bits == 21  # four clients of weight 1
+    assert make_terms(ring_bits=0, weights="samples", max_weight=4096).ring_bits == 32
+    with pytest.raises(errors.ConfigError, match="ring_bits = 5: 8 to 32, or 0"):
+        server_settings.check_settings(server_settings.ServerSettings(ring_bits=5))
 
 
 def test_every_field_of_the_terms_is_in_their_digest() -> None:

@@ -20,10 +20,12 @@ from secure_fedprompt.protocol.protections import default_threshold, tolerated_c
 from secure_fedprompt.protocol.selection.task import Task
 from secure_fedprompt.server.settings import (
     ServerSettings,
+    bits_of,
     check_settings,
     noise_of,
     quorum_of,
     selection_of,
+    weight_of,
 )
 
 _USED = {"protection", "clients", "clip", "weights", "max_weight", "max_seen", "ring_bits",
@@ -100,17 +102,17 @@ def describe(
     if settings.dp_noise:
         check_settings(settings)
     noise = noise_of(settings, clients)
-    weight = 1 if settings.weights == "uniform" else settings.max_weight
+    weight, bits = weight_of(settings), bits_of(settings, clients)
     layout = fixedpoint.size_layout(
         (TensorSpec("prompt", (dim,)),), clients, clip=settings.clip, max_weight=weight,
-        max_seen=settings.max_seen, ring_bits=settings.ring_bits,
+        max_seen=settings.max_seen, ring_bits=bits,
         metrics=settings.metrics == "rounds", noise=noise.room,
     )  # fmt: skip
     step = 2.0 ** -layout[0].frac
     if precision and step > precision:
         short = math.ceil(math.log2(step / precision))
         raise ConfigError(
-            f"precision = {precision:g}: {settings.ring_bits}-bit sums of {clients} clients with "
+            f"precision = {precision:g}: {bits}-bit sums of {clients} clients with "
             f"clip {settings.clip:g} and weights up to {weight} have a step of {step:.2g}, "
             f"{short} bits too coarse; use more ring_bits (at most 32), weights = 'uniform', or a "
             "smaller clip or max_weight"
