@@ -33,6 +33,7 @@ import metered
 import numpy as np
 
 from secure_fedprompt.clients.sum_key import SumKey
+from secure_fedprompt.protocol import keys as keys_module
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.layout import Values
 from secure_fedprompt.protocol.plan import RoundPlan
@@ -70,6 +71,7 @@ def work(
     survivors: int,
 ) -> None:  # fmt: skip
     """A worker's clients, until the driver asks for the report."""
+    keys_module.remember_signatures()
     update = update_of(dim)
     values: Values = {"ctx": update, **{k: np.float64(64) for k in ("seen", "correct", "loss")}}
     parties, shared = metered.parties_of(keys), SumKey(secret)

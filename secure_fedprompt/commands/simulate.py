@@ -34,7 +34,7 @@ from secure_fedprompt.host.recorder import recorder
 from secure_fedprompt.memory import Handler, Network
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.errors import ConfigError, UpdateError
-from secure_fedprompt.protocol.keys import Identity, Member
+from secure_fedprompt.protocol.keys import Identity, Member, remember_signatures
 from secure_fedprompt.protocol.policy import Policy
 from secure_fedprompt.protocol.protections import PROTECTIONS
 from secure_fedprompt.protocol.roster import Roster
@@ -221,6 +221,7 @@ def simulate_run(
     Raises:
         SecureFedPromptError: the run failed.
     """
+    remember_signatures()  # every client checks those of all others
     identities = {name: Identity.generate() for name in ("server", *trainers)}
     roster = Roster.of(tuple(
         Member.of(key, name, "client" if name in trainers else "server")
