@@ -7,7 +7,7 @@
 The server is the program, in a process of its own, with its log of frames' headers and its run
 folder. Clients are sessions over CURVE sockets on loopback, many in a process, with a toy update in
 the place of training and journals in memory. After every round the server's memory, file handles
-and threads are read from /proc; "grown" compares the last rounds with the fifth.
+and threads are read from /proc; "grown" compares the last with the middle.
 
 ``--hub`` counts how many small frames a second the hub's loop takes in, decoded and counted, from
 as many senders as there are processes.
@@ -150,7 +150,7 @@ def load(args: argparse.Namespace) -> dict[str, Any]:
         size = sum(p.stat().st_size for p in (folder / "server" / "run").rglob("*") if p.is_file())
     seconds = [sum(row["seconds"].values()) for row in rows]
     assert all(row["outcome"] == "done" and not row["dropped"] for row in rows)
-    first, last = seen[min(4, len(seen) - 2)], seen[-2]  # then clients leave
+    first, last = seen[len(seen) // 2], seen[-2]  # then clients leave
     return {
         "clients": args.clients, "rounds": len(rows), "graph": args.graph, "dim": args.dim,
         "seconds": machine.spread(seconds), "run_folder_kb": size // 1024, "seen": seen,
@@ -228,7 +228,7 @@ def main() -> int:
               f"{s['median']:.2f} s a round ({s['min']:.2f}-{s['max']:.2f}); server "
               f"{end['kb'] / 1024:.0f} MB, {end['handles']} handles, "
               f"{end['threads']} threads, run folder {row['run_folder_kb']:,} kB")  # fmt: skip
-        print("grown since the fifth round: "
+        print("grown in the second half: "
               + ", ".join(f"{k} {100 * v:+.1f}%" for k, v in row["grown"].items()))  # fmt: skip
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")

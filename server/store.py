@@ -48,6 +48,7 @@ CREATE TABLE IF NOT EXISTS traffic (
 CREATE TABLE IF NOT EXISTS events (at REAL, kind TEXT, text TEXT);
 CREATE TABLE IF NOT EXISTS checked (learning_round INTEGER PRIMARY KEY, clients TEXT);
 """
+_LAST = (1 << 32) - 1  # a number that no round has
 TROUBLE = (
     "waiting",
     "left",
@@ -77,24 +78,33 @@ def open_run(folder: Path) -> sqlite3.Connection:
     return sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)
 
 
-def rounds_of(db: sqlite3.Connection) -> list[dict[str, Any]]:
-    """All attempted rounds as dictionaries, with bytes by direction and peer, and with the clients
-    that have said that a sum is right."""
+def rounds_of(db: sqlite3.Connection, only: int | None = None) -> list[dict[str, Any]]:
+    """All attempted rounds, or one, as dictionaries, with bytes by direction and peer, and with the
+    clients that have said that a sum is right."""
     names = ("round", "learning_round", "outcome", "reason", "cohort", "dropped", "faults",
              "metrics", "seconds", "at")  # fmt: skip
     rows: dict[int, dict[str, Any]] = {}
-    for values in db.execute("SELECT * FROM rounds ORDER BY round"):
+    span = (0, _LAST) if only is None else (only, only)
+    query = "SELECT * FROM rounds WHERE round BETWEEN ? AND ? ORDER BY round"
+    for values in db.execute(query, span):
         row = dict(zip(names, values, strict=True))
         for name in ("cohort", "dropped", "faults", "metrics", "seconds"):
             row[name] = json.loads(row[name])
         rows[row["round"]] = {**row, "bytes": {"up": {}, "down": {}}}
-    query = "SELECT round, peer, direction, SUM(bytes) FROM traffic GROUP BY 1, 2, 3"
-    for number, peer, direction, size in db.execute(query):
+    query = (
+        "SELECT round, peer, direction, SUM(bytes) FROM traffic WHERE round BETWEEN ? AND ? "
+        "GROUP BY 1, 2, 3"
+    )
+    for number, peer, direction, size in db.execute(query, span):
         if number in rows:
             rows[number]["bytes"][direction][peer] = size
     said = dict[int, list[str]]()
     if db.execute("SELECT 1 FROM sqlite_master WHERE name = 'checked'").fetchone():
-        said = {number: json.loads(who) for number, who in db.execute("SELECT * FROM checked")}
+        query = (
+            "SELECT learning_round, clients FROM rounds JOIN checked USING (learning_round) "
+            "WHERE round BETWEEN ? AND ?"
+        )
+        said = {number: json.loads(who) for number, who in db.execute(query, span)}
     for row in rows.values():
         row["checked"] = said.get(row["learning_round"], []) if row["outcome"] == "done" else []
     return list(rows.values())
@@ -236,8 +246,9 @@ class Store:
             )
         self._keep_best(plan.learning_round - 1, metrics)
         self.flush_traffic()
+        (told,) = rounds_of(self._db, plan.round)
         for listener in self.on_event:
-            listener("round", next(r for r in rounds_of(self._db) if r["round"] == plan.round))
+            listener("round", told)
 
     def event(self, kind: str, text: str) -> None:
         with self._db:
@@ -295,7 +306,8 @@ class Store:
         """A copy of the prompt with the best accuracy, once rounds have counted it."""
         if json.loads((self.folder / "server.json").read_text())["metrics"] != "rounds":
             return
-        scores = [r["metrics"].get("accuracy", 0.0) for r in rounds_of(self._db)]
+        found = (json.loads(text) for (text,) in self._db.execute("SELECT metrics FROM rounds"))
+        scores = [metrics.get("accuracy", 0.0) for metrics in found]
         path = self.prompt_path(number)
         if metrics.get("accuracy", 0.0) and metrics["accuracy"] >= max(scores) and path.exists():
             partial = self.folder / "best.partial"

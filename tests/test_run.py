@@ -19,7 +19,7 @@ from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.policy import Policy
 from secure_fedprompt.protocol.settings import MethodSettings
 from secure_fedprompt.server.settings import ServerSettings
-from secure_fedprompt.server.store import Store
+from secure_fedprompt.server.store import Store, rounds_of
 
 
 def expected_prompt(toys: Mapping[str, Toy], rounds: int) -> np.ndarray:
@@ -46,6 +46,28 @@ def test_a_run_averages_with_weights_and_ends_everywhere(tmp_path: Path) -> None
     assert summary["accuracy_after"] == 1.0
     assert (tmp_path / "prompts" / "global-0002.safetensors").exists()
     assert not (tmp_path / "prompts" / "global-0003.safetensors").exists()
+
+
+def test_a_round_is_told_without_reading_those_before(tmp_path: Path) -> None:
+    """Or a thousandth round would cost a thousand times the first."""
+    world, told = World(tmp_path, rounds=3), list[Any]()
+    world.store.on_event.append(lambda kind, value: told.append(value) if kind == "round" else None)
+    read = list[str]()
+    world.store._db.set_trace_callback(read.append)
+    for name in names(4):
+        world.join(name)
+    world.pump()
+    selects = [q for q in read if "FROM rounds WHERE" in q or "FROM traffic" in q]
+    world.store._db.set_trace_callback(None)
+    assert [row["round"] for row in told] == [1, 2, 3, 4]
+    assert len(selects) == 8
+    for number, query in enumerate(selects):
+        assert f"BETWEEN {1 + number // 2} AND {1 + number // 2}" in query
+    alone = [rounds_of(world.store._db, row["round"])[0] for row in told]
+    assert alone == rounds_of(world.store._db)
+    said = [row["checked"] for row in alone]
+    assert [row | {"checked": []} for row in told] == [row | {"checked": []} for row in alone]
+    assert said[0] == list(names(4))
 
 
 def test_uniform_weights_hide_counts(tmp_path: Path) -> None:

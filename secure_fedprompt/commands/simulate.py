@@ -24,16 +24,17 @@ from secure_fedprompt.clients.data.loading import load_shares
 from secure_fedprompt.clients.features import Features
 from secure_fedprompt.clients.journal import MemoryJournal
 from secure_fedprompt.clients.learning import LocalLearner
-from secure_fedprompt.clients.party import Party, Replies
+from secure_fedprompt.clients.party import Party
 from secure_fedprompt.clients.session import Session
 from secure_fedprompt.clients.settings import ClientSettings
 from secure_fedprompt.clients.training import LocalTrainer, client_seed
+from secure_fedprompt.engines import Engine, Inline, Processes, Ray, divided
 from secure_fedprompt.host import command
 from secure_fedprompt.host.recorded import RecordedHub
 from secure_fedprompt.host.recorder import recorder
-from secure_fedprompt.memory import Handler, Network
+from secure_fedprompt.memory import Network
 from secure_fedprompt.protocol import messages as m
-from secure_fedprompt.protocol.errors import ConfigError, UpdateError
+from secure_fedprompt.protocol.errors import ConfigError, SecureFedPromptError, UpdateError
 from secure_fedprompt.protocol.keys import Identity, Member, remember_signatures
 from secure_fedprompt.protocol.policy import Policy
 from secure_fedprompt.protocol.protections import PROTECTIONS
@@ -68,12 +69,29 @@ def main(argv: list[str] | None = None) -> int:
         "secure-fedprompt simulate",
         "Run a federation in one process, with the same protocol state machines as the programs.",
         "  secure-fedprompt simulate --parts 50 --rounds 3 --partition dirichlet --shots 16\n"
-        "  secure-fedprompt simulate --parts 20 --dropout 0.1 --dataset photos.zip --lr 0.01",
+        "  secure-fedprompt simulate --parts 20 --dropout 0.1 --dataset photos.zip --lr 0.01\n"
+        "  secure-fedprompt simulate --parts 200 --engine processes --workers 8",
     )
     parser.add_argument(
         "--dropout", type=float, default=0.0, metavar="SHARE",
         help="share of the clients that vanish in each round, at a random message",
     )  # fmt: skip
+    parser.add_argument(
+        "--engine", choices=("inline", "processes", "ray"), default="inline",
+        help="who trains: this process, others on this machine, or actors of a Ray cluster "
+        "(pip install 'secure-fedprompt[ray]')",
+    )  # fmt: skip
+    parser.add_argument(
+        "--workers", type=int, default=0, metavar="COUNT",
+        help="processes or actors, each with a model of its own; 0 is one for each core",
+    )  # fmt: skip
+    parser.add_argument(
+        "--ray-address", default="", metavar="ADDRESS",
+        help="of a running Ray cluster, such as auto; empty starts one on this machine",
+    )  # fmt: skip
+    parser.add_argument(
+        "--ray-gpus", type=float, default=0.0, metavar="SHARE", help="of a GPU for each actor"
+    )
     command.add_flags(parser, ServerSettings, skip=frozenset(_ABSENT))
     shared = set(ServerSettings.__struct_fields__)
     command.add_flags(parser, ClientSettings, skip=frozenset(_ABSENT | shared))
@@ -103,7 +121,8 @@ def _run(args: argparse.Namespace) -> int:
 
         store.on_event.append(tell)
         try:
-            done = simulate_run(server, store, trainers, args.dropout)
+            engine = engine_of(args, client, server.method_settings(), trainers)
+            done = simulate_run(server, store, trainers, args.dropout, engine)
             summary = store.summary()
             store.event("finished", f"prompt {summary['prompt']}")
             show.add_history(summary, {str(number): row for number, row in done.history.items()})
@@ -161,19 +180,50 @@ def make_trainers(
     return trainers
 
 
-def _taking_part(session: Session[LocalLearner]) -> Handler:
-    """A client that trains at once."""
+def train(engine: Engine, sessions: dict[str, Session[LocalLearner]], network: Network) -> bool:
+    """Have everybody trained who waits for it; whether anybody did."""
+    jobs = [(name, s.work) for name, s in sessions.items() if s.work is not None]
+    for (name, work), outcome in zip(jobs, engine.train(jobs) if jobs else [], strict=True):
+        if isinstance(outcome, UpdateError):
+            sent = sessions[name].failed(work, outcome)
+        elif isinstance(outcome, SecureFedPromptError):
+            raise outcome
+        else:
+            sent = sessions[name].trained(work, outcome)
+        for message in sent:
+            network.send(name, message)
+    return bool(jobs)
 
-    def on(message: m.Message) -> Replies:
-        replies = session.on(message)
-        if (work := session.work) is None:
-            return replies
-        try:
-            return replies + session.trained(work, session.learner.run(work))
-        except UpdateError as error:
-            return replies + session.failed(work, error)
 
-    return on
+def engine_of(
+    args: argparse.Namespace,
+    settings: ClientSettings,
+    method: MethodSettings,
+    trainers: dict[str, LocalTrainer],
+) -> Callable[[dict[str, LocalLearner]], Engine]:
+    """What the flags ask for.
+
+    Raises:
+        ConfigError: they contradict each other.
+    """
+    if args.workers < 0:
+        raise ConfigError(f"--workers {args.workers}: at least 1, or 0 for one for each core")
+    if args.engine == "inline":
+        if args.workers or args.ray_address:
+            raise ConfigError("--workers and --ray-address need --engine processes or ray")
+        return Inline
+    cores = os.cpu_count() or 1
+    count = min(args.workers or cores, len(trainers))
+    threads = settings.threads or max(1, cores // count)
+
+    def made(learners: dict[str, LocalLearner]) -> Engine:
+        needs = next(iter(learners.values())).method.needs
+        shares = divided(settings, method, trainers, needs, count, threads)
+        if args.engine == "ray":
+            return Ray(shares, learners, args.ray_address, args.ray_gpus)
+        return Processes(shares, learners)
+
+    return made
 
 
 def _vanishing(
@@ -215,8 +265,12 @@ def simulate_run(
     store: Store,
     trainers: dict[str, LocalTrainer],
     dropout: float = 0.0,
+    engine: Callable[[dict[str, LocalLearner]], Engine] = Inline,
 ) -> Simulated:
     """Drive server and sessions to the end of the run. The audit log is the server's.
+
+    Args:
+        engine: made of the learners once they are known; trains them.
 
     Raises:
         SecureFedPromptError: the run failed.
@@ -243,17 +297,31 @@ def simulate_run(
     log = recorder(store.folder, mode, limit, identities["server"], member, roster)
     network = Network(
         _vanishing(list(sessions), dropout, np.random.default_rng(settings.seed)),
-        lambda clock: max(clock + 1.0, run.current.deadline if run.current else run.gather_until),
+        lambda clock: wait(clock),  # noqa: PLW0108  (it is defined below)
     )
+    engines = list[Engine]()  # one, once there is something to train
+
+    def wait(clock: float) -> float:
+        """Train, while the clock stands still; else on to the next deadline."""
+        if not engines and any(s.work is not None for s in sessions.values()):
+            engines.append(engine({name: s.learner for name, s in sessions.items()}))
+        if engines and train(engines[0], sessions, network):
+            return clock
+        return max(clock + 1.0, run.current.deadline if run.current else run.gather_until)
+
     count = lambda *frame: store.count(run.state.round, *frame)  # noqa: E731
     counted = CountedHub(network.hub, count)
     network.hub = RecordedHub(counted, log) if log else counted
     for name, session in sessions.items():
-        network.join(name, _taking_part(session))
+        network.join(name, session.on)
         network.send(name, session.hello())
-    network.run(run)
-    if log is not None:
-        log.close()
+    try:
+        network.run(run)
+    finally:
+        for made in engines:
+            made.close()
+        if log is not None:
+            log.close()
     if run.error:
         raise run.error
     history: dict[int, dict[str, float]] = {}
