@@ -28,7 +28,7 @@ from secure_fedprompt.clients.sum_key import SumKey
 from secure_fedprompt.protocol import homomorphic
 from secure_fedprompt.protocol.client_noise import NONE as NO_NOISE
 from secure_fedprompt.protocol.fixedpoint import size_layout
-from secure_fedprompt.protocol.layout import TensorSpec
+from secure_fedprompt.protocol.layout import Layout, TensorSpec
 from secure_fedprompt.protocol.masking import choose_degree
 from secure_fedprompt.protocol.plan import NO_SEED, RoundPlan
 from secure_fedprompt.protocol.protections import default_threshold
@@ -47,16 +47,25 @@ TABLE = [
 TABLE += [(10, 8_192, 0.0, 22, "complete")]
 
 
-def make_plan(
-    n: int, dim: int, bits: int, graph: str, roster: Roster, key: SumKey, corruption: float = 0.1
-) -> RoundPlan:
+def weight_of(n: int, bits: int) -> int:
     """Weighted updates at 32 bits; uniform weights where there is no room for them."""
-    max_weight = 4096 if bits == 32 and n <= 1000 else 1
-    layout = size_layout(
-        [TensorSpec("ctx", (dim,))], n, clip=1.0, max_weight=max_weight,
-        max_seen=65536 if n <= 1000 else 4096,
-        ring_bits=bits, metrics=True,
+    return 4096 if bits == 32 and n <= 1000 else 1
+
+
+def layout_of(n: int, dim: int, bits: int) -> Layout:
+    return size_layout(
+        [TensorSpec("ctx", (dim,))], n, clip=1.0, max_weight=weight_of(n, bits),
+        max_seen=65536 if n <= 1000 else 4096, ring_bits=bits, metrics=True,
     )  # fmt: skip
+
+
+def make_plan(
+    n: int, dim: int, bits: int, graph: str, roster: Roster, key: SumKey, corruption: float = 0.1,
+    sized_for: int = 0,
+) -> RoundPlan:  # fmt: skip
+    """For ``n`` clients, in a ring for ``sized_for``, if those are more."""
+    max_weight = weight_of(sized_for or n, bits)
+    layout = layout_of(sized_for or n, dim, bits)
     degree, quorum = 0, default_threshold(n)
     threshold, seed = quorum, NO_SEED
     if graph == "regular":

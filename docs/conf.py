@@ -39,7 +39,7 @@ GROUPS = {
         "regular-graph",
         "results/privacy",
     ],
-    "Measure": ["results/performance", "results/methods"],
+    "Measure": ["results/performance", "results/methods", "regions"],
     "Read and change": ["architecture", "audit-log", "json"],
 }
 

@@ -14,7 +14,7 @@ import re
 from secure_fedprompt.protocol.errors import FieldError
 
 LONGEST = 65  # bytes of one name
-_TOKEN = re.compile(rb"([\x00-\x3f])([\x21-\x7e]*[\xa1-\xfe])")
+_TOKEN = re.compile(rb"([\x00-\x3f])([\x21-\x7e]{0,63}[\xa1-\xfe])")  # looks no further
 _NAME = re.compile(r"[\x21-\x7e]{1,64}")
 _LAST = 0x80
 

@@ -64,6 +64,12 @@ def test_what_is_no_roll_is_not_taken(data: bytes) -> None:
         rolls.unpack(data)
 
 
+@pytest.mark.parametrize("byte", [b"0", b"a", b"\0", b"\xe1", b"\0a"])
+def test_a_megabyte_of_nonsense_is_refused_in_one_pass(byte: bytes) -> None:
+    with pytest.raises(FieldError):  # looking for an end from each byte would take hours
+        rolls.unpack(byte * (1 << 20))
+
+
 def test_numbered_names_take_little_more_than_two_bytes() -> None:
     assert len(rolls.pack(tuple(f"c{i:04d}" for i in range(10_000)))) < 21_200
 
