@@ -22,6 +22,7 @@ from secure_fedprompt.protocol.keys import Identity, Member
 from secure_fedprompt.protocol.layout import Values, Vector
 from secure_fedprompt.protocol.policy import Policy
 from secure_fedprompt.protocol.roster import Roster
+from secure_fedprompt.protocol.shamir import Entropy
 from secure_fedprompt.server.rounds.base import Round, Stage
 
 T = TypeVar("T")
@@ -35,10 +36,10 @@ def federation(n: int) -> Keys:
     return identities, Roster.of(tuple(members))
 
 
-def parties_of(keys: Keys) -> dict[str, Party]:
+def parties_of(keys: Keys, entropy: Entropy = os.urandom) -> dict[str, Party]:
     identities, roster = keys
     return {
-        name: Party(name, key, roster, POLICY, MemoryJournal(), os.urandom)
+        name: Party(name, key, roster, POLICY, MemoryJournal(), entropy)
         for name, key in identities.items()
     }
 

@@ -121,6 +121,11 @@ class RoundPlan:
     def digest(self) -> bytes:
         return digest(Purpose.PLAN, encode_fields(self))
 
+    @functools.cached_property
+    def names(self) -> frozenset[str]:
+        """The cohort's."""
+        return frozenset(self.cohort)
+
     def __hash__(self) -> int:
         return hash(self.digest)
 
@@ -160,8 +165,13 @@ class RoundPlan:
         Raises:
             PlanError: naming the field.
         """
+        if "_checked" not in self.__dict__:  # once for each object: it is frozen
+            self._check()
+            self.__dict__["_checked"] = True
+
+    def _check(self) -> None:
         n = len(self.cohort)
-        if list(self.cohort) != sorted(set(self.cohort)) or not n:
+        if list(self.cohort) != sorted(self.cohort) or len(self.names) != n or not n:
             raise PlanError("cohort is not a sorted list of distinct names")
         if self.protection not in PROTECTIONS:
             raise PlanError(
@@ -263,7 +273,7 @@ class RoundPlan:
             if self.maker or self.grants or self.election or self.key != NO_KEY:
                 raise PlanError(f"a shared key under protection {self.protection}")
             return
-        others = set(self.cohort) - {self.maker}
+        others = self.names - {self.maker}
         if self.encrypted:
             self._check_ciphertexts()
         if list(self.grants) != sorted(set(self.grants)) or not set(self.grants) <= others:

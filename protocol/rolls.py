@@ -9,14 +9,17 @@ does not come after the one before, is refused.
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 
 from secure_fedprompt.protocol.errors import FieldError
 
 LONGEST = 65  # bytes of one name
 _TOKEN = re.compile(rb"([\x00-\x3f])([\x21-\x7e]{0,63}[\xa1-\xfe])")  # looks no further
-_NAME = re.compile(r"[\x21-\x7e]{1,64}")
+_NAME = 64  # characters at most
+_CHARACTERS = re.compile(r"[\x21-\x7e]{1,64}")
 _LAST = 0x80
+_LOW = bytes(i & ~_LAST for i in range(256))
 
 
 _RECENT: dict[tuple[str, ...], bytes] = {}  # the last few long rolls: plans repeat them
@@ -44,7 +47,7 @@ def _remember(names: tuple[str, ...], data: bytes) -> bytes:
 def _pack(names: tuple[str, ...], where: str) -> bytes:
     out, before = bytearray(), ""
     for name in names:
-        if name <= before or not _NAME.fullmatch(name):
+        if name <= before or not _CHARACTERS.fullmatch(name):
             raise FieldError(f"{where}: {name!r} is no name, doubled, or not in order")
         shared = len(name) - 1
         if name[:shared] != before[:shared] or len(before) < shared:  # numbered ones mostly do
@@ -70,19 +73,18 @@ def unpack(data: bytes, where: str = "roll") -> tuple[str, ...]:
     Raises:
         FieldError: the bytes are no roll, or not the one encoding of it.
     """
-    names, before, size = list[str](), "", 0
-    for head, tail in _TOKEN.findall(data):
-        shared = head[0]
-        size += 1 + len(tail)
-        rest = tail[:-1].decode("ascii") + chr(tail[-1] ^ _LAST)
-        if shared > len(before) or rest[0] <= before[shared : shared + 1]:
-            raise FieldError(f"{where}: {rest!r} does not follow {before!r}")
-        name = before[:shared] + rest
-        if len(name) > 64:
-            raise FieldError(f"{where}: a name of {len(name)} characters")
-        names.append(name)
-        before = name
-    if size != len(data):
+    names, before = list[bytes](), b""
+    tokens = _TOKEN.findall(data)
+    if (size := sum(map(len, itertools.chain.from_iterable(tokens)))) != len(data):
         raise FieldError(f"{where}: {len(data) - size} of {len(data)} bytes are no names")
-    _remember(roll := tuple(names), data)  # the one encoding
+    for head, tail in tokens:
+        shared, rest = head[0], tail.translate(_LOW)
+        if shared > len(before) or rest[:1] <= before[shared : shared + 1]:
+            raise FieldError(f"{where}: {rest!r} does not follow {before!r}")
+        before = before[:shared] + rest
+        names.append(before)
+    if max(map(len, names), default=0) > _NAME:
+        raise FieldError(f"{where}: a name of more than {_NAME} characters")
+    roll = tuple(b"\0".join(names).decode("ascii").split("\0")) if names else ()
+    _remember(roll, data)  # the one encoding
     return roll

@@ -34,9 +34,9 @@ def start(party: Party, plan: RoundPlan) -> Step:
             f"server's roster {plan.roster_digest.hex()[:16]} is not ours "
             f"{party.roster.digest.hex()[:16]}: copy the same roster file to every machine"
         )
-    for name in set(plan.cohort) - party.roster.clients:
+    for name in plan.names - party.roster.clients:
         party.roster.identity_of(name)  # which says what it is
-    if party.name not in plan.cohort:
+    if party.name not in plan.names:
         raise UnexpectedMessageError(f"plan's cohort does not contain {party.name!r}")
     party.policy.check_plan(plan, party.roster_clients)
     if plan.selecting:

@@ -83,14 +83,13 @@ class Uploaded(InSum):
         plan, party = self.plan, self.party
         survivors = m.members_of(plan.cohort, message.survivors)
         self.check_survivors(survivors)
-        near = set(masking.neighbourhoods(plan)[party.name])
-        if strangers := (set(survivors) & near) - set(self.shares):
+        alive = set(masking.neighbourhoods(plan)[party.name]).intersection(survivors)
+        if strangers := alive - set(self.shares):
             raise SurvivorError(
                 f"survivor list names {sorted(strangers)}, who shared no keys with us"
             )
         listed = bytes(message.survivors)
         body = m.survivors_body(plan, self.adverts, listed)
-        alive = set(survivors)
         shares = b"".join(
             share[32:] if name in alive else share[:32]
             for name, share in sorted(self.shares.items())
