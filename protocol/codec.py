@@ -215,10 +215,10 @@ def _roll(where: str, limit: int) -> tuple[Writer, Reader]:
         write_bytes(rolls.pack(names, where), out)
 
     def read(cursor: Cursor) -> tuple[str, ...]:
-        names = rolls.unpack(bytes(read_bytes(cursor)), where)
-        if len(names) > limit:
-            raise TooLargeError(f"{where}: {len(names)} names, at most {limit}")
-        return names
+        data = bytes(read_bytes(cursor))
+        if (count := rolls.count(data)) > limit:
+            raise TooLargeError(f"{where}: {count} names, at most {limit}")
+        return rolls.unpack(data, where)
 
     return write, read
 

@@ -116,7 +116,7 @@ def choose_degree(
     for k in range(2, clients - 1, 2):
         if union + k / 2 * math.log2(lost) > -sigma if lost else False:
             continue
-        for t in range(k // 2 + 1, k + 1):
+        for t in range(k // 2 + 2, k + 1):  # see docs/regular-graph.md on arcs
             safe = union + _tail(clients - 1, bad, k, t) <= -sigma
             alive = union + _tail(clients - 1, gone, k, k - t + 1) <= -eta
             if safe and alive:

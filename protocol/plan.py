@@ -193,7 +193,9 @@ class RoundPlan:
         if self.degree == 0 and self.threshold != self.quorum:
             raise PlanError(f"threshold {self.threshold} and quorum {self.quorum} differ")
         half = self.degree // 2
-        if self.degree and (self.degree % 2 or not half < self.threshold <= self.degree + 1 < n):
+        if self.degree and (
+            self.degree % 2 or not half + 1 < self.threshold <= self.degree + 1 < n
+        ):
             raise PlanError(f"degree {self.degree}, threshold {self.threshold} with {n} clients")
         if not 1 <= self.learning_round <= self.rounds + 1:
             raise PlanError(f"learning round {self.learning_round} of {self.rounds}")

@@ -19,6 +19,7 @@ _TOKEN = re.compile(rb"([\x00-\x3f])([\x21-\x7e]{0,63}[\xa1-\xfe])")  # looks no
 _NAME = 64  # characters at most
 _CHARACTERS = re.compile(r"[\x21-\x7e]{1,64}")
 _LAST = 0x80
+_ASCII = bytes(range(_LAST))
 _LOW = bytes(i & ~_LAST for i in range(256))
 
 
@@ -66,6 +67,11 @@ def _shared(one: str, other: str) -> int:
     return min(len(one), len(other))
 
 
+def count(data: bytes) -> int:
+    """How many names there are, if it is a roll: bytes that end one."""
+    return len(data.translate(None, _ASCII))
+
+
 @functools.lru_cache(maxsize=_FEW)
 def unpack(data: bytes, where: str = "roll") -> tuple[str, ...]:
     """Inverse of ``pack``.
@@ -74,6 +80,8 @@ def unpack(data: bytes, where: str = "roll") -> tuple[str, ...]:
         FieldError: the bytes are no roll, or not the one encoding of it.
     """
     names, before = list[bytes](), b""
+    if len(data) > LONGEST * count(data):  # before anything is looked for
+        raise FieldError(f"{where}: {len(data)} bytes cannot be {count(data)} names")
     tokens = _TOKEN.findall(data)
     if (size := sum(map(len, itertools.chain.from_iterable(tokens)))) != len(data):
         raise FieldError(f"{where}: {len(data) - size} of {len(data)} bytes are no names")

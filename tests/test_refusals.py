@@ -236,7 +236,7 @@ BAD_PLANS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "eleven attempts": ({"attempt": 11}, errors.PlanError, "at most 10"),
     "t too small": ({"quorum": 3, "threshold": 3}, errors.PlanError, "quorum 3 and cohort 5"),
     "degree odd": ({"degree": 3, "quorum": 4}, errors.PlanError, "degree"),
-    "regular graph": ({"degree": 2, "threshold": 2}, errors.PolicyError, "graphs"),
+    "regular graph": ({"degree": 2, "threshold": 3}, errors.PolicyError, "graphs"),
     "weights too large for the ring": ({"max_weight": 2**31}, errors.PlanError, "bound"),
     "zero clip": ({"clip": 0.0}, errors.PlanError, "clip"),
     "too many rounds": ({"rounds": 5000}, errors.PolicyError, "max_rounds"),

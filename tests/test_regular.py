@@ -19,6 +19,8 @@ from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.expand import Purpose
 from secure_fedprompt.protocol.plan import RoundPlan
 from secure_fedprompt.server.rounds.base import Stage
+from secure_fedprompt.server.rounds.masks import MaskedRound
+from secure_fedprompt.server.rounds.unmasking import masks_to_remove
 
 N = 40
 PLAN = make_plan(N, degree=12, graph_seed=b"\7" * 32, quorum=27, threshold=8)
@@ -113,6 +115,29 @@ def test_who_is_not_on_the_list_cannot_vouch_for_it() -> None:
 
     outcome = run(tap, gone={PEER: Stage.COLLECTING})
     assert "not asked for" in str(outcome.errors[VICTIM])
+
+
+def test_one_list_opens_no_arc_of_the_ring() -> None:
+    """A server that leaves out two runs of k/2 places has cut the ring. It may then ask for the
+    keys of the gaps' members, as if only the clients between them had survived."""
+    ring = NEAR.ring
+    gone = dict.fromkeys((*ring[:6], *ring[20:26]), Stage.COLLECTING)
+    outcome = run(gone=gone)
+    assert isinstance(outcome.round, MaskedRound)
+    frames = [(s, m.CATALOGUE.decode(f)) for s, r, f in outcome.frames if not r]
+    reveals = {s: x.shares for s, x in frames if isinstance(x, m.Reveal)}
+    assert len(reveals) == 24
+    beside = {ring[i] for i in (6, 19, 26, 39)}  # 7 of their 13 are left, and sign
+    assert beside == outcome.errors.keys()
+    of = outcome.round._adverts, outcome.round._shared, tuple(sorted(ring[6:20]))
+    with pytest.raises(errors.BadShareError, match="shares of .* arrived, threshold is 8"):
+        masks_to_remove(PLAN, *of, reveals)
+    with pytest.raises(errors.PlanError, match="degree 12, threshold 7"):
+        dataclasses.replace(PLAN, threshold=7).check()
+    for n in (100, 200, 1000, 10_000):
+        for corruption in (0.0, 0.05, 0.1, 0.33):
+            k, t = masking.choose_degree(n, dropout=0.1, corruption=corruption)
+            assert t >= k // 2 + 2
 
 
 @pytest.mark.parametrize("how", ["withheld", "other root"])

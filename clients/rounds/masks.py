@@ -132,6 +132,9 @@ class Advertised(State):
             incoming[peer] = masking.seal_key(plan, peer, own, shared)
         mask_keys = {peer: by_name[peer].mask_key for peer in incoming}
         seal_keys = {peer: by_name[peer].seal_key for peer in incoming}
+        if not self.advert.vouches:  # last: whatever is refused changes nothing
+            place = plan.run, plan.learning_round
+            self.party.journal.note_made(*place, plan.base_digest, own=False)
         reply = m.Shares(plan.run, plan.round, b"".join(boxes), m.UNSIGNED)
         reply = m.signed(reply, self.party.identity, Purpose.BOXES, plan, root)
         after = Dealt(
@@ -162,9 +165,6 @@ class Advertised(State):
                 f"{vouching} clients vouch for the global prompt of learning round "
                 f"{plan.learning_round}, and this one, which missed the sum before, needs {needed}"
             )
-        if not self.advert.vouches:
-            place = plan.run, plan.learning_round
-            self.party.journal.note_made(*place, plan.base_digest, own=False)
 
     takes: ClassVar[Takes] = {m.Adverts: _on_adverts}
 
