@@ -112,10 +112,10 @@ def test_the_whole_step_is_one_graph_and_the_same_as_without(
         assert torch.allclose(one, other, rtol=tolerance, atol=tolerance)
 
 
-SLOWER = (pytest.param(name, marks=pytest.mark.slow) for name in ("promptfl", "fedotp", "fedprox"))
+SLOWER = (pytest.param(name, marks=pytest.mark.slow) for name in ("fedmgp", "fedotp", "fedprox"))
 
 
-@pytest.mark.parametrize("name", ["fedmgp", *SLOWER])
+@pytest.mark.parametrize("name", ["promptfl", *SLOWER])
 def test_a_client_compiles_once_and_trains_as_without(
     name: str, bundled: Backbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
