@@ -76,13 +76,15 @@ class Toy:
         return Update({"ctx": np.full(self.dim, 1e-3)} if work.plan.training else {}, 1.0)
 
 
-def client(folder: Path, name: str, roster: Roster, address: str, dim: int) -> tuple[Any, Any]:
+def client(
+    folder: Path, name: str, roster: Roster, address: str, dim: int
+) -> tuple[Any, Any, CurveLink]:
     identity = files.read_identity(str(folder / name / f"{name}.pem"))
     server = roster.with_role("server")[0]
     party = Party(name, identity, roster, POLICY, MemoryJournal(), os.urandom)
     session = Session(party, Toy(dim))
     link = CurveLink(address, server.curve, identity, 600.0)
-    return Conversation(link, session.hello), session
+    return Conversation(link, session.hello), session, link
 
 
 def crowd(folder: Path, names: list[str], address: str, dim: int) -> None:
@@ -91,7 +93,7 @@ def crowd(folder: Path, names: list[str], address: str, dim: int) -> None:
     loops = [client(folder, name, roster, address, dim) for name in names]
     while loops:
         idle = True
-        for talk, session in list(loops):
+        for talk, session, link in list(loops):
             talk.greet()
             talk.live()
             if (message := talk.receive(0.0)) is None:
@@ -105,10 +107,10 @@ def crowd(folder: Path, names: list[str], address: str, dim: int) -> None:
                 talk.send(session.trained(work, session.learner.run(work)))
             if session.over:
                 talk.send([m.Leave("Finished", "")])
-                loops.remove((talk, session))
+                loops.remove((talk, session, link))
+                link.close()  # once the last frames are out
         if idle:
             time.sleep(0.002)
-    time.sleep(1.0)  # for the last frames
 
 
 def usage(pid: int) -> dict[str, int]:
@@ -166,7 +168,7 @@ def shout(identity: Identity, server: Member, address: str, count: int) -> None:
         link.send(frame)
         if not sent % 200:
             time.sleep(0.002)  # the queue is bounded
-    time.sleep(3.0)
+    link.close()
 
 
 def hub_rate(senders: int, count: int = 60_000) -> dict[str, Any]:

@@ -141,7 +141,7 @@ def verify(public: bytes, purpose: Purpose, body: bytes, signature: bytes, who: 
         SignatureError: naming the signer and the purpose.
     """
     try:
-        _verified[0](public, tag(purpose) + body, signature)
+        _verified(public, tag(purpose) + body, signature)
     except (BadSignatureError, ValueError):
         what = purpose.name.lower().replace("_", " ")
         raise SignatureError(f"signature of {who} on its {what} does not verify") from None
@@ -152,12 +152,13 @@ def _check(public: bytes, message: bytes, signature: bytes) -> None:
     VerifyKey(public).verify(message, signature)
 
 
-_verified: list[Callable[[bytes, bytes, bytes], None]] = [_check]
+_verified: Callable[[bytes, bytes, bytes], None] = _check
 
 
 def remember_signatures(count: int = 1 << 15) -> None:
     """Check no good signature twice in this process: for many parties in one."""
-    _verified[0] = functools.lru_cache(maxsize=count)(_check)
+    global _verified
+    _verified = functools.lru_cache(maxsize=count)(_check)
 
 
 @functools.lru_cache(maxsize=1024)

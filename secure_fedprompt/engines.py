@@ -25,6 +25,8 @@ from numpy.typing import NDArray
 
 from secure_fedprompt.clients.backbone import Backbone
 from secure_fedprompt.clients.data.loading import load_shares
+from secure_fedprompt.clients.data.partitions import Part
+from secure_fedprompt.clients.data.sets import ImageSet
 from secure_fedprompt.clients.features import Features
 from secure_fedprompt.clients.learning import LocalLearner
 from secure_fedprompt.clients.settings import ClientSettings
@@ -95,6 +97,26 @@ def arrays_of(images: Features) -> Arrays:
     return images.images.float().cpu().numpy(), images.labels.cpu().numpy()
 
 
+def trainer_of(
+    settings: ClientSettings,
+    backbone: Backbone,
+    sets: tuple[ImageSet, ImageSet],
+    share: Part,
+    features: tuple[Features, Features],
+    name: str,
+    seat: tuple[int, int],
+) -> LocalTrainer:
+    """One client of a simulation: its share of training and test images, and their features."""
+    train, test = sets
+    trainer = LocalTrainer(
+        backbone, train.subset(share.train), test.subset(share.test),
+        client_seed(max(0, settings.seed), name), settings.augment,
+        features=features, seat=seat, dp=settings.dp,
+    )  # fmt: skip
+    trainer.views = settings.views
+    return trainer
+
+
 class Worker:
     """Learners of some clients, with a model of their own."""
 
@@ -115,12 +137,10 @@ class Worker:
                 )
                 for images, labels in clients.features[name]
             ]  # fmt: skip
-            trainer = LocalTrainer(
-                backbone, train.subset(shares[seat].train), test.subset(shares[seat].test),
-                client_seed(max(0, settings.seed), name), settings.augment,
-                features=(pair[0], pair[1]), seat=(seat, len(clients.of)), dp=settings.dp,
+            trainer = trainer_of(
+                settings, backbone, (train, test), shares[seat], (pair[0], pair[1]), name,
+                (seat, len(clients.of)),
             )  # fmt: skip
-            trainer.views = settings.views
             self.learners[name] = trainer.prepare(clients.method)
 
     def train(self, jobs: Sequence[Job]) -> list[Answer]:

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from nacl.signing import VerifyKey
 from rounds import identity, make_parties, make_plan, make_updates, plain_sum
 from test_complaints import altered_inbox
 
 from secure_fedprompt.__main__ import main
 from secure_fedprompt.memory import SimulatedRound, run_round
-from secure_fedprompt.protocol import errors, masking
+from secure_fedprompt.protocol import errors, keys, masking
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.expand import Purpose
 from secure_fedprompt.protocol.plan import RoundPlan
@@ -242,3 +243,45 @@ def test_explain_says_what_the_graph_stands_on(
     assert "3 colluders among a client's neighbours and a dishonest server" in said
     assert main([*base, "12"]) == 2
     assert "no k-regular graph of 12 clients" in capsys.readouterr().err
+
+
+def test_adverts_that_are_refused_leave_nothing_in_the_journal() -> None:
+    plan = dataclasses.replace(PLAN, round=2, learning_round=2, rounds=2, base_digest=b"2" * 32)
+    for spoiled in (True, False):
+        parties = make_parties(N)
+        for name in set(plan.cohort) - {VICTIM}:
+            parties[name].journal.note_made(plan.run, 2, plan.base_digest, own=True)
+
+        def tap(sender: str, recipient: str, message: m.Message, bad: bool = spoiled) -> m.Message:
+            if bad and isinstance(message, m.Adverts) and recipient == VICTIM:
+                return dataclasses.replace(message, proof=())
+            return message
+
+        outcome = run_round(plan, parties, make_updates(plan), tap=tap)
+        assert (VICTIM in outcome.errors) == spoiled
+        known = b"" if spoiled else plan.base_digest
+        assert parties[VICTIM].journal.made(plan.run, 2) == (known, False)
+
+
+def test_a_remembered_signature_is_good_for_its_own_body_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(keys, "_verified", keys._verified)  # and back afterwards
+    keys.remember_signatures(4)
+    signer, checked = identity(VICTIM), list[bytes]()
+    monkeypatch.setattr(
+        keys, "VerifyKey", lambda public: checked.append(public) or VerifyKey(public)
+    )
+    signature = signer.sign(Purpose.ADVERT, b"body")
+    for _ in range(3):
+        keys.verify(signer.public(), Purpose.ADVERT, b"body", signature, VICTIM)
+    assert len(checked) == 1
+    for public, purpose, body, other in (
+        (signer.public(), Purpose.ADVERT, b"bodY", signature),
+        (signer.public(), Purpose.SURVIVORS, b"body", signature),
+        (identity(PEER).public(), Purpose.ADVERT, b"body", signature),
+        (signer.public(), Purpose.ADVERT, b"body", bytes(64)),
+    ):
+        for _ in range(2):  # a bad one is never remembered
+            with pytest.raises(errors.SignatureError):
+                keys.verify(public, purpose, body, other, VICTIM)

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rounds import make_plan
 
-from secure_fedprompt.protocol import masking, merkle, rolls
-from secure_fedprompt.protocol.errors import AdvertMismatchError, FieldError
+from secure_fedprompt.protocol import codec, masking, merkle, rolls
+from secure_fedprompt.protocol.errors import AdvertMismatchError, FieldError, TooLargeError
 from secure_fedprompt.protocol.expand import Purpose, derive, keystream
 
 printable = st.characters(min_codepoint=0x21, max_codepoint=0x7E)
@@ -68,6 +68,16 @@ def test_what_is_no_roll_is_not_taken(data: bytes) -> None:
 def test_a_megabyte_of_nonsense_is_refused_in_one_pass(byte: bytes) -> None:
     with pytest.raises(FieldError):  # looking for an end from each byte would take hours
         rolls.unpack(byte * (1 << 20))
+
+
+def test_a_roll_that_is_too_long_is_counted_before_it_is_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    _, read = codec._roll("names", 2)
+    data = rolls.pack(("a", "b", "c"))
+    monkeypatch.setattr(rolls, "unpack", lambda *_: 1 / 0)
+    with pytest.raises(TooLargeError, match="3 names, at most 2"):
+        read(codec.Cursor(len(data).to_bytes(4, "little") + data))
 
 
 def test_numbered_names_take_little_more_than_two_bytes() -> None:

@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from secure_fedprompt.client import load_trainer
 from secure_fedprompt.clients import learning
 from secure_fedprompt.clients.backbone import Backbone
 from secure_fedprompt.clients.data.sets import generated_sets
 from secure_fedprompt.clients.features import encode
 from secure_fedprompt.clients.methods.base import METHODS, Batch, Method, build
+from secure_fedprompt.clients.settings import ClientSettings, PrivacySettings
 from secure_fedprompt.clients.steps import CompiledSteps, Steps
 from secure_fedprompt.clients.training import LocalTrainer
 from secure_fedprompt.clients.work import Update, Work
@@ -172,6 +174,12 @@ def test_what_cannot_be_compiled_says_to_leave_it_out(bundled: Backbone) -> None
     taking = CompiledSteps(method, lr=0.1, momentum=0.9, weight_decay=0.0, backend=broken)
     with pytest.raises(ConfigError, match=r"cannot compile a step of promptfl on cpu .* leave it"):
         taking.take(batch)
+
+
+def test_steps_of_dp_are_not_compiled() -> None:
+    dp = PrivacySettings(kind="sample", noise_multiplier=1.0)
+    with pytest.raises(ConfigError, match="steps of DP-SGD cannot be compiled"):
+        load_trainer(ClientSettings(compile=True, dp=dp), None, None)  # type: ignore[arg-type]
 
 
 def moved(method: Method, batch: Batch, place: Callable[[Tensor], Tensor]) -> tuple[Method, Batch]:

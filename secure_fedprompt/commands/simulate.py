@@ -27,8 +27,8 @@ from secure_fedprompt.clients.learning import LocalLearner
 from secure_fedprompt.clients.party import Party
 from secure_fedprompt.clients.session import Session
 from secure_fedprompt.clients.settings import ClientSettings
-from secure_fedprompt.clients.training import LocalTrainer, client_seed
-from secure_fedprompt.engines import Engine, Inline, Processes, Ray, divided
+from secure_fedprompt.clients.training import LocalTrainer
+from secure_fedprompt.engines import Engine, Inline, Processes, Ray, divided, trainer_of
 from secure_fedprompt.host import command
 from secure_fedprompt.host.recorded import RecordedHub
 from secure_fedprompt.host.recorder import recorder
@@ -162,22 +162,14 @@ def make_trainers(
     needs = build(method or MethodSettings(), backbone, train.class_names).needs
     features = [Features(backbone, images, needs, quiet, "") for images in (train, test)]
     names = [f"client{k:03d}" for k in range(len(shares))]
-    trainers = {
-        name: LocalTrainer(
-            backbone,
-            train.subset(share.train),
-            test.subset(share.test),
-            client_seed(max(0, settings.seed), name),
-            settings.augment,
-            features=(features[0].subset(share.train), features[1].subset(share.test)),
-            seat=(k, len(shares)),
-            dp=settings.dp,
+    return {
+        name: trainer_of(
+            settings, backbone, (train, test), share,
+            (features[0].subset(share.train), features[1].subset(share.test)), name,
+            (k, len(shares)),
         )
         for k, (name, share) in enumerate(zip(names, shares, strict=True))
-    }
-    for trainer in trainers.values():
-        trainer.views = settings.views
-    return trainers
+    }  # fmt: skip
 
 
 def train(engine: Engine, sessions: dict[str, Session[LocalLearner]], network: Network) -> bool:
@@ -295,10 +287,6 @@ def simulate_run(
     run = Run(server, roster, store, os.urandom, RunState(), 0.0, identities["server"])
     member, mode, limit = roster.by_name["server"], settings.audit, settings.audit_mb
     log = recorder(store.folder, mode, limit, identities["server"], member, roster)
-    network = Network(
-        _vanishing(list(sessions), dropout, np.random.default_rng(settings.seed)),
-        lambda clock: wait(clock),  # noqa: PLW0108  (it is defined below)
-    )
     engines = list[Engine]()  # one, once there is something to train
 
     def wait(clock: float) -> float:
@@ -309,6 +297,10 @@ def simulate_run(
             return clock
         return max(clock + 1.0, run.current.deadline if run.current else run.gather_until)
 
+    network = Network(
+        _vanishing(list(sessions), dropout, np.random.default_rng(settings.seed)),
+        wait,
+    )
     count = lambda *frame: store.count(run.state.round, *frame)  # noqa: E731
     counted = CountedHub(network.hub, count)
     network.hub = RecordedHub(counted, log) if log else counted
