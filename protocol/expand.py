@@ -77,6 +77,7 @@ class Purpose(IntEnum):
     SUM_KEY = 39
     MERKLE_LEAF = 40
     MERKLE_NODE = 41
+    DRAWN_SHARE = 42
 
 
 _TAGS = {purpose: TAG + purpose.name.lower().encode() + b"\0" for purpose in Purpose}
@@ -96,10 +97,12 @@ def digest(purpose: Purpose, *parts: bytes | memoryview) -> bytes:
     return h.digest()
 
 
-def derive(secret: bytes, purpose: Purpose, plan_digest: bytes, *context: bytes) -> bytes:
-    """A 32-byte key for one purpose under one plan, by HKDF-SHA256 (RFC 5869)."""
+def derive(
+    secret: bytes, purpose: Purpose, plan_digest: bytes, *context: bytes, size: int = 32
+) -> bytes:
+    """A key of ``size`` bytes for one purpose under one plan, by HKDF-SHA256 (RFC 5869)."""
     info = b"".join((tag(purpose), plan_digest, *(bytes((len(c),)) + c for c in context)))
-    return HKDF(hashes.SHA256(), 32, salt=None, info=info).derive(secret)
+    return HKDF(hashes.SHA256(), size, salt=None, info=info).derive(secret)
 
 
 def _stream(key: bytes) -> CipherContext:

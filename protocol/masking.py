@@ -29,6 +29,7 @@ from secure_fedprompt.protocol.plan import RoundPlan
 from secure_fedprompt.protocol.shamir import Entropy
 
 Check = Callable[[bytes], bool]
+SHARE = 64  # bytes of a share of both secrets
 
 
 class Graph(Mapping[str, tuple[str, ...]]):
@@ -61,8 +62,29 @@ class Graph(Mapping[str, tuple[str, ...]]):
         plan, place, half = self._plan, self.place(name), self._plan.degree // 2
         if not half:
             return plan.cohort
-        near = np.sort(self._ring.take(range(place - half, place + half + 1), mode="wrap"))
-        return tuple([plan.cohort[i] for i in near.tolist()])
+        return self._run(place - half, place + half + 1)
+
+    def boxed(self, dealer: str) -> tuple[str, ...]:
+        """To whom a dealer seals shares: those next before it on the ring. The threshold - 1 others
+        of its neighbourhood draw theirs."""
+        place = self.place(dealer)
+        return self._run(place - self.boxes, place)
+
+    def boxers(self, recipient: str) -> tuple[str, ...]:
+        """Inverse of ``boxed``: who seals shares for a recipient."""
+        place = self.place(recipient)
+        return self._run(place + 1, place + 1 + self.boxes)
+
+    @property
+    def boxes(self) -> int:
+        """How many a dealer seals, and a recipient gets, if everybody is there."""
+        size = self._plan.degree + 1 if self._plan.degree else len(self)
+        return size - self._plan.threshold
+
+    def _run(self, start: int, stop: int) -> tuple[str, ...]:
+        """Who is at these places, in name order."""
+        found = np.sort(self._ring.take(range(start, stop), mode="wrap"))
+        return tuple([self._plan.cohort[i] for i in found.tolist()])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._plan.cohort)
@@ -160,6 +182,12 @@ def pair_key(plan: RoundPlan, one: str, other: str, shared: bytes) -> bytes:
 def seal_key(plan: RoundPlan, sender: str, recipient: str, shared: bytes) -> bytes:
     """Key of the one box from ``sender`` to ``recipient`` in this round."""
     return derive(shared, Purpose.SHARE_SEAL, plan.digest, sender.encode(), recipient.encode())
+
+
+def drawn_share(plan: RoundPlan, dealer: str, recipient: str, shared: bytes) -> bytes:
+    """Shares of a mask key and a self-mask seed that both draw from what they have agreed on."""
+    names = dealer.encode(), recipient.encode()
+    return shamir.drawn(derive(shared, Purpose.DRAWN_SHARE, plan.digest, *names, size=SHARE))
 
 
 def seal_context(plan: RoundPlan, sender: str, recipient: str) -> bytes:

@@ -304,7 +304,8 @@ class Adverts(OfRound):
 
 @dataclass(frozen=True, repr=False)
 class Shares(OfRound):
-    """One box per advertised neighbour, in name order; ``signature`` of the identity on them."""
+    """One box for each that the dealer boxes (``masking.Graph.boxed``) and that advertised, in name
+    order; ``signature`` of the identity on them."""
 
     boxes: Annotated[Blob, UpTo(BOX * MAX_COHORT)]
     signature: Signature
@@ -316,9 +317,10 @@ class Shares(OfRound):
 
 @dataclass(frozen=True, repr=False)
 class Inbox(OfRound):
-    """The boxes that ``senders`` sealed for the recipient."""
+    """Who dealt, of the recipient's closed neighbourhood (``members_bits``), itself included, and
+    what those sealed for it who box it (``masking.Graph.boxers``), in name order."""
 
-    senders: Names
+    senders: Members
     boxes: Annotated[Blob, UpTo(BOX * MAX_COHORT)]
 
 

@@ -121,7 +121,7 @@ def test_a_box_that_is_not_sealed_shows(tmp_path: Path) -> None:
 
 def test_shares_in_the_clear_show(tmp_path: Path) -> None:
     leak = in_round(1, m.Shares, lambda x: dataclasses.replace(x, boxes=UPDATE[: len(x.boxes)]))
-    result = audited(tmp_path, leak, **QUIET)
+    result = audited(tmp_path, leak, n=10, **QUIET)
     assert any(check == "uniformity" and "Shares.boxes" in text for check, text in failures(result))
 
 

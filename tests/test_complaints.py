@@ -27,6 +27,7 @@ from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.agreement_proof import AgreementProof, check
 from secure_fedprompt.protocol.expand import Purpose
 from secure_fedprompt.protocol.keys import unseal
+from secure_fedprompt.protocol.plan import RoundPlan
 from secure_fedprompt.server.rounds.base import Stage
 
 
@@ -55,7 +56,7 @@ def test_a_dealer_of_bad_boxes_is_excluded_and_its_victims_are_not(tmp_path: Pat
     """Two clients that spoil boxes each round would be left alone with their target."""
     world = World(tmp_path, 10, alive_seconds=12.0)
     world.withdraws = True
-    world.tamper = Spoiler({"c001": (2, 3, 4), "c002": (5, 6, 7)})
+    world.tamper = Spoiler({"c001": (0, 1), "c002": (0, 1)})
     for name in names(10):
         world.join(name)
     world.pump()
@@ -70,13 +71,13 @@ def test_a_dealer_of_bad_boxes_is_excluded_and_its_victims_are_not(tmp_path: Pat
     assert world.run.over
 
 
-def altered_inbox(victims: tuple[str, ...], dealer: str = "c001") -> Any:
+def altered_inbox(plan: RoundPlan, victims: tuple[str, ...], dealer: str) -> Any:
     """A server that flips a bit in what a dealer sealed for some."""
 
     def tap(sender: str, recipient: str, message: m.Message) -> m.Message:
-        if isinstance(message, m.Inbox) and recipient in victims and dealer in message.senders:
+        if isinstance(message, m.Inbox) and recipient in victims:
             boxes = bytearray(message.boxes)
-            boxes[m.BOX * message.senders.index(dealer)] ^= 1
+            boxes[m.BOX * masking.neighbourhoods(plan).boxers(recipient).index(dealer)] ^= 1
             return dataclasses.replace(message, boxes=bytes(boxes))
         return message
 
@@ -86,7 +87,7 @@ def altered_inbox(victims: tuple[str, ...], dealer: str = "c001") -> Any:
 def test_a_server_that_alters_boxes_learns_no_key_by_it() -> None:
     """Complaints would open boxes of everybody else to it. The dealer signed another box."""
     plan = make_plan(7)  # quorum 5
-    tap = altered_inbox(("c004", "c005"))
+    tap = altered_inbox(plan, ("c004", "c005"), "c006")
     outcome = run_round(plan, make_parties(7), make_updates(plan), tap=tap)
     kinds = [type(m.CATALOGUE.decode(f)) for _, _, f in outcome.frames]
     assert kinds.count(m.Complaint) == kinds.count(m.Evidence) == 2
@@ -110,7 +111,7 @@ def test_evidence_must_be_what_the_dealer_signed_for_these_adverts(what: str) ->
         plan = dataclasses.replace(plan, round=2, learning_round=2, rounds=2, base_digest=b"2" * 32)
         vouched(parties, plan)
 
-    flip = altered_inbox(("c003",))
+    flip = altered_inbox(plan, ("c005",), "c001")
 
     def tap(sender: str, recipient: str, message: m.Message) -> m.Message:
         if isinstance(message, m.Evidence):
@@ -134,7 +135,7 @@ def test_evidence_must_be_what_the_dealer_signed_for_these_adverts(what: str) ->
     kinds = [type(m.CATALOGUE.decode(f)) for _, _, f in outcome.frames]
     assert m.Accusation not in kinds
     if what != "boxes for others":
-        assert isinstance(outcome.errors["c003"], errors.SignatureError)
+        assert isinstance(outcome.errors["c005"], errors.SignatureError)
 
 
 def test_a_dealer_that_signs_nothing_is_excluded() -> None:
@@ -170,24 +171,24 @@ def test_who_complains_falsely_is_excluded_instead(monkeypatch: pytest.MonkeyPat
 
 def test_an_accusation_shows_one_agreement_and_no_key() -> None:
     """It opens the box of this dealer for this accuser, and the one the other way."""
-    plan, parties = make_plan(5), make_parties(5)
-    spoiler = Spoiler({"c001": (0,)})
+    plan, parties = make_plan(7), make_parties(7)
+    spoiler = Spoiler({"c001": (1,)})
     outcome = run_round(plan, parties, make_updates(plan), tap=spoiler)
     assert outcome.round.excluded == "c001"
     frames = [(s, m.CATALOGUE.decode(f)) for s, r, f in outcome.frames if not r]
     adverts = {s: x for s, x in frames if isinstance(x, m.Advert)}
     (accusation,) = [x for _, x in frames if isinstance(x, m.Accusation)]
-    own, other = adverts["c002"].seal_key, adverts["c001"].seal_key
-    context = accusation.body(plan, "c002")
+    own, other = adverts["c007"].seal_key, adverts["c001"].seal_key
+    context = accusation.body(plan, "c007")
     shared = check(accusation.proof, own, other, context)
-    key = masking.seal_key(plan, "c003", "c002", shared)
+    key = masking.seal_key(plan, "c002", "c007", shared)
     sent = {s: bytes(x.boxes) for s, x in frames if isinstance(x, m.Shares)}
     with pytest.raises(errors.SealError):  # a box of another dealer
-        unseal(key, sent["c003"][m.BOX : 2 * m.BOX], masking.seal_context(plan, "c003", "c002"), "")
+        unseal(key, sent["c002"][m.BOX : 2 * m.BOX], masking.seal_context(plan, "c002", "c007"), "")
     for wrong in (
         accusation.body(plan, "c003"),
-        accusation.body(dataclasses.replace(plan, round=2), "c002"),
-        dataclasses.replace(accusation, dealer="c003").body(plan, "c002"),
+        accusation.body(dataclasses.replace(plan, round=2), "c007"),
+        dataclasses.replace(accusation, dealer="c003").body(plan, "c007"),
     ):
         with pytest.raises(errors.SignatureError):
             check(accusation.proof, own, other, wrong)
@@ -214,7 +215,7 @@ def test_an_accusation_without_a_proof_excludes_its_sender() -> None:
     def tap(sender: str, recipient: str, message: m.Message) -> m.Message:
         if sender == "c004" and isinstance(message, m.MaskedUpload):
             nothing = AgreementProof(bytes(32), bytes(32), bytes(32))
-            return m.Accusation(plan.run, plan.round, "c001", nothing)
+            return m.Accusation(plan.run, plan.round, "c005", nothing)
         return message
 
     outcome = run_round(plan, make_parties(5), make_updates(plan), tap=tap)

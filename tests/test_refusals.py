@@ -84,12 +84,17 @@ REFUSALS: dict[str, tuple[type, Change, type[Exception], str]] = {
         errors.AdvertMismatchError, "inbox of",
     ),
     "inbox from a stranger": (
-        m.Inbox, lambda i: dataclasses.replace(i, senders=("c0021", *i.senders[1:])),
-        errors.AdvertMismatchError, "never advertised",
+        m.Inbox, replace(senders=b"\x3f"), errors.FieldError, "1 bytes of members",
+    ),
+    "inbox without us": (
+        m.Inbox, replace(senders=b"\x1e"), errors.AdvertMismatchError, "inbox without us",
+    ),
+    "inbox without who boxes us": (
+        m.Inbox, replace(senders=b"\x1d"),
+        errors.AdvertMismatchError, "inbox of 80 bytes, 0 of the senders box us",
     ),
     "inbox too small": (
-        m.Inbox, lambda i: dataclasses.replace(i, senders=i.senders[:1], boxes=i.boxes[:80]),
-        errors.ThresholdError, "threshold is 4",
+        m.Inbox, replace(senders=b"\x07"), errors.ThresholdError, "threshold is 4",
     ),
     "survivors too few": (
         m.SurvivorList, replace(survivors=b"\x07"), errors.ThresholdError, "quorum",
@@ -175,7 +180,7 @@ def advance(party: Party, plan: Any = None) -> Awaiting:
     (advert,) = replies
     assert isinstance(advert, m.Advert)
     state, _ = state.on(m.Adverts(plan.run, plan.round, (advert,), ()))
-    state, _ = state.on(m.Inbox(plan.run, plan.round, (), b""))
+    state, _ = state.on(m.Inbox(plan.run, plan.round, b"\1", b""))
     assert isinstance(state, Awaiting)
     return state
 

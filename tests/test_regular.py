@@ -27,7 +27,7 @@ N = 40
 PLAN = make_plan(N, degree=12, graph_seed=b"\7" * 32, quorum=27, threshold=8)
 NEAR = masking.neighbourhoods(PLAN)
 VICTIM = "c001"
-PEER = next(n for n in NEAR[VICTIM] if n != VICTIM)
+PEER = NEAR.boxers(VICTIM)[0]
 STRANGER = next(n for n in PLAN.cohort if n not in NEAR[VICTIM])
 
 
@@ -141,6 +141,31 @@ def test_one_list_opens_no_arc_of_the_ring() -> None:
             assert t >= k // 2 + 2
 
 
+def test_all_but_a_threshold_less_one_of_a_neighbourhood_are_sealed_shares() -> None:
+    """The others draw them: a secret is fixed by itself and threshold - 1 shares."""
+    for plan in (PLAN, make_plan(10), make_plan(1), make_plan(2)):
+        graph = masking.neighbourhoods(plan)
+        for dealer in plan.cohort:
+            drawing = set(graph[dealer]) - {dealer} - set(graph.boxed(dealer))
+            assert len(drawing) == plan.threshold - 1
+            assert len(graph.boxed(dealer)) == graph.boxes
+            assert [n for n in plan.cohort if dealer in graph.boxed(n)] == [*graph.boxers(dealer)]
+
+
+def test_a_drawn_share_is_of_one_pair_one_way_in_one_plan() -> None:
+    cases = [
+        (PLAN, "c001", "c004", bytes(32)), (PLAN, "c004", "c001", bytes(32)),
+        (PLAN, "c001", "c007", bytes(32)), (PLAN, "c001", "c004", b"\1" * 32),
+        (dataclasses.replace(PLAN, round=2), "c001", "c004", bytes(32)),
+    ]  # fmt: skip
+    elements = set[bytes]()
+    for case in cases:
+        share = masking.drawn_share(*case)
+        assert len(share) == masking.SHARE
+        elements |= {share[:32], share[32:], masking.seal_key(*case)}
+    assert len(elements) == 3 * len(cases)
+
+
 @pytest.mark.parametrize("how", ["withheld", "other root"])
 def test_who_saw_other_adverts_signs_another_list(how: str) -> None:
     """One neighbour's advert withheld from one client: it would mask with fewer than they do."""
@@ -152,25 +177,26 @@ def test_who_saw_other_adverts_signs_another_list(how: str) -> None:
                 return dataclasses.replace(message, adverts=kept)
             return dataclasses.replace(message, proof=(bytes(32), *message.proof[1:]))
         if how == "withheld" and isinstance(message, m.Inbox) and recipient == VICTIM:
-            at = message.senders.index(PEER) * m.BOX  # its box would be refused at once
+            at = NEAR.boxers(VICTIM).index(PEER) * m.BOX  # its box would be refused at once
             boxes = bytes(message.boxes[:at]) + bytes(message.boxes[at + m.BOX :])
-            senders = tuple(n for n in message.senders if n != PEER)
+            senders = m.members_bits(NEAR[VICTIM], set(NEAR[VICTIM]) - {PEER})
             return dataclasses.replace(message, senders=senders, boxes=boxes)
         return message
 
     outcome = run(tap)
-    faults = outcome.round.faults
     if how == "withheld":
-        assert VICTIM in faults  # boxes of the wrong number, and signed under another root
+        assert "who shared no keys with us" in str(outcome.errors[VICTIM])
+        assert not outcome.opened  # by anybody: half of a mask is in the sum
     else:
-        assert "signature of c001 on its survivors does not verify" in faults[VICTIM]
+        fault = outcome.round.faults[VICTIM]
+        assert "signature of c001 on its survivors does not verify" in fault
     reveals = [s for s, r, f in outcome.frames
                if not r and isinstance(m.CATALOGUE.decode(f), m.Reveal)]  # fmt: skip
     assert VICTIM not in reveals
 
 
 def test_an_altered_box_is_told_from_a_bad_one() -> None:
-    outcome = run(altered_inbox((VICTIM,), PEER))
+    outcome = run(altered_inbox(PLAN, (VICTIM,), PEER))
     assert "was altered on its way" in str(outcome.errors[VICTIM])
     assert not outcome.round.excluded
     (evidence,) = sent(outcome, m.Evidence, VICTIM)
@@ -180,7 +206,7 @@ def test_an_altered_box_is_told_from_a_bad_one() -> None:
 @pytest.mark.parametrize("what", ["near", "proof", "fewer"])
 def test_evidence_on_other_adverts_is_refused(what: str) -> None:
     """A box of somebody else, relayed as ours, would be accused, and opened by the accusation."""
-    altered = altered_inbox((VICTIM,), PEER)
+    altered = altered_inbox(PLAN, (VICTIM,), PEER)
 
     def tap(sender: str, recipient: str, message: m.Message) -> m.Message:
         if isinstance(message, m.Evidence):

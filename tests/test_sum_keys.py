@@ -183,7 +183,7 @@ def test_who_is_excluded_takes_the_key_with_it(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
 
         def seal(key: bytes, data: bytes, context: bytes) -> bytes:
-            bad = context.endswith(b"c002\0c003")
+            bad = context.endswith(b"c002\0c001")
             return plain(key, bytes(len(data)) if bad else data, context)[:: -1 if bad else 1]
 
         patch.setattr(masks, "seal", seal)

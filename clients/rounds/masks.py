@@ -115,39 +115,59 @@ class Advertised(State):
         self._check_prompt(message.adverts)
         leaves = {graph.place(name): m.advert_leaf(by_name.get(name)) for name in near}
         root = merkle.fold(len(plan.cohort), leaves, message.proof)
-        points = [plan.points[peer] for peer in peers]
-        mask_shares, self_shares = (
-            shamir.split(secret, points, plan.threshold, self.party.entropy)
-            for secret in (self.secrets.mask_bytes, self.secrets.self_seed)
-        )
-        boxes, incoming, own_shares = [], {}, b""
-        for peer, mask_share, self_share in zip(peers, mask_shares, self_shares, strict=True):
-            if peer == own:
-                own_shares = mask_share + self_share
-                continue
-            shared = agree(self.secrets.seal, by_name[peer].seal_key, peer)
-            key = masking.seal_key(plan, own, peer, shared)
-            context = masking.seal_context(plan, own, peer)
-            boxes.append(seal(key, mask_share + self_share, context))
-            incoming[peer] = masking.seal_key(plan, peer, own, shared)
-        mask_keys = {peer: by_name[peer].mask_key for peer in incoming}
-        seal_keys = {peer: by_name[peer].seal_key for peer in incoming}
+        agreed = {
+            peer: agree(self.secrets.seal, by_name[peer].seal_key, peer)
+            for peer in peers
+            if peer != own
+        }
+        boxers = set(graph.boxers(own))
+        seals = {p: masking.seal_key(plan, p, own, z) for p, z in agreed.items() if p in boxers}
+        drawn = {
+            p: masking.drawn_share(plan, p, own, z) for p, z in agreed.items() if p not in boxers
+        }
+        mask_keys = {peer: by_name[peer].mask_key for peer in agreed}
+        seal_keys = {peer: by_name[peer].seal_key for peer in seals}
+        boxes, drawn[own] = self._deal(agreed)
         if not self.advert.vouches:  # last: whatever is refused changes nothing
             place = plan.run, plan.learning_round
             self.party.journal.note_made(*place, plan.base_digest, own=False)
-        reply = m.Shares(plan.run, plan.round, b"".join(boxes), m.UNSIGNED)
+        reply = m.Shares(plan.run, plan.round, boxes, m.UNSIGNED)
         reply = m.signed(reply, self.party.identity, Purpose.BOXES, plan, root)
         after = Dealt(
             self.party,
             plan,
             self.secrets,
-            own_shares,
-            incoming,
+            drawn,
+            seals,
             mask_keys,
             seal_keys,
             root,
         )
         return after, [reply]
+
+    def _deal(self, agreed: Mapping[str, bytes]) -> tuple[bytes, bytes]:
+        """Our secrets to those who advertised, with whom we agreed on a key: the boxes, and our own
+        share."""
+        plan, own = self.plan, self.party.name
+        boxed = [peer for peer in masking.neighbourhoods(plan).boxed(own) if peer in agreed]
+        given = {
+            plan.points[peer]: masking.drawn_share(plan, own, peer, shared)
+            for peer, shared in agreed.items()
+            if peer not in boxed
+        }
+        points = [*given, plan.points[own], *(plan.points[peer] for peer in boxed)]
+        secrets = self.secrets.mask_bytes + self.secrets.self_seed
+        shares = shamir.split(secrets, points, plan.threshold, self.party.entropy, given)
+        own_share, *others = shares[len(given) :]
+        boxes = [
+            seal(
+                masking.seal_key(plan, own, peer, agreed[peer]),
+                share,
+                masking.seal_context(plan, own, peer),
+            )
+            for peer, share in zip(boxed, others, strict=True)
+        ]
+        return b"".join(boxes), own_share
 
     def _check_prompt(self, adverts: Sequence[m.Advert]) -> None:
         """Take a global prompt that we could not compute ourselves from c + 1 who have, or from a
@@ -172,37 +192,40 @@ class Advertised(State):
 @dataclass(frozen=True, repr=False)
 class Dealt(State):
     secrets: masking.RoundSecrets
-    own_shares: bytes
-    incoming: Mapping[str, bytes]  # peer -> key of the box it sealed for us
-    mask_keys: Mapping[str, bytes]
-    seal_keys: Mapping[str, bytes]
+    drawn: Mapping[str, bytes]  # peer -> its share that needs no box; our own
+    keys: Mapping[str, bytes]  # peer -> key of the box that it seals for us
+    mask_keys: Mapping[str, bytes]  # of all who advertised
+    seal_keys: Mapping[str, bytes]  # of those who seal for us
     adverts: bytes  # the root over all of them
 
     def _on_inbox(self, message: m.Inbox) -> Step:
         plan, own = self.plan, self.party.name
-        senders = message.senders
-        if list(senders) != sorted(set(senders)) or not set(senders) <= set(self.incoming):
-            raise AdvertMismatchError("inbox names a sender that is doubled or never advertised")
-        if len(message.boxes) != m.BOX * len(senders):
+        senders = m.members_of(masking.neighbourhoods(plan)[own], message.senders)
+        if own not in senders or not {*senders} - {own} <= self.mask_keys.keys():
+            raise AdvertMismatchError("inbox without us, or with a sender that never advertised")
+        boxing = [peer for peer in senders if peer in self.keys]
+        if len(message.boxes) != m.BOX * len(boxing):
             raise AdvertMismatchError(
-                f"inbox of {len(message.boxes)} bytes, {len(senders)} senders"
+                f"inbox of {len(message.boxes)} bytes, {len(boxing)} of the senders box us"
             )
-        if len(senders) + 1 < plan.threshold:
+        if len(senders) < plan.threshold:
             raise ThresholdError(
-                f"{len(senders) + 1} clients shared keys, threshold is {plan.threshold}"
+                f"{len(senders)} clients shared keys, threshold is {plan.threshold}"
             )
-        shares = {own: self.own_shares}
-        for i, peer in enumerate(senders):
+        shares = {peer: self.drawn[peer] for peer in senders if peer in self.drawn}
+        for i, peer in enumerate(boxing):
             box = bytes(message.boxes[m.BOX * i : m.BOX * (i + 1)])
             context = masking.seal_context(plan, peer, own)
             try:
-                shares[peer] = unseal(self.incoming[peer], box, context, peer)
+                shares[peer] = unseal(self.keys[peer], box, context, peer)
             except SealError:
                 key = self.seal_keys[peer]
                 after = Doubting(self.party, plan, peer, box, key, self.secrets, self.adverts)
                 return after, [m.Complaint(plan.run, plan.round, peer)]
         pairs = {
-            peer: self.secrets.pair_key(plan, own, peer, self.mask_keys[peer]) for peer in senders
+            peer: self.secrets.pair_key(plan, own, peer, self.mask_keys[peer])
+            for peer in senders
+            if peer != own
         }
         return MaskedAwaiting(self.party, plan, self.secrets, pairs, self.adverts, shares), []
 
@@ -240,7 +263,7 @@ class Doubting(State):
         return Complained.of(party, plan, dealer, secret, self.seal_key)
 
     def _recipients(self, message: m.Evidence) -> list[str]:
-        """To whom the dealer had to deal: those of its neighbours who advertised.
+        """To whom the dealer had to seal: those whom it boxes and who advertised.
 
         Raises:
             AdvertMismatchError: it is not what the signed root says.
@@ -252,8 +275,8 @@ class Doubting(State):
         leaves = dict(zip(sorted(map(graph.place, near)), message.near, strict=True))
         if merkle.fold(len(self.plan.cohort), leaves, message.proof) != self.adverts:
             raise AdvertMismatchError("evidence on other adverts than those that were signed")
-        there = (name for name in near if leaves[graph.place(name)] != merkle.ABSENT)
-        return [name for name in there if name != self.dealer]
+        boxed = graph.boxed(self.dealer)
+        return [name for name in boxed if leaves[graph.place(name)] != merkle.ABSENT]
 
     takes: ClassVar[Takes] = {m.Evidence: _on_evidence}
 

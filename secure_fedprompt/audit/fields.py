@@ -82,8 +82,8 @@ def _leaves(path: str, value: Any) -> Iterator[tuple[str, Any]]:
 Size = Callable[[RoundPlan, str], int]
 
 
-def _boxes(plan: RoundPlan, name: str) -> int:
-    return m.BOX * (len(_near(plan, name)) - 1)
+def _boxes(plan: RoundPlan) -> int:
+    return m.BOX * masking.neighbourhoods(plan).boxes
 
 
 def _near(plan: RoundPlan, name: str) -> tuple[str, ...]:
@@ -99,8 +99,8 @@ def _signers(names: Sequence[str], count: int) -> int:
     return 4 + sum(66 + len(n.encode()) for n in names[:count])
 
 
-def _members(plan: RoundPlan) -> int:
-    return 4 + -(-len(plan.cohort) // 8)
+def _bits(names: Sequence[str]) -> int:
+    return 4 + -(-len(names) // 8)
 
 
 def _proof(plan: RoundPlan, near: Sequence[str]) -> int:
@@ -123,18 +123,16 @@ _ROUND = 16 + 4
 _SIZES: dict[type, Size] = {
     m.MaskedUpload: lambda plan, name: _ROUND + 4 + fixedpoint.wire_size(plan.layout) + 16,
     m.OpenedSum: lambda plan, name: (
-        _ROUND + 4 + fixedpoint.wire_size(plan.layout) + 16 + _members(plan)
+        _ROUND + 4 + fixedpoint.wire_size(plan.layout) + 16 + _bits(plan.cohort)
     ),
     m.PlainUpload: lambda plan, name: _ROUND + 4 + 8 * total_size(plan.layout),
     m.Advert: lambda plan, name: _advert(name),
     m.Adverts: lambda plan, name: (
         _ROUND + 4 + sum(map(_advert, _near(plan, name))) + _proof(plan, _near(plan, name))
     ),
-    m.Shares: lambda plan, name: _ROUND + 4 + _boxes(plan, name) + 64,
-    m.Inbox: lambda plan, name: (
-        _ROUND + _roll(n for n in _near(plan, name) if n != name) + 4 + _boxes(plan, name)
-    ),
-    m.SurvivorList: lambda plan, name: _ROUND + _members(plan),
+    m.Shares: lambda plan, name: _ROUND + 4 + _boxes(plan) + 64,
+    m.Inbox: lambda plan, name: _ROUND + _bits(_near(plan, name)) + 4 + _boxes(plan),
+    m.SurvivorList: lambda plan, name: _ROUND + _bits(plan.cohort),
     m.Reveal: lambda plan, name: _ROUND + 4 + 32 * len(_near(plan, name)),
     m.UnmaskRequest: lambda plan, name: _ROUND + _signers(_near(plan, name), plan.threshold),
     m.CipherUpload: lambda plan, name: (

@@ -142,8 +142,8 @@ class MaskedRound(KeyedRound):
                 verify(identity, Purpose.ADVERT, message.body(plan), message.signature, sender)
                 self.holders.add(sender)
             case m.Shares():
-                near = masking.neighbourhoods(plan)[sender]
-                boxes = sum(n in self._adverts for n in near) - 1
+                boxed = masking.neighbourhoods(plan).boxed(sender)
+                boxes = sum(n in self._adverts for n in boxed)
                 if len(message.boxes) != m.BOX * boxes:
                     raise FieldError(f"{len(message.boxes)} bytes of boxes, {boxes} boxes expected")
             case m.MaskedUpload():
@@ -189,17 +189,15 @@ class MaskedRound(KeyedRound):
         for sender in names:
             answer = self.answers[sender]
             assert isinstance(answer, m.Shares)
-            recipients = [n for n in near[sender] if n in self._adverts and n != sender]
+            recipients = [n for n in near.boxed(sender) if n in self._adverts]
             self._dealt[sender], boxes[sender] = answer, bytes(answer.boxes)
             places[sender] = dict(zip(recipients, range(0, len(answer.boxes), m.BOX), strict=True))
         self._shared = {name: tuple(n for n in near[name] if n in alive) for name in names}
         out: Outbox = []
         for name in names:
-            senders = tuple(n for n in self._shared[name] if n != name)
-            offsets = [places[sender][name] for sender in senders]
-            data = b"".join(
-                [boxes[s][at : at + m.BOX] for s, at in zip(senders, offsets, strict=True)]
-            )
+            senders = m.members_bits(near[name], self._shared[name])
+            offsets = [(s, places[s][name]) for s in near.boxers(name) if s in alive]
+            data = b"".join([boxes[s][at : at + m.BOX] for s, at in offsets])
             out.append((name, m.Inbox(self.plan.run, self.plan.round, senders, data)))
         self._collect(names, now)
         return out

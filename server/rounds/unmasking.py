@@ -151,7 +151,7 @@ def masks_to_remove(
             raise BadShareError(
                 f"only {len(given)} shares of {owner} arrived, threshold is {plan.threshold}"
             )
-        by_sender = {s: given[s] for s in sorted(given, key=lambda s: (s in liars, s))}
+        by_sender = {s: given[s] for s in sorted(given, key=liars.__contains__)}
         first = tuple(by_sender)[: plan.threshold]
         if first not in bases:
             bases[first] = shamir.basis([plan.points[s] for s in first])
