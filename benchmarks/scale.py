@@ -3,6 +3,7 @@
     python benchmarks/scale.py                                  # 250 to 4,000 clients
     python benchmarks/scale.py --clients 1000 --clients 10000 --json out.json
     python benchmarks/scale.py --clients 1000 --corruption 0.33
+    python benchmarks/scale.py --clients 100 --dim 8192 --dim 65536 --peer-python venv/bin/python
 
 All parties are there, with the machines, keys, signatures and frames of the real programs: the
 server in this process, the clients in ``--workers`` others. Seconds are of the wall, from the plan
@@ -11,15 +12,21 @@ costs by itself is measured on some that go through what they were sent once mor
 new processes of their own.
 Sockets, training and the disk are not in it. Dropped clients vanish before their upload, and the
 sum is held against the inputs. Ends with the exponent of n that fits the seconds best.
+
+``--peer-python`` is the Python of an environment that has Flower (``pip install
+"flwr[simulation]"``): its SecAgg+ then runs with as many neighbours and the same threshold, all of
+it in one process (``flower_secagg.py``). It has no signatures, no checked sums and 32-bit seeds.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import multiprocessing as mp
 import os
 import resource
+import subprocess
 import sys
 import time
 from collections import deque
@@ -46,6 +53,7 @@ from secure_fedprompt.protocol.shamir import Entropy
 from secure_fedprompt.server.rounds.base import Deadlines, Stage
 from secure_fedprompt.server.rounds.masks import MaskedRound
 
+CPU = "server_cpu_s", "clients_cpu_s"
 FRAMES = 128  # in one message to a worker
 ALONE = 5  # clients that are measured by themselves, with random bytes that come again
 COUNTED = ("seen", "correct", "loss")
@@ -237,6 +245,19 @@ def alone_of(plan: RoundPlan, crowd: Workers, reports: list[Report]) -> dict[str
     }
 
 
+def theirs(python: str, row: Mapping[str, Any]) -> dict[str, Any]:
+    """Flower's figures for the same case."""
+    script = Path(__file__).parent / "flower_secagg.py"
+    case = row["clients"], row["dim"], row["dropout"], row["degree"] + 1, row["threshold"]
+    words = [python, str(script), *map(str, case)]
+    quiet = {**os.environ, "FLWR_TELEMETRY_ENABLED": "0"}
+    done = subprocess.run(words, capture_output=True, text=True, check=False, env=quiet)
+    if done.returncode:
+        raise RuntimeError(done.stderr[-2000:])
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
 def exponent(rows: list[Mapping[str, Any]]) -> float:
     """Of n, in the seconds of the wall."""
     logs = np.log([[row["clients"], row["wall_s"]] for row in rows])
@@ -248,30 +269,40 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--clients", type=int, action="append", help="may be given several times")
-    parser.add_argument("--dim", type=int, default=8192)
-    parser.add_argument("--dropout", type=float, default=0.1)
+    parser.add_argument("--dim", type=int, action="append", help="also")
+    parser.add_argument("--dropout", type=float, action="append", help="also")
     parser.add_argument("--corruption", type=float, default=0.1)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--peer-python", metavar="PATH", help="runs Flower's SecAgg+ as well")
+    parser.add_argument("--peer-most", type=int, default=1000, help="with so many clients at most")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     print(json.dumps(machine.describe()))
     print("     n   k   t   wall s  server s  clients s  MB    alone: ms   bytes besides vectors")
     rows: list[dict[str, Any]] = []
-    for n in args.clients or (250, 500, 1000, 2000, 4000):
-        keys = metered.federation(n)
-        row = one_round(keys, args.dim, args.dropout, args.corruption, args.workers)
+    clients = args.clients or (250, 500, 1000, 2000, 4000)
+    for n, dim, dropout in itertools.product(clients, args.dim or (8192,), args.dropout or (0.1,)):
+        row = one_round(metered.federation(n), dim, dropout, args.corruption, args.workers)
         rows.append(row)
+        if args.peer_python and n <= args.peer_most:
+            row["flower"] = theirs(args.peer_python, row)
         alone = row["client_cpu_s"]
         print(f"{n:6} {row['degree']:3} {row['threshold']:3} {row['wall_s']:8.2f} "
               f"{row['server_cpu_s']:8.2f} {row['clients_cpu_s']:9.1f} {row['megabytes']:6.0f} "
               f"{1e3 * alone['median']:7.1f} ({1e3 * alone['min']:.0f}-{1e3 * alone['max']:.0f})"
               f"{row['client_bytes_besides']:9,.0f}", flush=True)  # fmt: skip
+        if "flower" in row:
+            peer = row["flower"]
+            ratio = sum(map(peer.get, CPU)) / sum(map(row.get, CPU))
+            print(f"{'':7}Flower {peer['wall_s']:9.2f} {peer['server_cpu_s']:8.2f} "
+                  f"{peer['clients_cpu_s']:9.1f}   CPU of all parties: {ratio:.1f} times ours",
+                  flush=True)  # fmt: skip
         if args.json:
             content = {"machine": machine.describe(), "rows": rows}
-            if len(rows) > 1:
+            if len({row["clients"] for row in rows}) > 1:
                 content["exponent"] = exponent(rows)
             args.json.write_text(json.dumps(content, indent=1) + "\n")
-    if len(rows) > 1:
+    if len(clients) > 1:
         print(f"seconds grow as n^{exponent(rows):.2f}")
     return 0
 

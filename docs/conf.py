@@ -11,7 +11,9 @@ ROOT = Path(__file__).parent.parent
 project = "secure-fedprompt"
 copyright = ""
 html_show_copyright = False
-extensions = ["myst_parser"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+autodoc_typehints = "none"
+autodoc_member_order = "bysource"
 root_doc = "README"
 include_patterns = ["*.md", "docs/**.md", "secure_fedprompt/bundled_clip/*.md"]
 myst_heading_anchors = 4
@@ -30,7 +32,7 @@ CONTENTS = """
 ```
 """
 GROUPS = {
-    "Use": ["deployment", "protections", "methods", "auditing", "differential-privacy"],
+    "Use": ["deployment", "python", "protections", "methods", "auditing", "differential-privacy"],
     "Believe": [
         "threat-model",
         "terms",
@@ -40,7 +42,7 @@ GROUPS = {
         "results/privacy",
     ],
     "Measure": ["results/performance", "results/methods", "regions"],
-    "Read and change": ["architecture", "audit-log", "json"],
+    "Read and change": ["architecture", "api", "audit-log", "json"],
 }
 
 

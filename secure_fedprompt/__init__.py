@@ -12,10 +12,15 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "Backbone": "secure_fedprompt.clients.backbone",
+    "Federation": "secure_fedprompt.api.federation",
     "FedMGP": "secure_fedprompt.clients.methods.fedmgp",
     "FedOTP": "secure_fedprompt.clients.methods.fedotp",
+    "History": "secure_fedprompt.api.history",
     "Identity": "secure_fedprompt.protocol.keys",
+    "ImageSet": "secure_fedprompt.clients.data.sets",
+    "Method": "secure_fedprompt.clients.methods.base",
     "MethodSettings": "secure_fedprompt.protocol.settings",
+    "Part": "secure_fedprompt.clients.data.partitions",
     "Policy": "secure_fedprompt.protocol.policy",
     "PromptFL": "secure_fedprompt.clients.methods.promptfl",
     "Roster": "secure_fedprompt.protocol.roster",
@@ -23,6 +28,7 @@ _PUBLIC = {
     "SecureFedPromptError": "secure_fedprompt.protocol.errors",
     "ServerSettings": "secure_fedprompt.server.settings",
     "run_round": "secure_fedprompt.memory",
+    "simulate": "secure_fedprompt.api.simulation",
 }
 __all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604
 

@@ -183,7 +183,7 @@ class Shared(ABC):
     """Workers, each with a share of the clients.
 
     Args:
-        clients: of each; learners: the driver's, which are told the norms of updates.
+        clients: of each; learners: the driver's, which take over what is private to a client.
     """
 
     def __init__(self, clients: Sequence[Clients], learners: dict[str, LocalLearner]) -> None:
@@ -201,7 +201,7 @@ class Shared(ABC):
                 share, self._answers(i, share), strict=True
             ):
                 outcomes[name], self.learners[name].norms[:] = outcome, norms
-                self._keep(name, (norms, private))
+                self.learners[name].method.restore(private)
         return [outcomes[name] for name, _ in jobs]
 
     @abstractmethod
@@ -215,9 +215,6 @@ class Shared(ABC):
         Raises:
             RunFailedError: it is gone.
         """
-
-    def _keep(self, name: str, kept: Kept) -> None:  # noqa: B027
-        """Remember what a client is at."""
 
 
 class Processes(Shared):
@@ -274,7 +271,7 @@ class Ray(Shared):
         gpus: share of a GPU for each actor.
 
     Raises:
-        ConfigError: Ray is not installed.
+        ConfigError: Ray is not installed, or no cluster answers.
     """
 
     def __init__(
@@ -292,11 +289,17 @@ class Ray(Shared):
                 "engine = 'ray' needs Ray: pip install 'secure-fedprompt[ray]'"
             ) from None
         self._ray = ray
-        ray.init(address=address or None, include_dashboard=False, ignore_reinit_error=True)
+        try:
+            ray.init(address=address or None, include_dashboard=False, ignore_reinit_error=True)
+        except (ConnectionError, ray.exceptions.RayError) as error:
+            line = str(error).splitlines()[0]
+            raise ConfigError(
+                f"--ray-address {address}: {line}; 'ray start --head' starts a cluster, and where "
+                "it asks for a token (Ray 2.60 does), set RAY_AUTH_MODE=token on each machine"
+            ) from None
         self._class = ray.remote(num_cpus=clients[0].threads, num_gpus=gpus)(Worker)
         self.actors = [self._class.remote(some) for some in clients]
         self._asked = dict[int, Any]()
-        self._kept = dict[str, Kept]()
 
     def _ask(self, i: int, share: list[Job]) -> None:
         self._asked[i] = self.actors[i].train.remote(share)
@@ -324,11 +327,9 @@ class Ray(Shared):
         if some.settings.dp.kind != "none":
             raise RunFailedError("an actor died, and with it what dp has spent: start again")
         self.actors[i] = self._class.remote(some)
-        known = {name: self._kept[name] for name in some.names if name in self._kept}
+        own = {name: self.learners[name] for name in some.names}
+        known = {name: (learner.norms, learner.method.private()) for name, learner in own.items()}
         self._ray.get(self.actors[i].resume.remote(known))
-
-    def _keep(self, name: str, kept: Kept) -> None:
-        self._kept[name] = kept
 
     def close(self) -> None:
         for actor in self.actors:

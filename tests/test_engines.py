@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,22 @@ def run(folder: Path, engine: Any = engines.Inline) -> tuple[np.ndarray, list[fl
 def shares(trainers: Any, learners: dict[str, LocalLearner]) -> list[engines.Clients]:
     method = SERVER.method_settings()
     return engines.divided(CLIENTS, method, trainers, "tokens", 2, 1)
+
+
+def test_a_cluster_that_does_not_answer_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    class RayError(Exception):
+        """Stands in for Ray's, which may not be installed."""
+
+    def init(**_: Any) -> None:
+        raise ConnectionError("Failed to connect to Ray cluster at 127.0.0.1:9\nmore")
+
+    ray = types.SimpleNamespace(init=init, exceptions=types.SimpleNamespace(RayError=RayError))
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    with pytest.raises(
+        ConfigError, match=r"--ray-address 127.0.0.1:9: Failed .*RAY_AUTH_MODE"
+    ) as e:
+        engines.Ray([], {}, "127.0.0.1:9")
+    assert "\n" not in str(e.value)
 
 
 class Mortal(engines.Ray):

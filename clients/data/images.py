@@ -85,6 +85,28 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return Image.fromarray(_scaled(np.asarray(image))).convert("RGB")
 
 
+def from_pixels(pixels: Pixels) -> Image.Image:
+    """An image of an array: (H, W) grey or (H, W, 3) RGB, eight-bit integers or floats in [0, 1];
+    deep grey integers as those of files.
+
+    Raises:
+        ValueError: its shape or range is none of these.
+    """
+    if pixels.ndim == 2:
+        return Image.fromarray(pixels if pixels.dtype == np.uint8 else _scaled(pixels))
+    if pixels.ndim != 3 or pixels.shape[2] != 3:
+        raise ValueError(f"an array of shape {pixels.shape}, (H, W) or (H, W, 3) expected")
+    if pixels.dtype == np.uint8:
+        return Image.fromarray(pixels)
+    low, high = float(pixels.min()), float(pixels.max())
+    if pixels.dtype.kind != "f" or not (low >= 0 and high <= 1):
+        raise ValueError(
+            f"{pixels.dtype} pixels from {low:g} to {high:g}: give uint8, or floats in [0, 1] "
+            "that are not normalised"
+        )
+    return Image.fromarray(_eight(pixels))
+
+
 def _bound(width: int, height: int) -> None:
     if width * height > MAX_PIXELS:
         raise ValueError(f"{width} x {height} pixels, at most {MAX_PIXELS:,}")

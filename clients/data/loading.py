@@ -52,13 +52,24 @@ def load_sets(
     return train, test
 
 
-def load_shares(settings: DataSettings) -> tuple[ImageSet, ImageSet, list[partitions.Part]]:
+Dealt = tuple[ImageSet, ImageSet, list[partitions.Part]]
+
+
+def load_shares(settings: DataSettings) -> Dealt:
     """Training (after few-shot sampling) and test images, and every client's share of them.
 
     Raises:
         DataError: also if the partition cannot be made.
     """
-    train, test = load_sets(settings)
+    return deal_out(settings, *load_sets(settings))
+
+
+def deal_out(settings: DataSettings, train: ImageSet, test: ImageSet) -> Dealt:
+    """The same of images that are there.
+
+    Raises:
+        DataError: the partition cannot be made.
+    """
     train = train.subset(partitions.few_shot(train.labels, settings.shots, settings.data_seed))
     labels, n, seed = (train.labels, test.labels), settings.parts, settings.data_seed
     official = settings.partition_style == "official"

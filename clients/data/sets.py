@@ -20,6 +20,7 @@ from secure_fedprompt.clients.data import generated
 from secure_fedprompt.clients.data.images import (
     SUFFIXES,
     UNREADABLE,
+    from_pixels,
     open_image,
     reason,
     to_rgb,
@@ -53,6 +54,66 @@ class ImageSet:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @classmethod
+    def from_arrays(
+        cls,
+        images: Sequence[Any],
+        labels: Sequence[int] | Index,
+        class_names: Sequence[str],
+        domains: Sequence[str] | None = None,
+    ) -> ImageSet:
+        """Your own images.
+
+        Args:
+            images: PIL images, or arrays as ``images.from_pixels`` takes them: (N, H, W, 3) or N of
+                any sizes. They are not copied.
+            labels: (N,), indices into ``class_names``.
+            class_names: what a prompt calls the classes, all of them different.
+            domains: (N,) names of the domains, where there are several.
+
+        Raises:
+            DataError: naming the argument and what is wrong with it.
+        """
+        names = tuple(map(str, class_names))
+        if not names or len(set(names)) < len(names):
+            raise DataError(f"class_names: {len(names)} names, at least one and no name twice")
+        found = np.asarray(labels)
+        if found.shape != (len(images),) or found.dtype.kind not in "iu":
+            raise DataError(
+                f"labels: {found.dtype} of shape {found.shape}, {len(images)} integers expected"
+            )
+        if len(wrong := np.flatnonzero((found < 0) | (found >= len(names)))):
+            i = int(wrong[0])
+            raise DataError(f"labels[{i}] = {found[i]}: must be 0 to {len(names) - 1}")
+        given = ["all"] * len(found) if domains is None else list(map(str, domains))
+        if len(given) != len(found):
+            raise DataError(f"domains: {len(given)} for {len(found)} images")
+        kinds = sorted(set(given))
+        places = np.array([kinds.index(domain) for domain in given], np.int64)
+        return cls(names, found.astype(np.int64), places, tuple(kinds), range(len(found)),
+                   lambda i: _picture(images[i]))  # fmt: skip
+
+    @classmethod
+    def from_dataset(cls, dataset: Any, class_names: Sequence[str] | None = None) -> ImageSet:
+        """A map-style PyTorch data set of (image, label), which is decoded when it is needed.
+
+        Args:
+            dataset: images are as in ``from_arrays``, or tensors (3, H, W) of them; leave out
+                transforms that normalise. Labels are read from its ``targets``, or one by one.
+            class_names: else its ``classes``.
+
+        Raises:
+            DataError: it has no names, or wrong labels.
+        """
+        names = class_names if class_names is not None else getattr(dataset, "classes", None)
+        if names is None:
+            raise DataError("class_names: the data set has no 'classes', give their names")
+        labels = _labels_of(dataset)
+        if labels is None:
+            labels = [int(dataset[i][1]) for i in range(len(dataset))]
+        made = cls.from_arrays(range(len(labels)), np.asarray(labels), names)
+        return replace(made, _open=lambda i: _picture(dataset[i][0]))
 
     def image(self, i: int) -> Image.Image:
         """The i-th image as RGB.
@@ -110,6 +171,22 @@ class ImageSet:
         number = {name: i for i, name in enumerate(names)}
         labels = np.array([number[self.class_names[label]] for label in self.labels], np.int64)
         return replace(self, class_names=names, labels=labels)
+
+
+def _picture(image: Any) -> Image.Image:
+    """An image of the user's own, whatever it is."""
+    if isinstance(image, Image.Image):
+        return image
+    if hasattr(image, "detach"):  # a tensor
+        image = image.detach().cpu().numpy()
+        image = image.transpose(1, 2, 0) if image.ndim == 3 else image
+    return from_pixels(np.asarray(image))
+
+
+def _labels_of(data: Any) -> Any:
+    """The labels of a data set in PyTorch's habit, or None."""
+    names = ("_labels", "targets", "labels", "y")
+    return next((getattr(data, name) for name in names if hasattr(data, name)), None)
 
 
 def _generated(
@@ -324,10 +401,7 @@ def _torchvision_part(
     else:
         raise DataError(f"dataset {name} cannot be opened: {problem}")
     names = getattr(data, "classes", None) or getattr(data, "categories", None)
-    labels = next(
-        (getattr(data, key) for key in ("_labels", "targets", "labels", "y") if hasattr(data, key)),
-        None,
-    )
+    labels = _labels_of(data)
     if names is None or labels is None:
         raise DataError(f"dataset {name} has no class names in torchvision: export it as folders")
     names = tuple(str(n[0] if isinstance(n, tuple) else n) for n in names)

@@ -123,12 +123,7 @@ def run(
         ConfigError: fewer than three clients, or the folder is in use.
         RunFailedError: a process failed; carries its own line.
     """
-    if clients < 3:
-        raise ConfigError(
-            f"clients = {clients}: at least 3, or a peer's update is a subtraction away"
-        )
-    if rounds < 1:
-        raise ConfigError(f"rounds = {rounds}: at least 1")
+    check(clients, rounds)
     plugins.find(method)
     planned = {**defaults(method, bool(dp)), "method": method, **selection}
     check_settings(ServerSettings(**planned))
@@ -136,8 +131,7 @@ def run(
     console, begin = Console(highlight=False), time.monotonic()
     if folder is None:
         folder = Path(tempfile.mkdtemp(prefix="demo-", dir=Path.cwd()))
-    elif folder.exists() and any(folder.iterdir()):
-        raise ConfigError(f"run-dir {folder} is not empty: choose another, or remove it")
+    check_folder(folder)
     commands = write_files(
         folder, method, clients, rounds, protection, seed,
         for_server={**selection, "audit": audit}, for_clients={"audit": audit}, dp=dp,
@@ -180,11 +174,39 @@ def run(
     return 0
 
 
+def check(clients: int, rounds: int) -> None:
+    """Refuse a federation that protects nobody, or does nothing.
+
+    Raises:
+        ConfigError: naming the number.
+    """
+    if clients < 3:
+        raise ConfigError(
+            f"clients = {clients}: at least 3, or a peer's update is a subtraction away"
+        )
+    if rounds < 1:
+        raise ConfigError(f"rounds = {rounds}: at least 1")
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder in which something is.
+
+    Raises:
+        ConfigError: naming it.
+    """
+    if folder.exists() and any(folder.iterdir()):
+        raise ConfigError(f"run-dir {folder} is not empty: choose another, or remove it")
+
+
 @contextlib.contextmanager
 def processes(
-    commands: list[list[str]], folder: Path, clients: int
+    commands: list[list[str]], folder: Path, clients: int, *, piped: bool = True
 ) -> Iterator[list[subprocess.Popen[str]]]:
-    """Start the commands; whatever happens, none of them outlives the block."""
+    """Start the commands; whatever happens, none of them outlives the block.
+
+    Args:
+        piped: whether what the server says is read from its process, in the place of its file.
+    """
     threads = str(max(1, (os.cpu_count() or 1) // clients))
     env = {**os.environ, "OMP_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1", "COLUMNS": "100"}
     started: list[subprocess.Popen[str]] = []
@@ -193,7 +215,7 @@ def processes(
             for words in commands:
                 own = Path(words[4]).parent
                 log = files.enter_context(open(own / "output.log", "w"))
-                out = subprocess.PIPE if not started else log
+                out = subprocess.PIPE if piped and not started else log
                 started.append(
                     subprocess.Popen(
                         words, stdout=out, stderr=subprocess.STDOUT, text=True, env=env,
@@ -215,21 +237,30 @@ def processes(
 
 
 def watch(console: Console, started: list[subprocess.Popen[str]], folder: Path) -> None:
-    """Show the server's lines until it ends; then everybody must have ended well.
+    """Show the server's lines until it ends; see ``check_ends``.
 
     Raises:
         RunFailedError: with the failing process's own last line.
     """
-    server, last = started[0], ""
+    server = started[0]
     assert server.stdout is not None
     with (folder / "server" / "output.log").open("w") as kept:
         for line in server.stdout:
             kept.write(line)
             words = STAMP.sub("", line.rstrip())
-            last = words or last
             console.print(f"  server | {words}", markup=False, soft_wrap=True)
-    if server.wait():
-        reasons = [f"server: {last}"]
+    check_ends(started, folder)
+
+
+def check_ends(started: list[subprocess.Popen[str]], folder: Path) -> None:
+    """Everybody must have ended well; clients have a moment for it after the server.
+
+    Raises:
+        RunFailedError: with the failing processes' own last lines.
+    """
+    if started[0].wait():
+        said = (folder / "server" / "output.log").read_text().strip().splitlines()
+        reasons = [f"server: {STAMP.sub('', said[-1]) if said else 'it said nothing'}"]
         for log in sorted(folder.glob("*/output.log")):
             lines = log.read_text().strip().splitlines()
             if lines and "Error" in lines[-1]:

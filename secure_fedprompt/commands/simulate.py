@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from secure_fedprompt import show
-from secure_fedprompt.clients.data.loading import load_shares
+from secure_fedprompt.clients.data.loading import Dealt, load_shares
 from secure_fedprompt.clients.features import Features
 from secure_fedprompt.clients.journal import MemoryJournal
 from secure_fedprompt.clients.learning import LocalLearner
@@ -34,6 +34,7 @@ from secure_fedprompt.host.recorded import RecordedHub
 from secure_fedprompt.host.recorder import recorder
 from secure_fedprompt.memory import Network
 from secure_fedprompt.protocol import messages as m
+from secure_fedprompt.protocol.averaging import Prompt
 from secure_fedprompt.protocol.errors import ConfigError, SecureFedPromptError, UpdateError
 from secure_fedprompt.protocol.keys import Identity, Member, remember_signatures
 from secure_fedprompt.protocol.policy import Policy
@@ -48,7 +49,7 @@ from secure_fedprompt.server.settings import ServerSettings
 from secure_fedprompt.server.store import Store
 
 # Not a choice here: there are no keys, addresses or waiting.
-_ABSENT = {
+ABSENT = {
     *("config", "key", "roster", "bind", "server", "state_dir", "part", "clients", "policy"),
     *("helper", "compile"),  # every client would have a graph of its own
     *("patience", "gather_seconds", "stage_seconds", "training_seconds", "alive_seconds"),
@@ -92,9 +93,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--ray-gpus", type=float, default=0.0, metavar="SHARE", help="of a GPU for each actor"
     )
-    command.add_flags(parser, ServerSettings, skip=frozenset(_ABSENT))
+    command.add_flags(parser, ServerSettings, skip=frozenset(ABSENT))
     shared = set(ServerSettings.__struct_fields__)
-    command.add_flags(parser, ClientSettings, skip=frozenset(_ABSENT | shared))
+    command.add_flags(parser, ClientSettings, skip=frozenset(ABSENT | shared))
     parser.set_defaults(parts=10)
     args = parser.parse_args(argv)
     return command.guard(lambda: _run(args), args)
@@ -144,9 +145,13 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def make_trainers(
-    settings: ClientSettings, method: MethodSettings | None = None
+    settings: ClientSettings, method: MethodSettings | None = None, dealt: Dealt | None = None
 ) -> dict[str, LocalTrainer]:
-    """One trainer per client, over one model and one cache of what the method needs of images."""
+    """One trainer per client, over one model and one cache of what the method needs of images.
+
+    Args:
+        dealt: images and who holds which, in the place of what the settings say.
+    """
     import torch
 
     from secure_fedprompt.clients.backbone import Backbone
@@ -154,7 +159,7 @@ def make_trainers(
 
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    train, test, shares = load_shares(settings)
+    train, test, shares = dealt or load_shares(settings)
     backbone = Backbone.load(
         settings.model, settings.pretrained, settings.device, settings.precision
     )
@@ -245,11 +250,13 @@ class Simulated:
         state: the server's last.
         history: metrics by learning round that clients opened, if any.
         learners: clients with their methods as the last round left them.
+        prompt: the last global one, as clients know it, flat.
     """
 
     state: RunState
     history: dict[int, dict[str, float]]
     learners: dict[str, LocalLearner]
+    prompt: Prompt
 
 
 def simulate_run(
@@ -258,11 +265,13 @@ def simulate_run(
     trainers: dict[str, LocalTrainer],
     dropout: float = 0.0,
     engine: Callable[[dict[str, LocalLearner]], Engine] = Inline,
+    on_frame: Callable[[str, str, m.Message], None] | None = None,
 ) -> Simulated:
     """Drive server and sessions to the end of the run. The audit log is the server's.
 
     Args:
         engine: made of the learners once they are known; trains them.
+        on_frame: sees each message that arrives, with sender and recipient; the server is "".
 
     Raises:
         SecureFedPromptError: the run failed.
@@ -297,10 +306,15 @@ def simulate_run(
             return clock
         return max(clock + 1.0, run.current.deadline if run.current else run.gather_until)
 
-    network = Network(
-        _vanishing(list(sessions), dropout, np.random.default_rng(settings.seed)),
-        wait,
-    )
+    lossy = _vanishing(list(sessions), dropout, np.random.default_rng(settings.seed))
+
+    def tap(sender: str, recipient: str, frame: Frame) -> Frame | None:
+        kept = lossy(sender, recipient, frame)
+        if kept is not None and on_frame is not None:
+            on_frame(sender, recipient, kept.opened())
+        return kept
+
+    network = Network(tap, wait)
     count = lambda *frame: store.count(run.state.round, *frame)  # noqa: E731
     counted = CountedHub(network.hub, count)
     network.hub = RecordedHub(counted, log) if log else counted
@@ -320,4 +334,5 @@ def simulate_run(
     for session in sessions.values():
         history |= session.history
     learners = {name: session.learner for name, session in sessions.items()}
-    return Simulated(run.state, history, learners)
+    final = next(session.final for session in sessions.values() if session.final is not None)
+    return Simulated(run.state, history, learners, final)

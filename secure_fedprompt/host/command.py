@@ -56,6 +56,22 @@ def load(cls: type[S], args: argparse.Namespace, beside: type | None = None) -> 
     if beside is not None:
         others = set(get_type_hints(beside)) - set(get_type_hints(cls))
         values = {name: value for name, value in values.items() if name not in others}
+    return build(cls, values, where, args)
+
+
+def build(
+    cls: type[S], values: dict[str, Any], where: str, args: argparse.Namespace | None = None
+) -> S:
+    """A struct from plain values, with the flags of ``args`` on top.
+
+    Args:
+        where: the values come from, for errors.
+
+    Raises:
+        ConfigError: as ``load``.
+    """
+    args = args or argparse.Namespace()
+    config = getattr(args, "config", None)
     _merge(cls, values, args, where, "")
     if "preset" in get_type_hints(cls):
         values = presets.beneath(values)

@@ -1,0 +1,1 @@
+"""Federations from Python: ``secure_fedprompt.simulate`` and ``secure_fedprompt.Federation``."""
