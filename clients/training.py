@@ -15,7 +15,7 @@ from secure_fedprompt.clients.accounting import Steps, steps_of
 from secure_fedprompt.clients.backbone import Backbone
 from secure_fedprompt.clients.data.loading import classes_digest
 from secure_fedprompt.clients.data.sets import ImageSet
-from secure_fedprompt.clients.features import Features, Progress, encode
+from secure_fedprompt.clients.features import Features, Progress, at_once, encode
 from secure_fedprompt.clients.learning import LocalLearner
 from secure_fedprompt.clients.ledger import Ledger
 from secure_fedprompt.clients.methods.base import Batch, build
@@ -155,7 +155,8 @@ class LocalTrainer:
     def _view(self, needs: str, rows: NDArray[np.int64]) -> torch.Tensor:
         """A random view of each of these images, encoded."""
         train, _ = self._sets
-        pixels = [self.backbone.train_transform(train.image(i)) for i in rows]
+        opened = at_once(train.image, rows.tolist())
+        pixels = [self.backbone.train_transform(image) for image in opened]  # draws, in order
         return encode(self.backbone, torch.stack(pixels), needs)
 
     def kept_views(self, needs: str) -> torch.Tensor:

@@ -36,6 +36,7 @@ from secure_fedprompt.protocol.expand import Purpose, tag
 ROLES = ("client", "server", "helper")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _NONCE = bytes(12)
+_CONSONANTS, _VOWELS = "bdfghjklmnprstvz", "aiou"
 _BLOCK = re.compile(rb"-----BEGIN PRIVATE KEY-----.+?-----END PRIVATE KEY-----\n?", re.S)
 
 
@@ -101,6 +102,19 @@ def fingerprint(public: bytes) -> str:
     """A public key as people read it to each other: 64 bits of its SHA-256, in hex."""
     text = hashlib.sha256(public).hexdigest()[:16]
     return " ".join(text[i : i + 4] for i in range(0, 16, 4))
+
+
+def spoken(public: bytes) -> str:
+    """80 bits of a public key's SHA-256 as five words that can be said on a phone: each is 16 bits
+    as consonant, vowel, consonant, vowel, consonant (proquints, Wilkerson 2009, arXiv 0901.4016).
+    """
+    value = hashlib.sha256(public).digest()[:10]
+    words = (int.from_bytes(value[at : at + 2], "big") for at in range(0, 10, 2))
+    return "-".join(
+        _CONSONANTS[w >> 12] + _VOWELS[w >> 10 & 3] + _CONSONANTS[w >> 6 & 15]
+        + _VOWELS[w >> 4 & 3] + _CONSONANTS[w & 15]
+        for w in words
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -155,7 +155,8 @@ class MethodSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     Attributes:
         method: promptfl, fedotp, fedmgp, one of their comparators, or an installed package's.
         n_ctx: context length in tokens.
-        init: words that start the context ("a photo of a"), or empty for N(0, 0.02).
+        init: words that start the context ("a photo of a"), or empty for random tokens
+            at the scale of the model's words.
         position: of the class name: "end", "middle" or "front" of the context.
         lr: learning rate of local SGD.
         schedule: of it: "constant", or "cosine" over the learning rounds with one epoch of warming

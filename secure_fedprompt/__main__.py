@@ -7,6 +7,9 @@ import sys
 
 COMMANDS = {
     "demo": ("secure_fedprompt.commands.demo", "server and clients as processes on this machine"),
+    "init": ("secure_fedprompt.commands.sites", "begin a federation: server.toml, an invitation"),
+    "join": ("secure_fedprompt.commands.sites", "answer an invitation: client.toml, an entry"),
+    "admit": ("secure_fedprompt.commands.sites", "put sites on the roster"),
     "keygen": ("secure_fedprompt.commands.keys", "make a key file and its roster entry"),
     "roster": (
         "secure_fedprompt.commands.keys",

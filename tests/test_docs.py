@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -80,3 +83,18 @@ def test_every_link_leads_somewhere(page: Path) -> None:
 
 def test_the_readme_can_be_read_first() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 180
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="no systemd-analyze here")
+def test_the_service_is_one_that_systemd_takes(tmp_path: Path) -> None:
+    """And its sandbox leaves little: under 3 of 10 by systemd's own count."""
+    (unit,) = re.findall(r"```ini\n(.*?)```", (ROOT / "docs/deployment.md").read_text(), re.DOTALL)
+    path = tmp_path / "fedprompt-client.service"
+    path.write_text(unit.replace("/opt/fedprompt/.venv/bin/python", sys.executable))
+    words = ["systemd-analyze", "verify", "--man=no", str(path)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    said = [line for line in done.stderr.splitlines() if path.name in line]
+    assert not said
+    words = ["systemd-analyze", "security", "--offline=yes", "--threshold=30", str(path)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-300:]

@@ -134,6 +134,16 @@ def test_the_pages_work_as_written(tmp_path: Path) -> None:
     shell(read.line("report"), place["server"])
     assert (place["server"] / "monday.html").stat().st_size > 10_000
     shell(read.line("privacy status"), place["alice"])
+    # The same by invitation.
+    kit = tmp_path / "kit"
+    kit.mkdir()
+    shell(read.line("init --address"), kit)
+    answer = read.line("join invitation.toml").replace("invitation.toml", "../invitation.toml")
+    for name in SITES[:2]:
+        (kit / name).mkdir()
+        shell(answer.replace("alice", name), kit / name)
+        shutil.copy(kit / name / f"{name}.entry.toml", kit)
+    assert "2 clients" in shell(read.line("admit alice.entry.toml"), kit)
     # Everything else, demos first.
     for line in read.lines("secure-fedprompt demo"):
         shell(line, tmp_path)

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from secure_fedprompt.host import command, files
 from secure_fedprompt.host.files import make_key
 from secure_fedprompt.protocol.errors import (
     ConfigError,
 )
-from secure_fedprompt.protocol.keys import ROLES, fingerprint
+from secure_fedprompt.protocol.keys import ROLES, Member, fingerprint, spoken
 from secure_fedprompt.protocol.roster import Roster
-
-if TYPE_CHECKING:
-    pass
 
 
 def keygen(argv: list[str]) -> int:
@@ -36,7 +33,7 @@ def keygen(argv: list[str]) -> int:
         key, entry = args.out / f"{args.name}.pem", args.out / f"{args.name}.entry.toml"
         print(f"secret key    {key}  (mode 0600; it has no password: guard the file)")
         print(f"roster entry  {entry}  (public; add it with 'secure-fedprompt roster add {entry}')")
-        print(f"fingerprint   {fingerprint(member.identity)}")
+        print(f"fingerprint   {fingerprint(member.identity)}  {spoken(member.identity)}")
         print(f"connects as   {fingerprint(member.curve)}")
         command.write_json(args.json, "keygen", {
             "name": args.name, "role": args.role, "key": str(key), "entry": str(entry),
@@ -79,14 +76,14 @@ def _roster(args: argparse.Namespace) -> int:
                     print(f"{member.name} is on {path} already, with this very key")
                 else:
                     current = current.add(member)
-        _write_roster(path, current)
+        write_roster(path, current)
     if args.action == "remove":
         known = files.read_roster(args.roster)
         for name in args.entries or [""]:
             if name not in known.by_name:
                 on_it = ", ".join(known.by_name)
                 raise ConfigError(f"roster remove: {name!r} is not on {path}, which has {on_it}")
-        _write_roster(path, Roster.of(tuple(
+        write_roster(path, Roster.of(tuple(
             member for member in known.members if member.name not in args.entries
         )))  # fmt: skip
     current = files.read_roster(args.roster)
@@ -96,24 +93,31 @@ def _roster(args: argparse.Namespace) -> int:
     for member in current.members:
         print(
             f"{member.name:20} {member.role:7} {fingerprint(member.identity)}  connects as "
-            f"{fingerprint(member.curve)}"
+            f"{fingerprint(member.curve)}  {spoken(member.identity)}"
         )
     digest = current.digest.hex()
     print(f"roster digest {digest[:16]}  ({len(current.members)} members, signatures good)")
-    rows = [
+    command.write_json(
+        args.json, "roster", {"roster_digest": digest, "members": rows_of(current.members)}
+    )
+    return 0
+
+
+def rows_of(members: Sequence[Member]) -> list[dict[str, str]]:
+    """Roster entries as JSON shows them."""
+    return [
         {
             "name": m.name,
             "role": m.role,
             "fingerprint": fingerprint(m.identity),
             "connects_as": fingerprint(m.curve),
+            "spoken": spoken(m.identity),
         }
-        for m in current.members
+        for m in members
     ]
-    command.write_json(args.json, "roster", {"roster_digest": digest, "members": rows})
-    return 0
 
 
-def _write_roster(path: Path, roster: Roster) -> None:
+def write_roster(path: Path, roster: Roster) -> None:
     partial = path.with_suffix(".partial")
     partial.write_text(roster.to_toml())
     partial.replace(path)

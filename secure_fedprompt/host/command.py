@@ -175,7 +175,7 @@ def add_flags(
     if not prefix and "config" not in skip:
         text = "TOML file with the fields below as keys"
         parser.add_argument("--config", metavar="FILE", help=text)
-    texts = _attribute_texts(cls)
+    texts = attribute_texts(cls)
     for name, hint in get_type_hints(cls, include_extras=True).items():
         if name in skip:
             continue
@@ -198,7 +198,7 @@ def add_flags(
             parser.add_argument(flag, type=str if words else kind, **options)
 
 
-def _attribute_texts(cls: type) -> dict[str, str]:
+def attribute_texts(cls: type) -> dict[str, str]:
     """Help texts from the "Attributes" sections of a class and its bases.
 
     An entry is "a, b: text"; a line may hold several, and text may go on in deeper lines.

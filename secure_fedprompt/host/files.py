@@ -46,6 +46,11 @@ def read_roster(path: str) -> Roster:
     """
     try:
         return Roster.from_toml(Path(path).read_text(), path)
+    except FileNotFoundError:
+        raise RosterError(
+            f"roster = {path!r}: no such file; who runs the server sends it ('secure-fedprompt "
+            "admit', or 'roster add', writes it)"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise RosterError(f"roster = {path!r} cannot be read: {error}") from None
 
