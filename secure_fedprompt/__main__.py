@@ -30,6 +30,8 @@ COMMANDS = {
     "audit": ("secure_fedprompt.audit.command", "check what crossed the wire of a run"),
     "audit-diff": ("secure_fedprompt.audit.command", "two audit logs side by side"),
     "report": ("secure_fedprompt.report.command", "a run as one HTML page"),
+    "runs": ("secure_fedprompt.commands.runs", "list run folders"),
+    "export": ("secure_fedprompt.commands.runs", "rounds of run folders as CSV or Parquet"),
     "watch": ("secure_fedprompt.commands.watch", "live view of a running server"),
     "simulate": ("secure_fedprompt.commands.simulate", "many clients in one process"),
     "evaluate": (
