@@ -17,6 +17,7 @@ from secure_fedprompt.protocol import homomorphic
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.errors import ConfigError, PlanError
 from secure_fedprompt.protocol.transport import Hub
+from secure_fedprompt.server.exporter import Exporter
 from secure_fedprompt.server.hub import CurveHub, bound_connections
 from secure_fedprompt.server.run import Run
 from secure_fedprompt.server.serve import CountedHub, hear, post
@@ -75,6 +76,11 @@ def _serve(settings: ServerSettings, json_path: str | None, log: Log) -> int:
         if store.finished:
             raise ConfigError(f"run folder {folder} holds a finished run: choose another run_dir")
         store.on_event.append(lambda kind, value: tell(log, kind, value, settings, folder))
+        if settings.metrics_bind:
+            exporter = Exporter(settings.metrics_bind, settings.rounds)
+            stack.callback(exporter.close)
+            store.on_event.append(exporter.on_event)
+            log.info("metrics", f"for Prometheus on http://{exporter.address}/metrics")
         state = store.load()
         run = Run(settings, roster, store, os.urandom, state, time.monotonic(), identity)
         warn(log, settings, run.expected)

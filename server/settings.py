@@ -98,6 +98,9 @@ class ServerSettings(MethodSettings, frozen=True, forbid_unknown_fields=True, kw
         alive_seconds: silence after which a client counts as gone.
         audit: log of frames, in run_dir/audit: "off", "headers" (sizes, digests), or "full".
         audit_mb: most megabytes of that log; its oldest parts go first.
+        metrics_bind: HOST:PORT on which Prometheus may ask for rounds, bytes, seconds and faults,
+            in sum over clients; empty is off. It asks for no password: 127.0.0.1, or a network of
+            the operator's own.
         log: file to append what the terminal shows to (objects, if it ends in .jsonl); or "json",
             for objects in the place of text on the terminal.
         log_level: least that is told: "debug", "info", "warning" or "error".
@@ -145,6 +148,7 @@ class ServerSettings(MethodSettings, frozen=True, forbid_unknown_fields=True, kw
     alive_seconds: Seconds = 15.0
     audit: AuditMode = "headers"
     audit_mb: Positive = 2048
+    metrics_bind: str = ""
     log: LogPath = ""
     log_level: LogLevel = "info"
     model_fingerprint: Digits = ""
