@@ -22,6 +22,7 @@ from secure_fedprompt.protocol.settings import (
     Positive,
     Rate,
     Seconds,
+    TrackPath,
     validate,
 )
 
@@ -161,6 +162,8 @@ class ClientSettings(ModelSettings, frozen=True, forbid_unknown_fields=True, kw_
             giving up.
         audit: log of frames, in state_dir/audit: "off", "headers" (sizes, digests), or "full".
         audit_mb: most megabytes of that log; its oldest parts go first.
+        track: aggregate metrics and epsilon by round to "tensorboard:DIR", "mlflow:URI" or
+            "wandb:PROJECT" (an extra each); empty is nowhere.
         log: file to append what the terminal shows to (objects, if it ends in .jsonl); or "json",
             for objects in the place of text on the terminal. It holds this client's own accuracy.
         log_level: least that is told: "debug", "info", "warning" or "error".
@@ -185,6 +188,7 @@ class ClientSettings(ModelSettings, frozen=True, forbid_unknown_fields=True, kw_
     patience: Seconds = 14400.0
     audit: AuditMode = "headers"
     audit_mb: Positive = 2048
+    track: TrackPath = ""
     log: LogPath = ""
     log_level: LogLevel = "info"
     local_metrics: bool = True

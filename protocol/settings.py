@@ -29,6 +29,7 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 Protecting = Annotated[str, Meta(extra={"choices": tuple(PROTECTIONS)})]
 # Paths: relative ones are relative to the configuration file, or on the command line to its folder.
 FilePath = Annotated[str, Meta(extra={"path": "file"})]
+TrackPath = Annotated[str, Meta(extra={"path": "track"})]  # tensorboard:DIR, or no path
 LogPath = Annotated[str, Meta(extra={"path": "log"})]  # or "json"
 DataPath = Annotated[str, Meta(extra={"path": "data"})]  # or the name of a data set
 ModelPath = Annotated[str, Meta(extra={"path": "model"})]  # or the name of a model or its weights

@@ -29,6 +29,7 @@ from secure_fedprompt.host.files import whoami
 from secure_fedprompt.host.log import Bars, Log
 from secure_fedprompt.host.recorded import RecordedLink
 from secure_fedprompt.host.recorder import recorder
+from secure_fedprompt.host.tracking import tracked
 from secure_fedprompt.pace import Pace
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.errors import (
@@ -150,6 +151,7 @@ def _take_part(settings: ClientSettings, json_path: str | None, log: Log) -> int
     from secure_fedprompt.clients.training import client_seed
 
     with contextlib.ExitStack() as stack:
+        stack.enter_context(tracked(log, settings.track, {"model": settings.model}))
         journal = FileJournal(state_dir / "journal.jsonl")
         stack.callback(journal.close)
         ledger = Ledger(state_dir / NAME)

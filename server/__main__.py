@@ -13,6 +13,7 @@ from secure_fedprompt.host import command, files
 from secure_fedprompt.host.log import Log
 from secure_fedprompt.host.recorded import RecordedHub
 from secure_fedprompt.host.recorder import recorder
+from secure_fedprompt.host.tracking import tracked
 from secure_fedprompt.protocol import homomorphic
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.errors import ConfigError, PlanError
@@ -32,6 +33,8 @@ EXAMPLES = """\
   python -m secure_fedprompt.server --config server.toml --run-dir runs/monday"""
 
 GOODBYE_SECONDS = 10.0
+NOTED = ("method", "protection", "rounds", "lr", "epochs", "batch_size", "weights", "metrics",
+         "dp_noise")  # fmt: skip
 FACTS = ("learning_round", "round", "outcome", "metrics", "dropped", "seconds", "bytes")
 
 
@@ -76,11 +79,7 @@ def _serve(settings: ServerSettings, json_path: str | None, log: Log) -> int:
         if store.finished:
             raise ConfigError(f"run folder {folder} holds a finished run: choose another run_dir")
         store.on_event.append(lambda kind, value: tell(log, kind, value, settings, folder))
-        if settings.metrics_bind:
-            exporter = Exporter(settings.metrics_bind, settings.rounds)
-            stack.callback(exporter.close)
-            store.on_event.append(exporter.on_event)
-            log.info("metrics", f"for Prometheus on http://{exporter.address}/metrics")
+        _shown(stack, store, settings, log)
         state = store.load()
         run = Run(settings, roster, store, os.urandom, state, time.monotonic(), identity)
         warn(log, settings, run.expected)
@@ -119,6 +118,21 @@ def _serve(settings: ServerSettings, json_path: str | None, log: Log) -> int:
         store.event("finished", f"prompt {summary['prompt']}")
         command.write_json(json_path, "run", summary)
     return 0
+
+
+def _shown(stack: contextlib.ExitStack, store: Store, settings: ServerSettings, log: Log) -> None:
+    """Where sums are shown beside the log, if anywhere.
+
+    Raises:
+        ConfigError: that is no place.
+    """
+    if settings.metrics_bind:
+        exporter = Exporter(settings.metrics_bind, settings.rounds)
+        stack.callback(exporter.close)
+        store.on_event.append(exporter.on_event)
+        log.info("metrics", f"for Prometheus on http://{exporter.address}/metrics")
+    noted = {name: getattr(settings, name) for name in NOTED}
+    stack.enter_context(tracked(log, settings.track, noted))
 
 
 def loop(hub: Hub, run: Run, log: Log) -> None:

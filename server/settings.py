@@ -37,6 +37,7 @@ from secure_fedprompt.protocol.settings import (
     Seconds,
     SelectionMode,
     SelectionScope,
+    TrackPath,
     Weights,
 )
 
@@ -101,6 +102,8 @@ class ServerSettings(MethodSettings, frozen=True, forbid_unknown_fields=True, kw
         metrics_bind: HOST:PORT on which Prometheus may ask for rounds, bytes, seconds and faults,
             in sum over clients; empty is off. It asks for no password: 127.0.0.1, or a network of
             the operator's own.
+        track: aggregate metrics and epsilon by round to "tensorboard:DIR", "mlflow:URI" or
+            "wandb:PROJECT" (an extra each); empty is nowhere.
         log: file to append what the terminal shows to (objects, if it ends in .jsonl); or "json",
             for objects in the place of text on the terminal.
         log_level: least that is told: "debug", "info", "warning" or "error".
@@ -149,6 +152,7 @@ class ServerSettings(MethodSettings, frozen=True, forbid_unknown_fields=True, kw
     audit: AuditMode = "headers"
     audit_mb: Positive = 2048
     metrics_bind: str = ""
+    track: TrackPath = ""
     log: LogPath = ""
     log_level: LogLevel = "info"
     model_fingerprint: Digits = ""

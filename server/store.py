@@ -62,8 +62,8 @@ TROUBLE = (
 BEST = "best.safetensors"  # in a run folder
 _FREE = {  # not in a run's terms
     "key", "roster", "bind", "run_dir", "clients", "min_clients", "gather_seconds", "patience",
-    "alive_seconds", "max_attempts", "stop_after", "audit", "audit_mb", "metrics_bind", "log",
-    "log_level",
+    "alive_seconds", "max_attempts", "stop_after", "audit", "audit_mb", "metrics_bind", "track",
+    "log", "log_level",
 }  # fmt: skip
 
 

@@ -51,7 +51,7 @@ from secure_fedprompt.server.store import Store
 # Not a choice here: there are no keys, addresses or waiting.
 ABSENT = {
     *("config", "key", "roster", "bind", "server", "state_dir", "part", "clients", "policy"),
-    *("helper", "metrics_bind", "compile"),  # every client would have a graph of its own
+    *("helper", "metrics_bind", "track", "compile"),  # every client would have a graph of its own
     *("patience", "gather_seconds", "stage_seconds", "training_seconds", "alive_seconds"),
 }
 _POLICY = Policy(

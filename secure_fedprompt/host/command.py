@@ -37,7 +37,8 @@ from secure_fedprompt.protocol.settings import choices, wording
 
 S = TypeVar("S", bound=msgspec.Struct)
 INTERRUPTED, GONE = 130, 141  # as shells count signals
-LOCAL_MODEL = "local-dir:"
+LOCAL_MODEL, TENSORBOARD = "local-dir:", "tensorboard:"
+SCHEMES = LOCAL_MODEL, TENSORBOARD  # before a path
 STDOUT = "-"
 _output: ContextVar[TextIO] = ContextVar("output", default=sys.stdout)
 
@@ -141,7 +142,7 @@ def _from_folder(cls: type, values: dict[str, Any], args: argparse.Namespace, fo
         value = values.get(field.name, field.default)
         given = getattr(args, field.name, None) is not None
         if kind and not given and isinstance(value, str) and _is_path(kind, value, folder):
-            scheme = LOCAL_MODEL if value.startswith(LOCAL_MODEL) else ""
+            scheme = next((s for s in SCHEMES if value.startswith(s)), "")
             values[field.name] = scheme + str(folder / value.removeprefix(scheme))
 
 
@@ -149,6 +150,8 @@ def _is_path(kind: str, value: str, folder: Path) -> bool:
     """Whether a value is a path, and not a name."""
     if kind == "log":
         return value not in ("", "json")
+    if kind == "track":
+        return value.startswith(TENSORBOARD)
     if kind == "model":
         return value.startswith(LOCAL_MODEL) or value.endswith(".safetensors")
     if kind == "data" and "/" not in value and not Path(value).suffix:

@@ -14,6 +14,7 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Callable
 from datetime import datetime
 from io import TextIOWrapper
 from logging.handlers import WatchedFileHandler
@@ -74,6 +75,7 @@ class Log:
         elif to:
             self._logger.addHandler(_file(to))
         self._logger.addHandler(terminal)
+        self.listeners = list[Callable[[str, dict[str, Any]], None]]()  # told of every event
 
     def debug(self, event: str, words: str, **facts: Any) -> None:
         self._tell(logging.DEBUG, event, words, facts)
@@ -91,6 +93,8 @@ class Log:
         who = {"program": self.program, "name": self.name}
         extra = {"event": event, "facts": facts, "who": who}
         self._logger.log(level, "%s", words, extra=extra)
+        for listener in tuple(self.listeners):
+            listener(event, facts)
 
     def doing(self, words: str) -> None:
         """What goes on now, on a line of the terminal that the next one replaces."""
