@@ -224,19 +224,23 @@ def test_evidence_on_other_adverts_is_refused(what: str) -> None:
 
 
 def test_a_dealer_of_a_bad_box_is_excluded() -> None:
-    root = []
+    """Also if one to whom it would have sealed is not there, and places move by one."""
+    root, gone = [], {NEAR.boxed(PEER)[0]: Stage.ADVERTISING}
 
     def tap(sender: str, recipient: str, message: m.Message) -> m.Message:
         if isinstance(message, m.Shares) and sender == PEER:
-            boxes = bytes(len(message.boxes))
-            made = dataclasses.replace(message, boxes=boxes)
+            count = len(message.boxes) // m.BOX
+            assert count == NEAR.boxes - 1
+            made = dataclasses.replace(
+                message, boxes=b"".join(m.BOX * bytes((i,)) for i in range(count))
+            )
             body = made.body(PLAN, root[0])
             return dataclasses.replace(made, signature=identity(PEER).sign(Purpose.BOXES, body))
         return message
 
-    honest = run()
+    honest = run(gone=gone)
     root.append(honest.round._tree.root)  # type: ignore[attr-defined]
-    outcome = run(tap)
+    outcome = run(tap, gone=gone)
     assert outcome.round.excluded == PEER
     assert "sealed a box for" in outcome.round.reason
 

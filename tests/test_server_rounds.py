@@ -72,6 +72,7 @@ def test_at_the_bare_threshold_a_bad_share_aborts_with_the_suspects() -> None:
         (m.Advert, {"mask_key": bytes(32)}, "advertising"),
         (m.Advert, {"seal_key": b"\x01" + bytes(31)}, "advertising"),
         (m.Shares, {"boxes": b"short"}, "sharing"),
+        (m.Shares, {"boxes": bytes(5 * m.BOX)}, "sharing"),
         (m.MaskedUpload, {"vector": b"short"}, "training"),
         (m.Consistent, {"signature": bytes(64)}, ""),
         (m.Reveal, {"shares": b"short"}, ""),

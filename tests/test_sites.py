@@ -117,6 +117,8 @@ def test_every_key_of_the_policy_is_spelled_out_and_explained(tmp_path: Path) ->
         ]
         assert len(blocks) == 1, name
         assert blocks[0].startswith("# "), name
+    assert "\n# colluders = -1\n" in text
+    assert "\nmin_cohort = 4\n" in text
     # Without the comment signs it says the same: defaults are what is commented out.
     lines = [line.removeprefix("# ") if " = " in line and line.startswith("# ") and
              line[2:].split(" = ")[0] in Policy.__struct_fields__ else line
@@ -207,6 +209,16 @@ def test_what_is_wrong_is_one_line(
     assert len(said.strip().splitlines()) == 1
     after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     assert after == before
+
+
+@pytest.mark.parametrize("name", ["server.toml", "roster.toml", "invitation.toml"])
+def test_nothing_is_written_over(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / name).write_text("mine")
+    assert main(["init", "--address", ADDRESS, "--clients", "5", "--out", str(tmp_path)]) == 2
+    assert f"{name} exists" in capsys.readouterr().err
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {name: "mine"}
 
 
 def test_at_a_terminal_it_asks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
