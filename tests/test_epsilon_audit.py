@@ -75,7 +75,9 @@ def test_rates_of_the_mechanism_itself_are_not_refuted_and_better_ones_are() -> 
     assert least_refuted(blind, claim) == math.inf
 
 
-@pytest.mark.parametrize("fault", ["", "noise x 0.9", "clip x 1.1"])
+@pytest.mark.parametrize(
+    "fault", ["", pytest.param("noise x 0.9", marks=pytest.mark.slow), "clip x 1.1"]
+)
 def test_an_audit_of_private_training(fault: str) -> None:
     from epsilon_audit import audit_images, faulty
     from tradeoff import Claim
@@ -87,7 +89,9 @@ def test_an_audit_of_private_training(fault: str) -> None:
     assert 0.85 < least / claim.sigma < 1.1  # an audit that finds much less is of no use
 
 
-@pytest.mark.parametrize("fault", ["", "noise x 0.7", "counts on colluders"])
+@pytest.mark.parametrize(
+    "fault", ["", pytest.param("noise x 0.7", marks=pytest.mark.slow), "counts on colluders"]
+)
 def test_an_audit_of_client_noise(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is left once the colluders' shares are subtracted must be all of the noise."""
     from dirac import observe_clients, scores

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from programs import ENV, LONG, python
 
+from secure_fedprompt import client
 from secure_fedprompt.__main__ import main
 from secure_fedprompt.commands import keys as cli
 from secure_fedprompt.protocol.roster import Roster
@@ -113,6 +114,34 @@ def test_a_spent_budget_is_told_to_its_owner_and_to_nobody_else(federation: Any)
         assert word not in told
 
 
+def test_mistakes_in_files_are_one_line_before_anything_is_sent(
+    federation: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    f = federation()  # nobody is started
+    cli.make_key("mallory", "client", tmp_path)
+    one_class = tmp_path / "one" / "cat"
+    one_class.mkdir(parents=True)
+    (one_class / "x.png").write_bytes(b"not an image")
+    open_key = tmp_path / "open.pem"
+    open_key.write_bytes((f.folder / "alice/alice.pem").read_bytes())
+    open_key.chmod(0o644)
+    config = f.commands[1][3:5]
+    for number, (extra, words) in enumerate((
+        (["--key", "nowhere.pem"], "no such file; make one with"),
+        (["--key", str(open_key)], "chmod 600"),
+        (["--key", str(tmp_path / "mallory.pem")], "is not on the roster: add its entry"),
+        (["--roster", "nowhere.toml"], "no such file; who runs the server sends it"),
+        (["--dataset", str(tmp_path / "one")], "has one class, 'cat'"),
+        (["--dataset", str(tmp_path / "nothing")], "no such file or folder"),
+        (["--model", "local-dir:nowhere"], "lacks open_clip_config.json"),
+    )):  # fmt: skip
+        state = ["--state-dir", str(tmp_path / f"state{number}"), "--threads", "0"]
+        assert client.main([*config, *extra, *state]) == 2
+        said = capsys.readouterr().err.strip().splitlines()
+        assert len(said) == 1, said
+        assert words in said[0], extra
+
+
 def test_mistakes_are_one_line_and_an_exit_code(
     federation: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -129,22 +158,10 @@ def test_mistakes_are_one_line_and_an_exit_code(
     wrong_server = tmp_path / "wrong.toml"
     others = tuple(m for m in roster.members if m.role == "client")
     wrong_server.write_text(Roster.of((*others, impostor)).to_toml())
-    one_class = tmp_path / "one" / "cat"
-    one_class.mkdir(parents=True)
-    (one_class / "x.png").write_bytes(b"not an image")
-    open_key = tmp_path / "open.pem"
-    open_key.write_bytes((f.folder / "alice/alice.pem").read_bytes())
-    open_key.chmod(0o644)
     cases: list[tuple[list[str], int, str]] = [
-        (["--key", "nowhere.pem"], 2, "no such file; make one with"),
-        (["--key", str(open_key)], 2, "chmod 600"),
-        (["--key", str(tmp_path / "mallory.pem")], 2, "is not on the roster: add its entry"),
         (["--key", str(tmp_path / "mallory.pem"), "--roster", str(with_stranger)], 4, "refuses our key"),
         (["--roster", str(wrong_server)], 5, "probably not this server's"),
         (["--server", "tcp://127.0.0.1:9", "--patience", "1"], 3, "unreachable"),
-        (["--dataset", str(tmp_path / "one")], 2, "has one class, 'cat'"),
-        (["--dataset", str(tmp_path / "nothing")], 2, "no such file or folder"),
-        (["--model", "local-dir:nowhere"], 2, "lacks open_clip_config.json"),
         (["--generated-classes", "24"], 7, "name the same classes in the same order"),
     ]  # fmt: skip
     # The first hello fixes model and classes: bob's comes first.
@@ -188,9 +205,10 @@ def test_mistakes_are_one_line_and_an_exit_code(
 
 
 def test_too_few_clients_end_the_run_on_both_sides(federation: Any) -> None:
-    f = federation(gather_seconds=18.0, patience=2.0)
-    for i in (0, 1):
-        f.start(i)
+    f = federation(gather_seconds=5.0, patience=2.0)
+    f.start(1)
+    f.wait_for("alice", "training and")  # her model is loaded, and she waits for the server
+    f.start(0)
     assert f.started["server"].wait(LONG) == 8
     assert "for clients, 2 s at most: 1 of at least 3 clients (alice)" in f.log("server")
     assert "1 of at least 3 clients (alice) after " in f.log("server")

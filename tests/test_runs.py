@@ -43,7 +43,7 @@ def test_runs_are_listed_with_how_far_they_came(
 ) -> None:
     out = tmp_path / "runs.json"
     assert main(["runs", str(runs), "--audit", "--json", str(out)]) == 0
-    rows = json.loads(out.read_text())["runs"]
+    rows = json.loads(out.read_text())["run_folders"]
     said = capsys.readouterr().out
     by_name = {Path(row["folder"]).name: row for row in rows}
     assert set(by_name) == {"monday", "tuesday"}

@@ -63,7 +63,7 @@ def _runs(folder: Path, audit: bool, json_path: str | None) -> int:
     console = Console(highlight=False)
     console.width = WIDE
     console.print(table)
-    command.write_json(json_path, "runs", {"runs": rows})
+    command.write_json(json_path, "runs", {"run_folders": rows})
     return 0
 
 

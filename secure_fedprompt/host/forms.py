@@ -90,7 +90,8 @@ MEANING = {
     "learning rounds",
     "run": "id of the run, hexadecimal",
     "run_dir": "folder of everything",
-    "runs": "how many runs, or a list of them; in audit-diff the two that are compared",
+    "run_folders": "list of runs",
+    "runs": "how many runs; in audit-diff the two that are compared",
     "seconds": "by stage; of a demo, all of it; of a report, stage to list by round",
     "selection_bytes": "between server and helper in a round",
     "selections": "how many a helper evaluated",
@@ -125,7 +126,7 @@ FORMS: dict[str, tuple[str, ...]] = {
         "accountant",
     ),
     "simulation": (*_RUN, "update_norm"),
-    "runs": ("runs",),
+    "runs": ("run_folders",),
     "watch": ("method", "protection", "learning_rounds", "rounds"),
     "client": ("name", "run", "rounds_done", "prompt", "verified", "opened"),
     "helper": ("name", "run", "selections"),
@@ -160,7 +161,7 @@ ROWS: dict[str, tuple[str, ...]] = {  # of lists of objects, by the key that hol
         "round", "learning_round", "outcome", "reason", "cohort", "dropped", "checked", "faults",
         "metrics", "seconds", "bytes", "at",
     ),
-    "runs": (
+    "run_folders": (
         "folder", "run", "at", "method", "protection", "learning_rounds", "rounds_done", "accuracy",
         "zero_shot", "bytes_up", "state", "verdict",
     ),
