@@ -131,6 +131,7 @@ def test_the_pages_work_as_written(tmp_path: Path) -> None:
     predict = re.sub(r"prompt-\w+\.safetensors", prompt.name, read.line("predict"))
     assert "one.jpg" in shell(predict, place["alice"])
     shell(read.line("watch"), place["server"])
+    assert "monday" in shell(read.line("runs --audit"), place["server"])
     shell(read.line("report"), place["server"])
     assert (place["server"] / "monday.html").stat().st_size > 10_000
     shell(read.line("privacy status"), place["alice"])
