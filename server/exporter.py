@@ -37,7 +37,7 @@ class Exporter:
                 f"metrics_bind = {address!r} needs: pip install 'secure-fedprompt[metrics]'"
             ) from None
         host, _, port = address.rpartition(":")
-        if not host or not port.isdigit() or not int(port) < 1 << 16:
+        if not host or not port.isdecimal() or not int(port) < 1 << 16:
             raise ConfigError(f"metrics_bind = {address!r}: HOST:PORT, such as 127.0.0.1:9570")
         registry = prometheus.CollectorRegistry()
 

@@ -27,7 +27,6 @@ SMALL: dict[str, Any] = {
     "threads": 1, "progress": False,
 }  # fmt: skip
 NAMES = ("circle", "square", "heart")
-RNG = np.random.default_rng(0)
 
 
 class Bias(Method):

@@ -128,6 +128,16 @@ def test_every_key_of_the_policy_is_spelled_out_and_explained(tmp_path: Path) ->
     assert whole.policy == short.policy
 
 
+def test_other_protections_are_a_sites_own_word(tmp_path: Path) -> None:
+    server = started(tmp_path, "--protection", "bfv")
+    words = ["join", str(server / "invitation.toml"), "--name", "a", "--dataset", "x",
+             "--out", str(tmp_path / "a")]  # fmt: skip
+    assert main(words) == 2
+    assert not (tmp_path / "a").exists()
+    assert main([*words, "--protection", "bfv"]) == 0
+    assert loaded(ClientSettings, tmp_path / "a" / "client.toml").policy.protections == ("bfv",)
+
+
 def test_the_server_of_an_invitation_is_the_one_of_its_roster(tmp_path: Path) -> None:
     server = started(tmp_path)
     invitation, member = sites.read_invitation(server / "invitation.toml")
@@ -179,6 +189,9 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "a roster": (["join", "server/roster.toml", "--name", "a", "--dataset", "x"], "is no invitation"),
     "altered": (["join", "altered.toml", "--name", "a", "--dataset", "x"], "does not verify"),
     "a client": (["join", "of-client.toml", "--name", "a", "--dataset", "x"], "must name one member"),
+    "no protection": (
+        ["join", "open.toml", "--name", "a", "--dataset", "x"], "no protection: the server sees every"),
+    "brackets": (["init", "--address", "tcp://[x", "--clients", "5"], "tcp://HOST:PORT"),
     "no roster": (["admit", "server/server.entry.toml"], "no such file"),
     "another server": (
         ["admit", "other/server.entry.toml", "--roster", "server/roster.toml"], "a roster names one"),
@@ -195,6 +208,7 @@ def test_what_is_wrong_is_one_line(
     started(tmp_path)
     text = Path("server/invitation.toml").read_text()
     Path("bad.toml").write_text("a = [")
+    Path("open.toml").write_text(text.replace('protection = "masks"', 'protection = "none"'))
     Path("altered.toml").write_text(text.replace('name = "server"', 'name = "sorver"'))
     main(["keygen", "--name", "server", "--role", "server", "--out", "other"])
     main(["keygen", "--name", "alice"])

@@ -69,7 +69,7 @@ class Federation:
         command.build(PrivacySettings, dict(dp or {}), "dp").check()
         if folder is None:
             folder = tempfile.mkdtemp(prefix="federation-", dir=Path.cwd())
-        self.folder, self.clients, self.protection = Path(folder).absolute(), clients, protection
+        self.folder, self.clients = Path(folder).absolute(), clients
         demo.check_folder(self.folder)
         self.commands = demo_files.write_files(
             self.folder, method, clients, rounds, protection, seed,

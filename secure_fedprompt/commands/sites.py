@@ -27,7 +27,7 @@ from secure_fedprompt.host.files import make_key
 from secure_fedprompt.protocol.errors import ConfigError, RosterError
 from secure_fedprompt.protocol.keys import Member, spoken
 from secure_fedprompt.protocol.policy import Policy
-from secure_fedprompt.protocol.protections import PROTECTIONS, default_threshold
+from secure_fedprompt.protocol.protections import PROTECTIONS, default_threshold, facts_of
 from secure_fedprompt.protocol.roster import Roster, member_to_toml
 from secure_fedprompt.server.settings import ServerSettings, check_settings
 
@@ -81,12 +81,12 @@ def init(argv: list[str]) -> int:
 def _init(args: argparse.Namespace) -> int:
     address = args.address or _asked("address", "address of the server, as sites see it")
     clients = args.clients or int(_asked("clients", "number of sites"))
-    parts = urlsplit(address if "://" in address else f"tcp://{address}")
     try:
+        parts = urlsplit(address if "://" in address else f"tcp://{address}")
         port = parts.port or PORT
     except ValueError:
-        port = 0
-    if parts.scheme != "tcp" or not parts.hostname or not port:
+        parts, port = urlsplit(""), 0
+    if parts.scheme != "tcp" or not parts.hostname:
         raise ConfigError(
             f"--address {address!r}: tcp://HOST:PORT, such as tcp://192.0.2.10:{PORT}"
         )
@@ -107,7 +107,7 @@ def _init(args: argparse.Namespace) -> int:
     host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
     lines = ["# An invitation to a federation: secure-fedprompt join invitation.toml --name YOURS",
              "# It is public. What it proposes binds nobody: a client judges the signed terms.",
-             f'server = "tcp://{host}:{port}"',
+             f'server = {json.dumps(f"tcp://{host}:{port}")}',
              *(f"{name} = {json.dumps(values[name])}" for name in PROPOSED)]  # fmt: skip
     (out / INVITATION).write_text("\n".join(lines) + "\n" + member_to_toml(member))
     print(f"settings      {out / 'server.toml'}  (every line is explained; edit it)")
@@ -135,6 +135,8 @@ def join(argv: list[str]) -> int:
     parser.add_argument("--dataset", metavar="PATH", help="folder or zip file of CLASS/IMAGE")
     parser.add_argument("--model", metavar="NAME", help="bundled, local-dir:PATH, or open_clip's")
     parser.add_argument("--pretrained", metavar="TAG", help="of the model")
+    parser.add_argument("--protection", choices=PROTECTIONS, default="masks",
+                        help="that this site agrees to (default: masks)")  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("."), metavar="DIR", help="folder for all")
     args = parser.parse_args(argv)
     return command.guard(lambda: _join(args), args)
@@ -142,6 +144,12 @@ def join(argv: list[str]) -> int:
 
 def _join(args: argparse.Namespace) -> int:
     found, server = read_invitation(Path(args.invitation))
+    if found.protection != args.protection:  # what a site allows is never a server's to write
+        raise ConfigError(
+            f"the invitation proposes {found.protection!r} ({facts_of(found.protection).title}), "
+            f"this site agrees to {args.protection!r}: give --protection {found.protection} if you "
+            "agree to that"
+        )
     name = args.name or _asked("name", "name of this site")
     dataset = args.dataset or _asked("dataset", "folder or zip file of images")
     if Path(dataset).exists():
@@ -252,7 +260,7 @@ def _asked(flag: str, what: str) -> str:
     if sys.stdin is None or not sys.stdin.isatty():
         raise ConfigError(f"--{flag}: give it ({what}); it is asked for only at a terminal")
     answer = input(f"{what}: ").strip()
-    if not answer or (flag == "clients" and not answer.isdigit()):
+    if not answer or (flag == "clients" and not answer.isdecimal()):
         raise ConfigError(f"--{flag}: {answer!r} is none")
     return answer
 
