@@ -47,6 +47,7 @@ from secure_fedprompt.protocol.errors import (
     UpdateError,
 )
 from secure_fedprompt.protocol.expand import Purpose, digest
+from secure_fedprompt.protocol.methods import method_facts
 from secure_fedprompt.protocol.plan import RoundPlan
 from secure_fedprompt.protocol.selection.shares import Keys
 
@@ -56,6 +57,19 @@ ROUND_ERRORS = (  # a peer's doing
 )  # fmt: skip
 SEAL_BYTES = 16  # that sealing a prompt adds
 _NEAR = 1e-4  # prompts that differ by less, in initial standard deviations, count as one
+
+
+@dataclass(frozen=True, repr=False)
+class Idle:
+    """What a session knows between two rounds, and its journal does not.
+
+    Attributes:
+        made: the next learning round, and the prompt that it begins from, if we computed it.
+        withdrawn: rounds in a row that we left.
+    """
+
+    made: tuple[int, bytes] | None
+    withdrawn: int
 
 
 @dataclass(eq=False, repr=False)
@@ -201,6 +215,21 @@ class Session(Joining[L_co]):
             raise UnexpectedMessageError("a selection of another round than this client's")
         return self._helper.on(message)
 
+    @property
+    def idle(self) -> Idle | None:
+        """What is to be remembered between two rounds; None while something is under way."""
+        if self.round is not None or self._parked is not None or self.terms is None:
+            return None
+        return Idle(self._made, self._withdrawn)
+
+    def go_on(self, idle: Idle) -> None:
+        """Be where another session of this client was between two rounds of this run, whose terms
+        were accepted here again. The journal must be as it was then."""
+        self._made, self._withdrawn = idle.made, idle.withdrawn
+        self._greetings, self._planned = 0, True
+        self.party.keyring.sums = None
+        self.party.recall(self.run)
+
     def withdraw(self, error: SecureFedPromptError) -> Replies:
         """Leave the current round, not the run: a round that this client's policy forbids is
         declined, and the next one awaited.
@@ -328,7 +357,7 @@ class Session(Joining[L_co]):
             plan = state.plan
             self._opened = plan.learning_round, metrics_of(state.total)
             data = b""
-            if plan.training:
+            if plan.training and method_facts(plan.method).chained:
                 base = self.party.journal.base(plan) if self.base is None else self.base
                 assert base is not None  # kept before the round began
                 data = prompt_bytes(averaged(base, plan.layout, state.total))

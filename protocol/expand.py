@@ -78,6 +78,8 @@ class Purpose(IntEnum):
     MERKLE_LEAF = 40
     MERKLE_NODE = 41
     DRAWN_SHARE = 42
+    NODE = 43
+    FORM = 44
 
 
 _TAGS = {purpose: TAG + purpose.name.lower().encode() + b"\0" for purpose in Purpose}

@@ -26,6 +26,8 @@ class MethodFacts:
         shares: whether an update says anything; updates of zeros may be summed again and again.
         sampled: whether it has a loss of single images, for DP-SGD.
         grouped: whether it has groups of which a client or a helper selects some.
+        chained: whether the sum of a round gives the next global prompt, which each client can
+            compute; if not, the server says what it is, and nobody can check it.
     """
 
     name: str
@@ -36,6 +38,7 @@ class MethodFacts:
     shares: bool = True
     sampled: bool = False
     grouped: bool = False
+    chained: bool = True
 
 
 METHODS: dict[str, MethodFacts] = {
@@ -65,6 +68,14 @@ METHODS: dict[str, MethodFacts] = {
         MethodFacts("scratch", _OURS + "whole:Scratch", "image tower and head, from nothing"),
     )
 }  # fmt: skip
+FOREIGN: dict[str, MethodFacts] = {  # what other programs train, through us
+    row.name: row
+    for row in (
+        MethodFacts("flower", "", "a Flower app whose strategy keeps the average"),
+        MethodFacts("flower-optimizer", "", "a Flower app whose strategy changes the average",
+                    chained=False),
+    )
+}  # fmt: skip
 _UNKNOWN = MethodFacts("", "", "", weighted=False, hidden=False)  # promises least
 
 
@@ -77,4 +88,4 @@ def unknown_method(name: str) -> str:
 
 def method_facts(name: str) -> MethodFacts:
     """The row of a name that a peer may have made up: who builds a method refuses it by name."""
-    return METHODS.get(name, _UNKNOWN)
+    return METHODS.get(name) or FOREIGN.get(name, _UNKNOWN)

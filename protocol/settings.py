@@ -8,7 +8,7 @@ import msgspec
 from msgspec import Meta
 
 from secure_fedprompt.protocol.errors import ConfigError
-from secure_fedprompt.protocol.methods import METHODS, unknown_method
+from secure_fedprompt.protocol.methods import FOREIGN, METHODS, unknown_method
 from secure_fedprompt.protocol.protections import PROTECTIONS
 
 Positive = Annotated[int, Meta(ge=1)]
@@ -190,7 +190,7 @@ class MethodSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
         Raises:
             ConfigError: naming the key.
         """
-        if self.method not in METHODS:
+        if self.method not in METHODS and self.method not in FOREIGN:
             raise ConfigError(unknown_method(self.method))
         validate(self)
         if self.fedmgp.slots > self.fedmgp.groups:

@@ -25,6 +25,7 @@ from secure_fedprompt.protocol.errors import (
 )
 from secure_fedprompt.protocol.expand import Purpose
 from secure_fedprompt.protocol.keys import verify
+from secure_fedprompt.protocol.methods import method_facts
 from secure_fedprompt.protocol.plan import MAX_ATTEMPTS, NO_KEY, RoundPlan
 from secure_fedprompt.server.admission import probed
 from secure_fedprompt.server.gathering import Gathering, refused
@@ -37,6 +38,7 @@ from secure_fedprompt.server.rounds.keying import KeyedRound
 from secure_fedprompt.server.rounds.start import make_round
 from secure_fedprompt.server.serve import Outbox
 
+MAX_ROUNDS = 1 << 32
 POLICY = f"withdrew: {PolicyError.__name__}: "  # how the fault of who declined begins
 
 
@@ -46,10 +48,12 @@ class Run(Gathering):
 
     Attributes:
         attempts: at the learning round under way, in a row; last_reason: why the last one failed.
+        until: plan no later learning round before the caller says so.
     """
 
     attempts: int = 0
     last_reason: str = ""
+    until: int = MAX_ROUNDS
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -86,7 +90,7 @@ class Run(Gathering):
         terms, opening = self.state.terms, self._longest
         deadlines = Deadlines(terms.stage_seconds, terms.training_seconds, opening)
         made = make_round(plan, self.state.base, self.roster, deadlines, ready, self.entropy)
-        if terms.facts.masked:
+        if terms.facts.masked and method_facts(plan.method).chained:
             now = self.state.learning_round
             made.informed = frozenset(n for n, c in self.clients.items() if c.informed == now)
         return made
@@ -258,6 +262,8 @@ class Run(Gathering):
             return out + self._finish_frames(
                 reason=f"the server stopped {text}: start it again to go on"
             )
+        if state.learning_round > self.until:
+            return out
         out += self._call_back(now)
         present = sum(c.accepted for c in self.clients.values())
         if present < max(self.needed, self._wanted(), self.larger) and now < self.gather_until:

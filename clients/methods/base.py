@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from secure_fedprompt.clients.backbone import Backbone
 from secure_fedprompt.protocol.errors import ConfigError
 from secure_fedprompt.protocol.layout import TensorSpec
-from secure_fedprompt.protocol.methods import METHODS, MethodFacts, method_facts
+from secure_fedprompt.protocol.methods import METHODS, MethodFacts, method_facts, unknown_method
 from secure_fedprompt.protocol.selection.shares import Keys
 from secure_fedprompt.protocol.selection.task import Choice
 from secure_fedprompt.protocol.settings import MethodSettings
@@ -211,6 +211,8 @@ def build(settings: MethodSettings, backbone: Backbone, class_names: Sequence[st
         ModelError: it cannot run on this model.
     """
     settings.check()
+    if settings.method not in METHODS:
+        raise ConfigError(unknown_method(settings.method))
     module, name = METHODS[settings.method].implementation.split(":")
     method: type[Method] = getattr(importlib.import_module(module), name)
     return method(settings, backbone, class_names)

@@ -69,7 +69,7 @@ def begin(party: Party, plan: RoundPlan, kind: Kind) -> Step:
         ConfigError: this machine cannot make or use one.
     """
     if party.name in plan.grants:
-        secret = X25519PrivateKey.generate()
+        secret = X25519PrivateKey.from_private_bytes(party.entropy(32))
         public = secret.public_key().public_bytes_raw()
         ask = m.KeyAsk(plan.run, plan.round, party.name, public, m.UNSIGNED)
         asked = m.signed(ask, party.identity, Purpose.KEY_ASK, plan)

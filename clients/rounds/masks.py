@@ -49,6 +49,7 @@ from secure_fedprompt.protocol.errors import (
 from secure_fedprompt.protocol.expand import Purpose, add_masks
 from secure_fedprompt.protocol.keys import agree, seal, unseal, verify
 from secure_fedprompt.protocol.layout import Vector
+from secure_fedprompt.protocol.methods import method_facts
 from secure_fedprompt.protocol.plan import RoundPlan
 
 
@@ -177,6 +178,8 @@ class Advertised(State):
             AdvertMismatchError: they are fewer.
         """
         plan = self.plan
+        if not method_facts(plan.method).chained:
+            return  # nobody can know it
         needed = 1 + plan.facts.tolerated(bool(plan.degree), plan.members, plan.quorum)
         needed = plan.threshold if plan.degree else needed
         vouching = sum(advert.vouches == 1 for advert in adverts)

@@ -1,0 +1,130 @@
+"""A Flower grid in this process: every message goes through Flower's own serialisation."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Iterable
+
+import numpy as np
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    Context,
+    Error,
+    Message,
+    MetricRecord,
+    RecordDict,
+)
+from flwr.clientapp import ClientApp
+from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
+from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
+from flwr.serverapp import Grid
+from flwr.supercore.task_identity import TaskIdentity
+
+from secure_fedprompt.flower import secure
+
+Train = Callable[[Message, Context], Message]
+
+
+class LabGrid(Grid):
+    """Nodes are ClientApps; a message is answered when it is pulled.
+
+    Args:
+        lose: called with node and its message; whether it is lost, and an error comes back.
+        after: called with node and reply; returns what comes back.
+    """
+
+    def __init__(self, apps: dict[int, ClientApp], configs: dict[int, dict] | None = None) -> None:
+        TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1
+        self.apps = apps
+        self.contexts = {
+            node: Context(1, node, (configs or {}).get(node, {}), RecordDict(), {"lr": 0.1})
+            for node in apps
+        }
+        self.lose: Callable[[int, Message], bool] = lambda node, message: False
+        self.after: Callable[[int, Message], Message] = lambda node, reply: reply
+        self.sent: list[tuple[int, RecordDict]] = []
+        self.got: list[tuple[int, Message]] = []
+        self._waiting: dict[str, Message] = {}
+
+    def set_run(self, run):
+        raise NotImplementedError
+
+    @property
+    def run(self):
+        raise NotImplementedError
+
+    def create_message(self, *args, **kwargs):
+        raise NotImplementedError
+
+    def get_node_ids(self) -> Iterable[int]:
+        return list(self.apps)
+
+    def push_messages(self, messages):
+        names = []
+        for message in messages:
+            name = uuid.uuid4().hex
+            message.metadata.__dict__["_message_id"] = name
+            self._waiting[name] = message
+            names.append(name)
+        return names
+
+    def pull_messages(self, message_ids):
+        replies = []
+        for name in message_ids:
+            message = self._waiting.pop(name, None)
+            if message is not None:
+                replies.append(self._answer(message))
+        return replies
+
+    def _answer(self, message: Message) -> Message:
+        node = message.metadata.dst_node_id
+        self.sent.append((node, _copied(message.content)))
+        if self.lose(node, message):
+            return Message(Error(1, "lost"), reply_to=message)
+        asked = Message(_copied(message.content), metadata=message.metadata)
+        try:
+            reply = self.apps[node](asked, self.contexts[node])
+        except Exception as error:
+            reply = Message(Error(2, str(error)), reply_to=message)
+        context = self.contexts[node]
+        context.state = _copied(context.state)
+        reply = self.after(node, reply)
+        self.got.append((node, reply))
+        return reply
+
+    def send_and_receive(self, messages, *, timeout=None):
+        return self.pull_messages(self.push_messages(messages))
+
+
+def _copied(content: RecordDict) -> RecordDict:
+    """Through the bytes that Flower sends."""
+    sent = recorddict_to_proto(content).SerializeToString()
+    return recorddict_from_proto(ProtoRecordDict.FromString(sent))
+
+
+def arrays_of(values: dict[str, np.ndarray]) -> ArrayRecord:
+    return ArrayRecord({name: Array(value) for name, value in values.items()})
+
+
+def adding(node: int, step: float = 0.125) -> Train:
+    """Trains by adding ``node * step`` to every array."""
+
+    def train(message: Message, context: Context) -> Message:
+        (record,) = message.content.array_records.values()
+        moved = {name: array.numpy() + array.numpy().dtype.type(node * step)
+                 if array.numpy().dtype.kind == "f" else array.numpy()
+                 for name, array in record.items()}  # fmt: skip
+        content = RecordDict({
+            "arrays": arrays_of(moved),
+            "metrics": MetricRecord({"num-examples": 10 * node, "loss": 1234.5 + node}),
+        })  # fmt: skip
+        return Message(content, reply_to=message)
+
+    return train
+
+
+def app_of(train: Train) -> ClientApp:
+    app = ClientApp(mods=[secure])
+    app.train()(train)
+    return app
