@@ -23,7 +23,6 @@ from secure_fedprompt.protocol.averaging import Prompt
 from secure_fedprompt.protocol.errors import ConfigError, UpdateError
 from secure_fedprompt.protocol.fixedpoint import LOSS_CLIP
 from secure_fedprompt.protocol.layout import TensorSpec
-from secure_fedprompt.protocol.plan import RoundPlan
 from secure_fedprompt.protocol.selection.shares import Keys
 from secure_fedprompt.protocol.settings import MethodSettings
 
@@ -55,9 +54,9 @@ class Figures:
     last_loss: float | None = None
 
 
-def named_round(plan: RoundPlan) -> str:
+def named_round(learning_round: int, rounds: int) -> str:
     """A round, for the progress bar."""
-    return f"round {plan.learning_round}/{plan.rounds}: training"
+    return f"round {learning_round}/{rounds}: training"
 
 
 class LocalLearner:
@@ -139,12 +138,21 @@ class LocalLearner:
 
                 train_privately(self, train, plan)
             else:
-                pace = functools.partial(rate, self.settings, plan.learning_round, plan.rounds)
-                self._train(train, plan.run, plan.round, named_round(plan), pace)
+                self.train_round(plan.run, plan.round, (plan.learning_round, plan.rounds))
         self._counted = values
         if plan.selecting:
             return method.selection_keys(client.draws(plan.round, 1))
         return self._contribution(work)
+
+    def train_round(self, run: bytes, number: int, place: tuple[int, int]) -> None:
+        """Train from where the method is.
+
+        Args:
+            number: of the round, as in plans. place: the learning round, of how many.
+        """
+        train, _ = self.client.features(self.method.needs)
+        pace = functools.partial(rate, self.settings, *place)
+        self._train(train, run, number, named_round(*place), pace)
 
     def _metrics(self, test: Features) -> Counts:
         """Counters of the prompt as it came, on this client's own test images."""

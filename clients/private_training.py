@@ -51,6 +51,6 @@ def train_privately(learner: LocalLearner, images: Features, plan: RoundPlan) ->
             optimiser.param_groups[0]["lr"] = rate(s, plan.learning_round, plan.rounds, epoch)
             taken = draws.poisson(len(images), share)
             training.step(client.batch(images, taken))
-            client.progress(named_round(plan), done + 1, steps)
+            client.progress(named_round(plan.learning_round, plan.rounds), done + 1, steps)
     finally:
         training.close()

@@ -13,16 +13,19 @@ from __future__ import annotations
 import hmac
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import msgspec
+import numpy as np
 
 from secure_fedprompt.clients.file_journal import FileJournal
 from secure_fedprompt.clients.journal import MemoryJournal, Record
 from secure_fedprompt.clients.ledger import Ledger, Upload
+from secure_fedprompt.protocol.averaging import Prompt, prompt_bytes
 from secure_fedprompt.protocol.expand import Purpose, digest
+from secure_fedprompt.protocol.plan import RoundPlan
 
 
 class TapeError(Exception):
@@ -209,6 +212,21 @@ class PlayedJournal(MemoryJournal):
 
     def _drop(self, name: str) -> None:
         self._write(name, None)
+
+
+class SimulatedJournal(PlayedJournal):
+    """Where all runs are one's own no prompt is compared with earlier ones, nor kept for longer
+    than its round: what is kept crosses processes with every message."""
+
+    def note_base(
+        self, plan: RoundPlan, prompts: Sequence[Prompt], tolerance: float, bounds: bytes
+    ) -> set[bytes]:
+        self._put("base-now", plan.base_digest + prompt_bytes(prompts[0]))
+        return set()
+
+    def base(self, plan: RoundPlan) -> Prompt | None:
+        data = self._get("base-now") or b""
+        return np.frombuffer(data[32:], "<f4") if data.startswith(plan.base_digest) else None
 
 
 class PlayedLedger(Ledger):

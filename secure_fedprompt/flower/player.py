@@ -19,6 +19,7 @@ from secure_fedprompt.flower.kept import (
     PlayedJournal,
     PlayedLedger,
     Shelf,
+    SimulatedJournal,
     Step,
     Tape,
     TapeError,
@@ -118,7 +119,8 @@ class Player:
     ) -> None:
         kept = tape or Tape(Part(len(shelf.records)))
         part = kept.joining
-        self._journal, self._drawn = PlayedJournal(shelf, part), Drawn(part)
+        kind = SimulatedJournal if member.exempt else PlayedJournal
+        self._journal, self._drawn = kind(shelf, part), Drawn(part)
         self._shelf, self._ledger = shelf, PlayedLedger(ledger)
         keyring = Keyring(X25519PrivateKey.from_private_bytes(self._drawn(32)))
         party = Party(
