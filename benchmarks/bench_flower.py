@@ -90,7 +90,11 @@ def modern(kind: str, clients: int, values: int, rounds: int) -> dict[str, Any]:
     def main(grid: Any, context: Any) -> None:
         counting = Counting(grid)
         folder = tempfile.mkdtemp()
-        used = SecureGrid(counting, rounds=rounds, run_dir=folder) if kind == "masks" else counting
+        used = (
+            SecureGrid(counting, context, rounds=rounds, run_dir=folder)
+            if kind == "masks"
+            else counting
+        )
 
         class Timed(FedAvg):  # type: ignore[misc]
             def aggregate_train(self, server_round: int, replies: Any) -> Any:

@@ -32,7 +32,15 @@ CONTENTS = """
 ```
 """
 GROUPS = {
-    "Use": ["deployment", "python", "protections", "methods", "auditing", "differential-privacy"],
+    "Use": [
+        "deployment",
+        "python",
+        "flower",
+        "protections",
+        "methods",
+        "auditing",
+        "differential-privacy",
+    ],
     "Believe": [
         "threat-model",
         "terms",

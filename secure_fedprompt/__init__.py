@@ -22,12 +22,14 @@ _PUBLIC = {
     "MethodSettings": "secure_fedprompt.protocol.settings",
     "Part": "secure_fedprompt.clients.data.partitions",
     "Policy": "secure_fedprompt.protocol.policy",
+    "Protection": "secure_fedprompt.api.protection",
     "PromptFL": "secure_fedprompt.clients.methods.promptfl",
     "Roster": "secure_fedprompt.protocol.roster",
     "RoundPlan": "secure_fedprompt.protocol.plan",
     "SecureFedPromptError": "secure_fedprompt.protocol.errors",
     "ServerSettings": "secure_fedprompt.server.settings",
     "run_round": "secure_fedprompt.memory",
+    "Total": "secure_fedprompt.api.protection",
     "simulate": "secure_fedprompt.api.simulation",
 }
 __all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604

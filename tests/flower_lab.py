@@ -41,6 +41,7 @@ class LabGrid(Grid):
             node: Context(1, node, (configs or {}).get(node, {}), RecordDict(), {"lr": 0.1})
             for node in apps
         }
+        self.context = Context(1, 0, {}, RecordDict(), {"lr": 0.1})  # of the ServerApp
         self.lose: Callable[[int, Message], bool] = lambda node, message: False
         self.after: Callable[[int, Message], Message] = lambda node, reply: reply
         self.sent: list[tuple[int, RecordDict]] = []

@@ -18,6 +18,7 @@ from secure_fedprompt.clients.settings import ClientSettings
 from secure_fedprompt.commands.simulate import make_trainers, simulate_run
 from secure_fedprompt.protocol import errors
 from secure_fedprompt.protocol.methods import METHODS
+from secure_fedprompt.protocol.protections import PROTECTIONS
 from secure_fedprompt.server.settings import ServerSettings
 from secure_fedprompt.server.store import Store
 
@@ -160,6 +161,57 @@ def test_own_partition_and_method() -> None:
     assert history.prompt["bias"].any()
     assert history.summary["method"] == "bias"
     assert "bias" not in METHODS
+
+
+class Halved(sfp.Protection):
+    """Half precision."""
+
+    name = "halved"
+
+    def protect(self, plan: Any, vector: Any, entropy: Any) -> bytes:
+        return vector.astype("<f2").tobytes()
+
+    def total(self, plan: Any) -> sfp.Total:
+        return HalvedTotal()
+
+
+class HalvedTotal(sfp.Total):
+    def __init__(self) -> None:
+        self.sum = np.zeros(())
+
+    def add(self, data: bytes | memoryview) -> None:
+        self.sum = self.sum + np.frombuffer(data, "<f2")
+
+    def result(self) -> Any:
+        return self.sum
+
+
+def test_own_protection() -> None:
+    """Its uploads are half as large as float32 ones, and the prompts nearly those without it."""
+    sizes: list[int] = []
+
+    def look(sender: str, recipient: str, message: Any) -> None:
+        if sender and type(message).__name__ == "PlainUpload":
+            sizes.append(len(message.vector))
+
+    own = sfp.simulate(**SMALL, protection=Halved(), on_frame=look)
+    plain = sfp.simulate(**SMALL, protection="none")
+    assert set(sizes[:3]) == {
+        2 * len(np.concatenate([x.ravel() for x in own.prompt.values()])) + 14
+    }
+    for name, values in plain.prompt.items():
+        assert np.allclose(own.prompt[name], values, atol=2e-3)
+        assert not np.array_equal(own.prompt[name], values)
+    assert own.summary["protection"] == "halved"
+    assert "halved" not in PROTECTIONS
+    Halved.name = "masks"
+    try:
+        with pytest.raises(
+            sfp.SecureFedPromptError, match="the package has a protection of this name"
+        ):
+            sfp.simulate(**SMALL, protection=Halved())
+    finally:
+        Halved.name = "halved"
 
 
 def test_what_dp_spends_is_told() -> None:

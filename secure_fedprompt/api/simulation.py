@@ -15,12 +15,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 from rich.progress import Progress
 
 from secure_fedprompt import show
 from secure_fedprompt.api.history import History
+from secure_fedprompt.api.protection import Protection, installed
 from secure_fedprompt.clients import metrics
 from secure_fedprompt.clients.accounting import epsilon
 from secure_fedprompt.clients.data.loading import Dealt, deal_out, load_sets
@@ -57,7 +59,7 @@ def simulate(
     *,
     clients: int = 10,
     rounds: int = 5,
-    protection: str = "masks",
+    protection: str | Protection = "masks",
     partition: str | Partition = "iid",
     dropout: float = 0.0,
     engine: str = "inline",
@@ -76,7 +78,7 @@ def simulate(
             pair of those, training and test images.
         clients: how many, among whom the images are dealt out.
         rounds: learning rounds.
-        protection: "masks", "bfv", "ckks" or "none".
+        protection: "masks", "bfv", "ckks" or "none", or your own ``Protection``.
         partition: "iid", "pathological", "overlap", "dirichlet", "domain", "domain-dirichlet",
             "pachinko", or your own function of training labels, test labels, clients and seed: for
             each client a pair of index arrays, or a ``Part``.
@@ -104,7 +106,7 @@ def simulate(
         raise ConfigError(f"dropout = {dropout}: must be at least 0 and below 1")
     given: dict[str, Any] = {
         "rounds": rounds,
-        "protection": protection,
+        "protection": protection if isinstance(protection, str) else "none",
         "parts": clients,
         "metrics": "rounds",
     }
@@ -116,6 +118,9 @@ def simulate(
     with contextlib.ExitStack() as stack:
         given["method"] = method if isinstance(method, str) else stack.enter_context(_named(method))
         server, client = _settings(given)
+        if not isinstance(protection, str):
+            name = stack.enter_context(installed(protection))
+            server = msgspec.structs.replace(server, protection=name)
         scratch = stack.enter_context(tempfile.TemporaryDirectory())
         bar = stack.enter_context(Progress(transient=True, disable=not progress))
         task = bar.add_task("rounds", total=server.rounds + int(server.metrics != "off"))

@@ -55,7 +55,6 @@ ABSENT = {
     *("patience", "gather_seconds", "stage_seconds", "training_seconds", "alive_seconds"),
 }
 _POLICY = Policy(
-    protections=tuple(PROTECTIONS),
     graphs=("complete", "regular"),
     colluders=0,
     min_clip=0.0,
@@ -278,13 +277,14 @@ def simulate_run(
     """
     remember_signatures()  # every client checks those of all others
     identities = {name: Identity.generate() for name in ("server", *trainers)}
+    policy = msgspec.structs.replace(_POLICY, protections=tuple(PROTECTIONS))
     roster = Roster.of(tuple(
         Member.of(key, name, "client" if name in trainers else "server")
         for name, key in identities.items()
     ))  # fmt: skip
     sessions = {
         name: Session(
-            Party(name, identities[name], roster, _POLICY, MemoryJournal(), os.urandom),
+            Party(name, identities[name], roster, policy, MemoryJournal(), os.urandom),
             trainer,
             exempt=True,
         )

@@ -93,7 +93,7 @@ class SecureGrid(Grid):  # type: ignore[misc]
     def __init__(
         self,
         grid: Grid,
-        context: Context | None = None,
+        context: Context,
         *,
         rounds: int = 0,
         key: str = "",
@@ -106,8 +106,7 @@ class SecureGrid(Grid):  # type: ignore[misc]
     ) -> None:
         if bool(key) != bool(roster):
             raise ConfigError("SecureGrid: key and roster belong together")
-        config = dict(context.run_config) if context else {}
-        rounds = rounds or int(config.get("num-server-rounds", 0))
+        rounds = rounds or int(context.run_config.get("num-server-rounds", 0))
         if rounds < 1:
             raise ConfigError(f"SecureGrid: rounds = {rounds}: as many as the strategy has")
         for name in settings:
@@ -128,7 +127,7 @@ class SecureGrid(Grid):  # type: ignore[misc]
                 'and a strategy needs one: use "masks"'
             )
         self._settings, self._given = made, frozenset(settings)
-        self._grid, self._config = grid, config if context else None
+        self._grid, self._config = grid, dict(context.run_config)
         self._key, self._roster, self._dir = key, roster, run_dir
         self._exclude, self._weighted_by = tuple(exclude), weighted_by
         self._chained = not server_optimizer
@@ -251,6 +250,7 @@ class SecureGrid(Grid):  # type: ignore[misc]
                 run.until = target  # everybody who answers has greeted
         if run.error:
             raise run.error
+        self._hub.hold()
         if run.over:
             self._finish(run)
         assert run.state.prompt is not None
@@ -305,7 +305,6 @@ class SecureGrid(Grid):  # type: ignore[misc]
             due = run.current.deadline if run.current else run.gather_until
             self._skew += max(0.0, due - self._now()) + 0.001
         post(self._frames, run, run.tick(self._now()), self._now)
-        self._hub.flush()
         for node, reason in self._hub.refused.items():
             self._warn(f"node {node} is not taking part: {reason}")
         self._hub.refused.clear()
@@ -322,11 +321,11 @@ class SecureGrid(Grid):  # type: ignore[misc]
         for node in nodes:
             if node not in there:
                 self._hub.open(node, form, self._entries)
-        self._hub.flush()
 
     def _finish(self, run: Run) -> None:
         """The last frames, to everybody."""
         until = time.monotonic() + self._settings.stage_seconds
+        self._hub.release()
         while not self._hub.idle and time.monotonic() < until:
             hear(self._frames, run, _STEP, self._now)
         run.store.event("finished", f"learning rounds: {self._settings.rounds}")  # as every run
@@ -364,10 +363,9 @@ class SecureGrid(Grid):  # type: ignore[misc]
             raise ConfigError(f"run_dir = {str(self.folder)!r} holds a run: choose another folder")
         store.on_event.append(self._tell)
         state = RunState(tensors=form.tensors, prompt=base, start=base)
-        if self._config is not None:
-            settings = msgspec.structs.replace(
-                settings, model_fingerprint=form.fingerprint(self._config).hex()
-            )
+        settings = msgspec.structs.replace(
+            settings, model_fingerprint=form.fingerprint(self._config).hex()
+        )
         self.secure_run = Run(settings, roster, store, os.urandom, state, self._now(), identity)
         frames = recorder(self.folder, settings.audit, settings.audit_mb, identity, me, roster)
         self._closing = (frames, store) if frames else (store,)

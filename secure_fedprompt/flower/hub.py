@@ -40,6 +40,7 @@ class GridHub:
         self._greeting: dict[int, dict[str, Any]] = {}  # nodes that are to greet
         self._lost = set[int]()  # until they do
         self._waiting: dict[int, deque[bytes]] = {}
+        self._held: dict[int, deque[bytes]] = {}
         self._flying: dict[str, int] = {}  # message -> node
 
     @property
@@ -56,7 +57,7 @@ class GridHub:
 
     def ask(self, node: int, ask: str, **fields: Any) -> None:
         """Ask a node for something else than what a session does."""
-        frames = list(self._waiting.pop(node, ()))
+        frames = [*self._held.pop(node, ()), *self._waiting.pop(node, ())]
         content = wire.record(ask=ask, frames=frames, **fields)
         message = Message(content, node, self._kind, group_id=self.group)
         (number,) = self._grid.push_messages([message])
@@ -70,6 +71,19 @@ class GridHub:
     def forget(self, node: int) -> None:
         """What was to be sent to a node is not."""
         self._waiting.pop(node, None)
+        self._held.pop(node, None)
+
+    def hold(self) -> None:
+        """What waits goes with whatever is sent next: a round ends with frames that need no answer,
+        and a message of its own costs a node a process."""
+        for node, frames in self._waiting.items():
+            self._held.setdefault(node, deque()).extend(frames)
+        self._waiting.clear()
+
+    def release(self) -> None:
+        """Send what was held."""
+        for node in list(self._held):
+            self._waiting[node] = deque([*self._held.pop(node), *self._waiting.pop(node, ())])
 
     def answers(self) -> Iterator[tuple[int, Message]]:
         """What nodes have answered since."""
