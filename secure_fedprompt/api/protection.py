@@ -1,4 +1,4 @@
-"""Your own protection, for ``simulate``: what a client does to its vector, and how a sum is made."""
+"""Your own protection, for ``simulate``: what a client does to its vector, and what sums them."""
 
 from __future__ import annotations
 
@@ -75,8 +75,7 @@ def installed(own: Protection) -> Iterator[str]:
     Raises:
         ConfigError: it has no name of its own.
     """
-    name = getattr(own, "name", "")
-    if not isinstance(own, Protection) or not name:
+    if not (name := getattr(own, "name", "")) or not hasattr(own, "protect"):
         raise ConfigError(f"protection = {own!r}: a name, or a Protection with a name")
     if name in PROTECTIONS:
         raise ConfigError(f"protection.name = {name!r}: the package has a protection of this name")

@@ -75,7 +75,8 @@ class SecureGrid(Grid):  # type: ignore[misc]
         key, roster: files of this server, as everywhere. Empty in Flower's simulation only: nodes
             are enrolled as they are met, and real ones refuse that.
         run_dir: folder of the record and the audit log.
-        exclude: patterns of names of arrays that are not averaged, as "*.num_batches_tracked".
+        exclude: patterns of names of arrays that are not averaged, such as
+            ``["*.num_batches_tracked"]``.
         weighted_by: metric of the apps' replies that says how many images they trained on; it
             counts with ``weights`` "samples" or "bucket", and is always protected.
         server_optimizer: the strategy changes the average before it is the next base. The terms
