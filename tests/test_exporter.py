@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import http.server
+import json
 import re
 import subprocess
 import sys
+import threading
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -13,8 +16,10 @@ import pytest
 from federation import World
 from rounds import names
 
+from secure_fedprompt.__main__ import main
+from secure_fedprompt.commands import watch_remote
 from secure_fedprompt.commands.demo_files import free_port
-from secure_fedprompt.protocol.errors import ConfigError
+from secure_fedprompt.protocol.errors import ConfigError, UnreachableError
 from secure_fedprompt.server.exporter import Exporter
 
 pytest.importorskip("prometheus_client")
@@ -93,3 +98,81 @@ def test_without_the_library_it_says_what_to_install(monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(sys.modules, "prometheus_client", None)
     with pytest.raises(ConfigError, match=r"pip install 'secure-fedprompt\[metrics\]'"):
         Exporter("127.0.0.1:0", 1)
+
+
+# -- watch, from another machine -------------------------------------------------------------------
+
+
+def told(exporter: Exporter, number: int, outcome: str = "done") -> None:
+    exporter.on_event("round", {
+        "outcome": outcome, "learning_round": number, "bytes": {"up": {"a": 1500}, "down": {"a": 7}},
+        "seconds": {"training": 2.0}, "dropped": {"d": "training"}, "cohort": ["a", "b", "c", "d"],
+    })  # fmt: skip
+
+
+def test_watch_from_another_machine_follows_to_the_end(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    exporter = Exporter("127.0.0.1:0", 2)
+    address, waited = f"http://{exporter.address}", list[float]()
+
+    def wait(seconds: float) -> None:
+        waited.append(seconds)
+        if len(waited) <= 2:
+            told(exporter, len(waited))
+        elif len(waited) == 3:
+            exporter.close()
+
+    now = watch_remote.follow(address, False, 0.5, wait)
+    assert waited == [0.5] * (2 + watch_remote.PATIENCE)
+    assert now["learning_round"] == 2
+    assert now["bytes"] == {"up": 3000, "down": 14}
+    assert now["clients_in_sum"] == 3
+    shown = capsys.readouterr().out
+    assert "3.0 kB up" in shown
+    assert "the server has ended" in shown
+
+
+def test_watch_says_when_a_server_is_gone_before_its_end(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    exporter = Exporter("127.0.0.1:0", 3)
+    address, path = f"http://{exporter.address}", tmp_path / "now.json"
+    told(exporter, 1)
+    told(exporter, 2, "aborted")
+    exporter.on_event("lost", "d")
+    assert main(["watch", address, "--once", "--json", str(path)]) == 0
+    found = json.loads(path.read_text())
+    assert found["format"].startswith("secure-fedprompt/metrics/")
+    assert (found["rounds_done"], found["learning_rounds"], found["losses"]) == (1, 3, 2)
+    assert found["outcomes"] == {"done": 1, "aborted": 1}
+    assert found["events"]["lost"] == 1
+    assert "lost 1" in capsys.readouterr().out
+    with pytest.raises(UnreachableError, match="went away after learning round 1 of 3"):
+        watch_remote.follow(address, False, 0.0, lambda seconds: exporter.close())
+    assert main(["watch", address]) == 3
+    assert "does not answer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("answer", "text"),
+    [(b"# nothing\n", "no server of secure-fedprompt"), (b"one two three\n", "something else"),
+     (b"\xff\xfe", "something else"), (b"up 1\n", "no server of secure-fedprompt")],
+)  # fmt: skip
+def test_watch_refuses_what_is_no_server_of_ours(
+    answer: bytes, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Other(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(answer)
+
+        def log_message(self, *_: object) -> None: ...
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Other) as server:
+        thread = threading.Thread(target=server.handle_request)
+        thread.start()
+        assert main(["watch", f"http://127.0.0.1:{server.server_port}"]) == 2
+        thread.join()
+    assert text in capsys.readouterr().err

@@ -19,6 +19,7 @@ from rich.markup import escape
 from rich.text import Text
 
 from secure_fedprompt import show
+from secure_fedprompt.commands import watch_remote
 from secure_fedprompt.host import command
 from secure_fedprompt.protocol.errors import RunFailedError
 from secure_fedprompt.server.store import open_run, rounds_of
@@ -32,21 +33,32 @@ def main(argv: list[str] | None = None) -> int:
         "secure-fedprompt watch",
         "Follow a server's run: rounds, accuracy, bytes, and what happened last. Ends with the "
         "run; the exit code is 8 if the run failed.",
-        "  secure-fedprompt watch runs/monday\n  secure-fedprompt watch runs/monday --once",
+        "  secure-fedprompt watch runs/monday\n  secure-fedprompt watch runs/monday --once\n"
+        "  secure-fedprompt watch http://192.0.2.10:9570   # its metrics_bind: sums, no names",
     )
-    parser.add_argument("run_dir", type=Path, metavar="RUN", help="the server's run_dir")
+    parser.add_argument(
+        "run_dir",
+        metavar="RUN",
+        help="the server's run_dir, or http://HOST:PORT of its metrics_bind",
+    )
     parser.add_argument("--once", action="store_true", help="print the state and end")
     parser.add_argument("--every", type=float, default=1.0, metavar="S", help="seconds")
     args = parser.parse_args(argv)
     if args.every <= 0:
         parser.error(f"--every {args.every}: must be above 0")
 
+    if args.run_dir.startswith(("http://", "https://")):
+        return command.guard(
+            lambda: watch_remote.main(args.run_dir, args.once, args.every, args.json), args
+        )
+    folder = Path(args.run_dir)
+
     def body() -> int:
         try:
-            return follow(args.run_dir, args.once, args.every)
+            return follow(folder, args.once, args.every)
         finally:
-            if (args.run_dir / "run.sqlite").exists():
-                command.write_json(args.json, "watch", look(args.run_dir).summary)
+            if (folder / "run.sqlite").exists():
+                command.write_json(args.json, "watch", look(folder).summary)
 
     return command.guard(body, args)
 
