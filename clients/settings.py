@@ -145,6 +145,7 @@ class ClientSettings(ModelSettings, frozen=True, forbid_unknown_fields=True, kw_
         roster: the federation's public roster file, the same everywhere.
         server: address of the server.
         state_dir: what must survive a restart; {name} in it is the client's.
+        start_prompt: prompt file to begin from, if a run asks for one that is not in state_dir.
         method: take part only if the run uses this method; empty takes the run's.
         seed: of batch order, for reproducible benchmarks, together with the client's name; -1
             draws it from the system.
@@ -177,6 +178,7 @@ class ClientSettings(ModelSettings, frozen=True, forbid_unknown_fields=True, kw_
     roster: FilePath = "roster.toml"
     server: str = "tcp://127.0.0.1:5570"
     state_dir: FilePath = "state/{name}"
+    start_prompt: FilePath = ""
     method: str = ""
     seed: int = -1
     augment: bool = False

@@ -20,6 +20,7 @@ from secure_fedprompt.clients.learning import LocalLearner
 from secure_fedprompt.clients.ledger import Ledger
 from secure_fedprompt.clients.methods.base import Batch, build
 from secure_fedprompt.clients.settings import PrivacySettings
+from secure_fedprompt.clients.starting import begin_from
 from secure_fedprompt.protocol.errors import ConfigError
 from secure_fedprompt.protocol.settings import MethodSettings
 
@@ -72,6 +73,7 @@ class LocalTrainer:
         self._features = {features[0].needs: features} if features else {}
         self._views = dict[str, torch.Tensor]()
         self.keep: Path | None = None  # folder for what the method must not forget
+        self.start_prompt: Path | None = None  # file to begin from, if a run asks for it
         self.ledger = Ledger()
         if self.dp.kind == "sample" and self.dp.delta * len(train) >= 1:
             raise ConfigError(
@@ -106,6 +108,9 @@ class LocalTrainer:
                 rate, steps = steps_of(len(self._sets[0]), settings.batch_size, settings.epochs)
                 self.ledger.check_room(Steps(self.dp.noise_multiplier, rate, steps), self.dp)
         method.sit(*self.seat)
+        if settings.start:
+            places = [self.start_prompt, self.keep]
+            begin_from(method, settings.start, [place for place in places if place is not None])
         learner = LocalLearner(self, settings, method)
         train, _ = self.features(method.needs)
         method.observe(train.images, train.labels)

@@ -35,7 +35,7 @@ from secure_fedprompt.protocol.errors import (
     UnknownVersionError,
 )
 
-VERSION = 11
+VERSION = 12
 MAX_FRAME = 1 << 28
 T = TypeVar("T")
 

@@ -167,6 +167,8 @@ class MethodSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
         batch_size: images of a step; at most a quarter of a client's.
         epochs: passes over a client's images in one round.
         seed: of the random initial context.
+        start: first hex digits of the digest of a prompt that every client holds, to begin from in
+            the place of init and seed; servers make it of --start-prompt.
     """
 
     method: str = "promptfl"
@@ -180,6 +182,7 @@ class MethodSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     batch_size: Annotated[int, Meta(ge=1, le=65536)] = 32
     epochs: Annotated[int, Meta(ge=1, le=1000)] = 1
     seed: Count = 0
+    start: Digits = ""
     fedotp: FedOTPSettings = FedOTPSettings()
     fedmgp: FedMGPSettings = FedMGPSettings()
     compare: ComparatorSettings = ComparatorSettings()

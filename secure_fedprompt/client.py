@@ -174,6 +174,7 @@ def _take_part(settings: ClientSettings, json_path: str | None, log: Log) -> int
                 trainer.seed = client_seed(settings.seed, me.name)
             trainer.seat = names.index(me.name), len(names)
             trainer.keep, trainer.hold_seconds = state_dir, settings.hold_seconds
+            trainer.start_prompt = Path(settings.start_prompt) if settings.start_prompt else None
             trainer.ledger = ledger
             party = Party(
                 me.name, identity, roster, settings.policy, journal, os.urandom, ledger=ledger

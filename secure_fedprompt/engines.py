@@ -17,6 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -114,6 +115,7 @@ def trainer_of(
         features=features, seat=seat, dp=settings.dp,
     )  # fmt: skip
     trainer.views = settings.views
+    trainer.start_prompt = Path(settings.start_prompt) if settings.start_prompt else None
     return trainer
 
 

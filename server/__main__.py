@@ -23,7 +23,7 @@ from secure_fedprompt.server.hub import CurveHub, bound_connections
 from secure_fedprompt.server.run import Run
 from secure_fedprompt.server.serve import CountedHub, hear, post
 from secure_fedprompt.server.settings import ServerSettings, check_settings, noise_of
-from secure_fedprompt.server.store import BEST, TROUBLE, Store
+from secure_fedprompt.server.store import BEST, TROUBLE, Store, started
 
 EXAMPLES = """\
   python -m secure_fedprompt.server --config server.toml
@@ -46,7 +46,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     command.add_flags(parser, ServerSettings)
     args = parser.parse_args(argv)
-    return command.guard(lambda: serve(command.load(ServerSettings, args), args.json), args)
+    return command.guard(
+        lambda: serve(started(command.load(ServerSettings, args)), args.json), args
+    )
 
 
 def serve(settings: ServerSettings, json_path: str | None) -> int:

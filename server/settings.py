@@ -52,6 +52,9 @@ class ServerSettings(MethodSettings, frozen=True, forbid_unknown_fields=True, kw
         roster: the federation's public roster file, the same everywhere.
         bind: ZeroMQ address to listen on.
         run_dir: folder of this run; one that holds an unfinished run is resumed.
+        start_prompt: prompt to begin from in the place of init and seed: a prompt file, or the run
+            folder of a server for the last one in it. Every client must hold it, as those who
+            finished that run do.
         clients: clients to wait for; 0 is all on the roster.
         min_clients: fewest clients to go on with; never below the quorum, floor(2n/3) + 1 of all
             clients on the roster, except without protection.
@@ -117,6 +120,7 @@ class ServerSettings(MethodSettings, frozen=True, forbid_unknown_fields=True, kw
     roster: FilePath = "roster.toml"
     bind: str = "tcp://127.0.0.1:5570"
     run_dir: FilePath = "runs/{time}"
+    start_prompt: FilePath = ""
     clients: Count = 0
     min_clients: Positive = 3
     rounds: Positive = 10

@@ -26,9 +26,10 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from secure_fedprompt.protocol.averaging import Prompt
+from secure_fedprompt.protocol.averaging import Prompt, prompt_bytes
 from secure_fedprompt.protocol.codec import decode_fields, encode_fields
 from secure_fedprompt.protocol.errors import ConfigError, PromptFileError
+from secure_fedprompt.protocol.expand import Purpose, digest
 from secure_fedprompt.protocol.layout import TensorSpec, slices
 from secure_fedprompt.protocol.messages import Nonce
 from secure_fedprompt.protocol.protections import facts_of
@@ -61,9 +62,9 @@ TROUBLE = (
 )  # kinds of events
 BEST = "best.safetensors"  # in a run folder
 _FREE = {  # not in a run's terms
-    "key", "roster", "bind", "run_dir", "clients", "min_clients", "gather_seconds", "patience",
-    "alive_seconds", "max_attempts", "stop_after", "audit", "audit_mb", "metrics_bind", "track",
-    "log", "log_level",
+    "key", "roster", "bind", "run_dir", "start_prompt", "clients", "min_clients",
+    "gather_seconds", "patience", "alive_seconds", "max_attempts", "stop_after", "audit",
+    "audit_mb", "metrics_bind", "track", "log", "log_level",
 }  # fmt: skip
 
 
@@ -109,6 +110,34 @@ def rounds_of(db: sqlite3.Connection, only: int | None = None) -> list[dict[str,
     for row in rows.values():
         row["checked"] = said.get(row["learning_round"], []) if row["outcome"] == "done" else []
     return list(rows.values())
+
+
+def started(settings: ServerSettings) -> ServerSettings:
+    """The settings with ``start``, if there is a ``start_prompt``.
+
+    Raises:
+        PromptFileError: it cannot be read.
+    """
+    if not settings.start_prompt:
+        return settings
+    path = Path(settings.start_prompt)
+    if path.is_dir():
+        found = sorted(path.glob("prompts/global-*.safetensors"))
+        if not found or any(path.glob("prompts/sealed-*")):
+            raise PromptFileError(
+                f"start_prompt = {settings.start_prompt!r}: this folder holds no prompt that the "
+                "server can read: name a client's prompt file"
+            )
+        path = found[-1]
+    try:
+        with safe_open(path, "np") as file:
+            layout = json.loads((file.metadata() or {})["layout"])
+            parts = [np.asarray(file.get_tensor(spec["name"])).reshape(-1) for spec in layout]
+        flat = np.concatenate(parts).astype(np.float32)
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        line = str(error).splitlines()[0]
+        raise PromptFileError(f"start_prompt = {str(path)!r} is no prompt file: {line}") from None
+    return msgspec.structs.replace(settings, start=digest(Purpose.BASE, prompt_bytes(flat)).hex())
 
 
 def write_durably(path: Path, data: bytes) -> None:

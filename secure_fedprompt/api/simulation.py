@@ -45,7 +45,7 @@ from secure_fedprompt.protocol.layout import slices
 from secure_fedprompt.protocol.messages import Message
 from secure_fedprompt.protocol.methods import METHODS, MethodFacts
 from secure_fedprompt.server.settings import ServerSettings
-from secure_fedprompt.server.store import Store
+from secure_fedprompt.server.store import Store, started
 
 Labels = NDArray[np.int64]
 Partition = Callable[[Labels, Labels, int, int], Sequence[Any]]
@@ -170,7 +170,7 @@ def _settings(given: dict[str, Any]) -> tuple[ServerSettings, ClientSettings]:
         for names in known
     )  # fmt: skip
     return (
-        command.build(ServerSettings, server, "simulate()"),
+        started(command.build(ServerSettings, server, "simulate()")),
         command.build(ClientSettings, client, "simulate()"),
     )
 

@@ -46,7 +46,7 @@ from secure_fedprompt.server.planning import RunState
 from secure_fedprompt.server.run import Run
 from secure_fedprompt.server.serve import CountedHub
 from secure_fedprompt.server.settings import ServerSettings
-from secure_fedprompt.server.store import Store
+from secure_fedprompt.server.store import Store, started
 
 # Not a choice here: there are no keys, addresses or waiting.
 ABSENT = {
@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    server, client = command.load(ServerSettings, args), command.load(ClientSettings, args)
+    server, client = started(command.load(ServerSettings, args)), command.load(ClientSettings, args)
     if not 0 <= args.dropout < 1:
         raise ConfigError(f"dropout = {args.dropout}: must be at least 0 and below 1")
     console = Console(highlight=False)
