@@ -196,11 +196,16 @@ class Joining(Generic[L_co]):
     def _ask(self, terms: RunTerms, what: str) -> None:
         """Ask the operator's word for terms, unless it was given."""
         word = terms.digest.hex()
-        if not self.exempt and not any(given and word.startswith(given) for given in self.accept):
+        if not self._accepted(terms):
             raise AcceptanceError(
                 f"this client took part in a run {what}: if that is meant, start it again with "
                 f"--accept {word[:16]}"
             )
+
+    def _accepted(self, terms: RunTerms) -> bool:
+        """Whether the operator's word was given for these terms."""
+        word = terms.digest.hex()
+        return self.exempt or any(given and word.startswith(given) for given in self.accept)
 
     def _floats(self, data: bytes | memoryview) -> Prompt:
         """A global prompt in the clear.

@@ -182,7 +182,13 @@ class MemoryJournal:
                      "base": plan.base_digest.hex(), "terms": plan.terms.hex()})  # fmt: skip
 
     def note_base(
-        self, plan: RoundPlan, prompts: Sequence[Prompt], tolerance: float, bounds: bytes
+        self,
+        plan: RoundPlan,
+        prompts: Sequence[Prompt],
+        tolerance: float,
+        bounds: bytes,
+        *,
+        wide: bool = False,
     ) -> set[bytes]:
         """Remember the prompt of a round, and find those that are near it.
 
@@ -191,6 +197,7 @@ class MemoryJournal:
                 of it hides one from the other.
             tolerance: largest difference between values of near prompts.
             bounds: of the run, see ``RunTerms.bounds``.
+            wide: every prompt of another run counts as near, if it is as long.
 
         Returns:
             other bounds under which lists of a near prompt were signed.
@@ -201,6 +208,8 @@ class MemoryJournal:
         for other in set(self._bases) - near:
             for kept in (self._get(f"base-{other[:32]}"), self._get(f"start-{other[:32]}")):
                 theirs = np.frombuffer(kept or b"", "<f4")
+                if wide and len(theirs) == len(mine[0]) and self._elsewhere(other, plan):
+                    near.add(other)
                 if kept is not None and any(_near(one, theirs, tolerance) for one in mine):
                     near.add(other)
         self._near = tuple(sorted(near))
@@ -210,6 +219,10 @@ class MemoryJournal:
         used = set().union(*(self._bases[n].bounds for n in near if n in self._bases))
         self._bounds = bounds
         return used - {bounds}
+
+    def _elsewhere(self, base: str, plan: RoundPlan) -> bool:
+        """Whether lists of another run than the plan's were signed for a base."""
+        return any(run != plan.run.hex() for run, _, _ in self._bases[base].lists)
 
     def near_lists(self, plan: RoundPlan) -> list[Names]:
         """Survivor lists, of other rounds, whose sums may be open for a base near the plan's."""

@@ -50,12 +50,14 @@ from secure_fedprompt.protocol.expand import Purpose, digest
 from secure_fedprompt.protocol.methods import method_facts
 from secure_fedprompt.protocol.plan import RoundPlan
 from secure_fedprompt.protocol.selection.shares import Keys
+from secure_fedprompt.protocol.terms import RunTerms
 
 MAX_WITHDRAWN = 3  # rounds in a row
 ROUND_ERRORS = (  # a peer's doing
     SealError, AdvertMismatchError, SurvivorError, SignatureError, HomomorphicError, SelectionError,
 )  # fmt: skip
 SEAL_BYTES = 16  # that sealing a prompt adds
+_NUDGE = 1e-3  # where the server chooses prompts: of the largest change of a value in a round
 _NEAR = 1e-4  # prompts that differ by less, in initial standard deviations, count as one
 
 
@@ -65,11 +67,14 @@ class Idle:
 
     Attributes:
         made: the next learning round, and the prompt that it begins from, if we computed it.
-        withdrawn: rounds in a row that we left.
+        withdrawn: rounds in a row that we left. greetings: since the last plan; greeting: whether
+            the last one has not been answered.
     """
 
     made: tuple[int, bytes] | None
     withdrawn: int
+    greetings: int
+    greeting: bool
 
 
 @dataclass(eq=False, repr=False)
@@ -220,13 +225,13 @@ class Session(Joining[L_co]):
         """What is to be remembered between two rounds; None while something is under way."""
         if self.round is not None or self._parked is not None or self.terms is None:
             return None
-        return Idle(self._made, self._withdrawn)
+        return Idle(self._made, self._withdrawn, self._greetings, self._greeting)
 
     def go_on(self, idle: Idle) -> None:
         """Be where another session of this client was between two rounds of this run, whose terms
         were accepted here again. The journal must be as it was then."""
         self._made, self._withdrawn = idle.made, idle.withdrawn
-        self._greetings, self._planned = 0, True
+        self._greetings, self._greeting, self._planned = idle.greetings, idle.greeting, True
         self.party.keyring.sums = None
         self.party.recall(self.run)
 
@@ -282,11 +287,21 @@ class Session(Joining[L_co]):
         if not (plan.encrypted and plan.learning_round > 1):
             self._prompt(plan, self._raw)  # refused before anything is done
         if plan.learning_round == 1:
-            self.party.check_cohort(plan)
+            self._check_cohort(plan, terms)
         self.round, replies = start(self.party, plan)
         self.declined = None
         self._greetings, self._planned, self._resumed = 0, True, False
         return self._ready(replies)
+
+    def _check_cohort(self, plan: RoundPlan, terms: RunTerms) -> None:
+        """Decline a cohort whose sum would single somebody out; where the server chose the start,
+        and only earlier runs say so, its operator may know better."""
+        try:
+            self.party.check_cohort(plan)
+        except PolicyError:
+            if not method_facts(plan.method).own_start:
+                self._ask(terms, "of other clients, whose sums beside this one's might single out")
+            raise
 
     @property
     def _away(self) -> bool:
@@ -326,8 +341,13 @@ class Session(Joining[L_co]):
         start, terms = self.learner.initial(), self.terms
         assert terms is not None
         prompts = [base, start] if plan.learning_round == 1 else [base]
-        tolerance = _NEAR * float(start.std())
-        if self.party.journal.note_base(plan, prompts, tolerance, terms.bounds):
+        tolerance, wide = _NEAR * float(start.std()), False
+        facts = method_facts(plan.method)
+        if not facts.own_start:  # the server's: a nudge of it may be any
+            tolerance = max(tolerance, _NUDGE * terms.clip)
+            first = plan.learning_round == 1 or not facts.chained
+            wide = first and not self._accepted(terms)
+        if self.party.journal.note_base(plan, prompts, tolerance, terms.bounds, wide=wide):
             self._ask(terms, f"from nearly the same prompt{self._changed(terms, None)}")
         return base
 

@@ -28,6 +28,8 @@ class MethodFacts:
         grouped: whether it has groups of which a client or a helper selects some.
         chained: whether the sum of a round gives the next global prompt, which each client can
             compute; if not, the server says what it is, and nobody can check it.
+        own_start: whether clients know the starting prompt, from settings and model; if not, the
+            server says what it is, and any two runs may begin from nearly the same.
     """
 
     name: str
@@ -39,6 +41,7 @@ class MethodFacts:
     sampled: bool = False
     grouped: bool = False
     chained: bool = True
+    own_start: bool = True
 
 
 METHODS: dict[str, MethodFacts] = {
@@ -71,9 +74,10 @@ METHODS: dict[str, MethodFacts] = {
 FOREIGN: dict[str, MethodFacts] = {  # what other programs train, through us
     row.name: row
     for row in (
-        MethodFacts("flower", "", "a Flower app whose strategy keeps the average"),
+        MethodFacts("flower", "", "a Flower app whose strategy keeps the average",
+                    own_start=False),
         MethodFacts("flower-optimizer", "", "a Flower app whose strategy changes the average",
-                    chained=False),
+                    chained=False, own_start=False),
     )
 }  # fmt: skip
 _UNKNOWN = MethodFacts("", "", "", weighted=False, hidden=False)  # promises least

@@ -34,6 +34,7 @@ from secure_fedprompt.protocol.errors import ConfigError, PlanError, TermsError
 from secure_fedprompt.protocol.expand import Purpose, digest
 from secure_fedprompt.protocol.fixedpoint import size_layout
 from secure_fedprompt.protocol.layout import Layout, TensorSpec
+from secure_fedprompt.protocol.methods import method_facts
 from secure_fedprompt.protocol.plan import (
     MAX_ATTEMPTS,
     MAX_COHORT,
@@ -132,14 +133,23 @@ class RunTerms:
     def bounds(self) -> bytes:
         """Digest of what a sum of one base means: two runs from one start must agree in it."""
         numbers = f"{self.clip!r} {self.max_weight} {self.max_seen} {self.weights} {self.metrics}"
-        return digest(Purpose.BOUNDS, self.settings, numbers.encode(), encode_fields(self.noise))
+        form = (self._form,) if self._form else ()
+        return digest(
+            Purpose.BOUNDS, self.settings, numbers.encode(), encode_fields(self.noise), *form
+        )
+
+    @property
+    def _form(self) -> bytes:
+        """Digest of what another program trains by, which no setting of ours says."""
+        return b"" if method_facts(self.method.method).own_start else self.classes_digest
 
     @property
     def counts(self) -> str:
         """What is counted of a client and where it is cut off; empty if nothing is."""
         weights = "" if self.uniform else f"{self.weights} up to {self.max_weight}"
         seen = "" if self.metrics == "off" else f"{self.metrics} up to {self.max_seen}"
-        return f"{weights}; {seen}" if weights or seen else ""
+        by = f" by {self._form.hex()[:16]}" if self._form and weights else ""
+        return f"{weights}{by}; {seen}" if weights or seen else ""
 
     def differences(self, before: RunTerms) -> str:
         """What other terms said of settings and bounds, and these say now."""

@@ -19,9 +19,15 @@ from flwr.clientapp import ClientApp
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 from flwr.serverapp import Grid
+from flwr.serverapp import strategy as strategies
 from flwr.supercore.task_identity import TaskIdentity
 
-from secure_fedprompt.flower import secure
+from secure_fedprompt.flower import SecureGrid, secure, site, wire
+from secure_fedprompt.host.files import make_key
+from secure_fedprompt.protocol import messages as m
+from secure_fedprompt.protocol.roster import Roster
+from secure_fedprompt.protocol.transport import Frame
+from secure_fedprompt.server.store import open_run, rounds_of
 
 Train = Callable[[Message, Context], Message]
 
@@ -129,3 +135,48 @@ def app_of(train: Train) -> ClientApp:
     app = ClientApp(mods=[secure])
     app.train()(train)
     return app
+
+
+START = {"w": np.zeros((3, 2), np.float32), "b": np.ones(4, np.float16)}
+QUIET = {"fraction_evaluate": 0.0}
+
+
+def lab(count: int = 4, **trains) -> LabGrid:
+    nodes = range(1, count + 1)
+    return LabGrid({node: app_of(trains.get(f"n{node}", adding(node))) for node in nodes})
+
+
+def federate(grid, folder, rounds=1, strategy=None, start=None, **settings):
+    made = SecureGrid(grid, grid.context, rounds=rounds, run_dir=str(folder / "run"), **settings)
+    strategy = strategy or strategies.FedAvg(**QUIET)
+    result = strategy.start(made, arrays_of(START if start is None else start), rounds)
+    return {name: array.numpy() for name, array in result.arrays.items()}, made
+
+
+def frames_of(content: RecordDict) -> list[m.Message]:
+    fields = content.config_records.get(wire.RECORD, {})
+    return [Frame.read(data).message for data in fields.get("frames", [])]
+
+
+def made_rows(folder):
+    return rounds_of(open_run(folder / "run"))
+
+
+def sites_in(tmp_path, count=4):
+    """Four nodes with keys, a roster and client files, and the settings of their server."""
+    names = ["alice", "bob", "carol", "dave", "erin"][:count]
+    members = [make_key(name, "client", tmp_path) for name in names]
+    members.append(make_key("server", "server", tmp_path))
+    (tmp_path / "roster.toml").write_text(Roster.of(tuple(members)).to_toml())
+    for name in names:
+        (tmp_path / f"{name}.toml").write_text(
+            f'key = "{name}.pem"\nroster = "roster.toml"\nstate_dir = "state-{name}"\n'
+        )
+    configs = {i: {site.KEY: str(tmp_path / f"{n}.toml")} for i, n in enumerate(names, 1)}
+    keys = {"key": str(tmp_path / "server.pem"), "roster": str(tmp_path / "roster.toml")}
+    return configs, keys
+
+
+def deployed(configs, **trains) -> LabGrid:
+    apps = {node: app_of(trains.get(f"n{node}", adding(node))) for node in configs}
+    return LabGrid(apps, configs)

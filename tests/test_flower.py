@@ -7,7 +7,20 @@ import struct
 
 import numpy as np
 import pytest
-from flower_lab import LabGrid, adding, app_of, arrays_of
+from flower_lab import (
+    QUIET,
+    START,
+    LabGrid,
+    adding,
+    app_of,
+    arrays_of,
+    deployed,
+    federate,
+    frames_of,
+    lab,
+    made_rows,
+    sites_in,
+)
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import strategy as strategies
@@ -18,16 +31,11 @@ from secure_fedprompt.audit.command import main as audit
 from secure_fedprompt.flower import SecureGrid, mod, site, wire
 from secure_fedprompt.flower.form import Form
 from secure_fedprompt.flower.kept import MemoryShelf
-from secure_fedprompt.host.files import make_key, read_roster
+from secure_fedprompt.host.files import read_roster
 from secure_fedprompt.protocol import fixedpoint
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.errors import ConfigError, RunFailedError, TooFewClientsError
-from secure_fedprompt.protocol.roster import Roster
-from secure_fedprompt.protocol.transport import Frame
 from secure_fedprompt.server.run import Run
-
-START = {"w": np.zeros((3, 2), np.float32), "b": np.ones(4, np.float16)}
-QUIET = {"fraction_evaluate": 0.0}
 
 
 @pytest.fixture
@@ -35,21 +43,9 @@ def simulated(monkeypatch):
     monkeypatch.setattr(site, "simulated", lambda: True)
 
 
-def lab(count: int = 4, **trains) -> LabGrid:
-    nodes = range(1, count + 1)
-    return LabGrid({node: app_of(trains.get(f"n{node}", adding(node))) for node in nodes})
-
-
-def federate(grid, folder, rounds=1, strategy=None, start=None, **settings):
-    made = SecureGrid(grid, grid.context, rounds=rounds, run_dir=str(folder / "run"), **settings)
-    strategy = strategy or strategies.FedAvg(**QUIET)
-    result = strategy.start(made, arrays_of(START if start is None else start), rounds)
-    return {name: array.numpy() for name, array in result.arrays.items()}, made
-
-
-def frames_of(content: RecordDict) -> list[m.Message]:
-    fields = content.config_records.get(wire.RECORD, {})
-    return [Frame.read(data).message for data in fields.get("frames", [])]
+@pytest.fixture
+def sites(tmp_path):
+    return sites_in(tmp_path)
 
 
 # -- averages --------------------------------------------------------------------------------------
@@ -295,12 +291,6 @@ def test_nor_if_it_says_so_in_the_terms(simulated, tmp_path):
     assert row["cohort"] == ["node-1", "node-2", "node-3", "node-4"]
 
 
-def made_rows(folder):
-    from secure_fedprompt.server.store import open_run, rounds_of
-
-    return rounds_of(open_run(folder / "run"))
-
-
 def batch_of(grid, **records):
     return [Message(RecordDict(records), node, "train") for node in grid.get_node_ids()]
 
@@ -434,27 +424,6 @@ def test_more_rounds_than_agreed_are_refused(simulated, tmp_path):
 
 
 # -- sites with files ------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def sites(tmp_path):
-    """Four nodes with keys, a roster and client files, and the settings of their server."""
-    names = ["alice", "bob", "carol", "dave"]
-    members = [make_key(name, "client", tmp_path) for name in names]
-    members.append(make_key("server", "server", tmp_path))
-    (tmp_path / "roster.toml").write_text(Roster.of(tuple(members)).to_toml())
-    for name in names:
-        (tmp_path / f"{name}.toml").write_text(
-            f'key = "{name}.pem"\nroster = "roster.toml"\nstate_dir = "state-{name}"\n'
-        )
-    configs = {i: {site.KEY: str(tmp_path / f"{n}.toml")} for i, n in enumerate(names, 1)}
-    keys = {"key": str(tmp_path / "server.pem"), "roster": str(tmp_path / "roster.toml")}
-    return configs, keys
-
-
-def deployed(configs, **trains) -> LabGrid:
-    apps = {node: app_of(trains.get(f"n{node}", adding(node))) for node in configs}
-    return LabGrid(apps, configs)
 
 
 def test_sites_keep_journal_ledger_and_audit_log(sites, tmp_path, capsys):

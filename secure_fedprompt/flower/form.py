@@ -2,14 +2,16 @@
 
 What a sum means must not vary between clients: a server that gave all but one of them a learning
 rate of zero would read that one's update in the sum. So names, shapes and types of the arrays, the
-records beside them and the app's run config are digested; the digest is in the terms of the run, as
-the model's fingerprint is elsewhere, and a client with another one is in another run.
+records beside them, the app's run config and the number of Flower's run are digested; the digest is
+in the terms, as the model's fingerprint is elsewhere, and a client with another one is in another
+run. The digest without the number is in what runs are compared by, as training settings are.
 """
 
 from __future__ import annotations
 
 import fnmatch
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,7 +21,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from numpy.typing import NDArray
 
 from secure_fedprompt.protocol.averaging import Prompt
-from secure_fedprompt.protocol.errors import ConfigError, UpdateError
+from secure_fedprompt.protocol.errors import ConfigError, FieldError, UpdateError
 from secure_fedprompt.protocol.expand import Purpose, digest
 from secure_fedprompt.protocol.layout import TensorSpec
 from secure_fedprompt.protocol.plan import MAX_VALUES
@@ -125,10 +127,31 @@ class Form(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """Names and shapes of what is averaged."""
         return [(shape.name, shape.shape) for shape in self.averaged]
 
-    def fingerprint(self, run_config: Mapping[str, Any]) -> bytes:
-        """Digest of the form and of the app's run config; 32 bytes."""
+    def digest(self, run_config: Mapping[str, Any]) -> bytes:
+        """Of the form and of the app's run config; 32 bytes."""
         given = json.dumps(dict(run_config), sort_keys=True).encode()
         return digest(Purpose.FORM, msgspec.json.encode(self, order="deterministic"), given)
+
+    def fingerprint(self, run_config: Mapping[str, Any], run_id: int) -> bytes:
+        """The same for one run of Flower, and with it one app; 32 bytes."""
+        return digest(Purpose.FORM, self.digest(run_config), run_id.to_bytes(8, "little"))
+
+    def check(self) -> None:
+        """Refuse what came from a server and is no form.
+
+        Raises:
+            FieldError
+        """
+        dtypes = [shape.dtype for shape in self.averaged]
+        if not all(_floating(dtype) and np.dtype(dtype).itemsize <= 8 for dtype in dtypes):
+            raise FieldError("form averages arrays that are no floats")
+        sizes = [n for shape in self.averaged for n in shape.shape]
+        total = sum(math.prod(shape.shape) for shape in self.averaged)
+        if any(n < 0 for n in sizes) or not 0 < total <= MAX_VALUES:
+            raise FieldError(f"form averages {total} values")
+        names = [shape.name for shape in self.averaged] + list(self.kept)
+        if len(set(names)) != len(names) or sorted(names) != sorted(self.order):
+            raise FieldError("form names arrays twice, or not at all")
 
     @property
     def tensors(self) -> tuple[TensorSpec, ...]:
@@ -170,7 +193,7 @@ class Form(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def records(self, learning_round: int) -> dict[str, ConfigRecord]:
         """The other records of a round."""
-        made = {name: unplain(config) for name, config in self.configs.items()}
+        made = {name: unplain(self.configs[name]) for name in sorted(self.configs)}
         for config in made.values():
             config[ROUND] = learning_round
         return made
@@ -197,7 +220,7 @@ def unplain(config: Mapping[str, Any]) -> ConfigRecord:
     """Inverse of ``plain``."""
     return ConfigRecord({
         key: [_back(v) for v in value] if isinstance(value, list) else _back(value)
-        for key, value in config.items()
+        for key, value in sorted(config.items())
     })  # fmt: skip
 
 

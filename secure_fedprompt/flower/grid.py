@@ -38,6 +38,7 @@ from secure_fedprompt.protocol.averaging import Prompt
 from secure_fedprompt.protocol.codec import decode_fields, encode_fields
 from secure_fedprompt.protocol.errors import ConfigError, LinkError, RunFailedError
 from secure_fedprompt.protocol.keys import Identity, Member
+from secure_fedprompt.protocol.protections import facts_of
 from secure_fedprompt.protocol.roster import Roster
 from secure_fedprompt.protocol.transport import Hub
 from secure_fedprompt.server.planning import RunState
@@ -48,9 +49,9 @@ from secure_fedprompt.server.store import TROUBLE, Store
 
 LOG = logging.getLogger("flwr")
 SETTINGS = (  # of a server that mean something here
-    "protection", "graph", "threshold", "min_clients", "max_dropout", "max_corruption", "ring_bits",
+    "graph", "threshold", "min_clients", "max_dropout", "max_corruption", "ring_bits",
     "clip", "weights", "max_weight", "dp_noise", "dp_clip", "dp_colluders", "gather_seconds",
-    "stage_seconds", "training_seconds", "max_attempts", "audit", "audit_mb",
+    "stage_seconds", "training_seconds", "upload_after", "max_attempts", "audit", "audit_mb",
 )  # fmt: skip
 READING = (  # single replies, or how many there are
     "FedMedian", "FedTrimmedAvg", "Krum", "MultiKrum", "Bulyan", "QFedAvg", "FedXgbBagging",
@@ -110,6 +111,10 @@ class SecureGrid(Grid):  # type: ignore[misc]
         rounds = rounds or int(context.run_config.get("num-server-rounds", 0))
         if rounds < 1:
             raise ConfigError(f"SecureGrid: rounds = {rounds}: as many as the strategy has")
+        if (protection := settings.pop("protection", "masks")) != "masks":
+            encrypted = facts_of(str(protection)).encrypted
+            why = "the server would know no average" if encrypted else "that is Flower without us"
+            raise ConfigError(f"SecureGrid: protection = {protection!r}: {why}; use masks")
         for name in settings:
             if name not in SETTINGS:
                 raise ConfigError(
@@ -122,13 +127,9 @@ class SecureGrid(Grid):  # type: ignore[misc]
             made, method=method, alive_seconds=1e12, patience=made.gather_seconds
         )
         check_settings(made)
-        if made.facts.encrypted:
-            raise ConfigError(
-                f"SecureGrid: protection = {made.protection!r}: the server would know no average, "
-                'and a strategy needs one: use "masks"'
-            )
         self._settings, self._given = made, frozenset(settings)
         self._grid, self._config = grid, dict(context.run_config)
+        self._run_id = context.run_id
         self._key, self._roster, self._dir = key, roster, run_dir
         self._exclude, self._weighted_by = tuple(exclude), weighted_by
         self._chained = not server_optimizer
@@ -365,7 +366,9 @@ class SecureGrid(Grid):  # type: ignore[misc]
         store.on_event.append(self._tell)
         state = RunState(tensors=form.tensors, prompt=base, start=base)
         settings = msgspec.structs.replace(
-            settings, model_fingerprint=form.fingerprint(self._config).hex()
+            settings,
+            model_fingerprint=form.fingerprint(self._config, self._run_id).hex(),
+            classes_digest=form.digest(self._config).hex(),
         )
         self.secure_run = Run(settings, roster, store, os.urandom, state, self._now(), identity)
         frames = recorder(self.folder, settings.audit, settings.audit_mb, identity, me, roster)

@@ -12,8 +12,10 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from secure_fedprompt.flower import wire
+from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.errors import (
     AdvertMismatchError,
+    FieldError,
     LinkError,
     SecureFedPromptError,
 )
@@ -103,9 +105,11 @@ class GridHub:
         if challenge is None:
             return known
         assert self.roster is not None
-        name, signature = str(fields.get("name")), fields.get("signature")
-        public = self.roster.identity_of(name)
-        wire.check_bound(public, challenge, node, bytes(signature or b""), name)
+        name, signature = fields.get("name"), wire.blob(fields, "signature")
+        if not isinstance(name, str):
+            raise FieldError("record's name is no text")
+        public, roster = self.roster.identity_of(name), self.roster.digest
+        wire.check_bound(public, challenge, node, roster, signature, name)
         if self.nodes.get(name, node) != node:
             raise AdvertMismatchError(f"{name} is another node already")
         self.nodes[name] = node
@@ -137,11 +141,12 @@ class GridHub:
             for data in wire.blobs(fields, "frames"):
                 if name:
                     yield name, Frame.read(data)
-        except SecureFedPromptError as error:
+        except (SecureFedPromptError, ValueError, TypeError) as fault:
+            error = fault if isinstance(fault, SecureFedPromptError) else LinkError(str(fault))
             self._challenges.pop(node, None)
             self.forget(node)
             self._lost.add(node)
-            self.refused[node] = str(error)
+            self.refused[node] = m.line(error)
             if name:
                 yield name, Frame(b"", None, error)
 

@@ -24,8 +24,11 @@ from secure_fedprompt.clients.file_journal import FileJournal
 from secure_fedprompt.clients.journal import MemoryJournal, Record
 from secure_fedprompt.clients.ledger import Ledger, Upload
 from secure_fedprompt.protocol.averaging import Prompt, prompt_bytes
+from secure_fedprompt.protocol.errors import BudgetError, FieldError
 from secure_fedprompt.protocol.expand import Purpose, digest
 from secure_fedprompt.protocol.plan import RoundPlan
+
+MAX_PART = 1 << 30  # bytes
 
 
 class TapeError(Exception):
@@ -51,7 +54,9 @@ class Part(msgspec.Struct):
     Attributes:
         records: of the journal when it began. blobs: what it kept then and has changed since.
         drawn: random bytes. steps: so far. said: digest of the frames that were sent.
-        made, number, withdrawn: what the session knew when it began; see ``session.Idle``.
+        spent: for each upload whether the budget was spent.
+        made, number, withdrawn, greetings, greeting: what the session knew when it began; see
+            ``session.Idle``.
     """
 
     records: int
@@ -62,6 +67,19 @@ class Part(msgspec.Struct):
     made: bytes = b""
     number: int = 0
     withdrawn: int = 0
+    greetings: int = 0
+    greeting: bool = False
+    spent: list[bool] = msgspec.field(default_factory=list)
+
+    def add(self, step: Step) -> None:
+        """Note what happens.
+
+        Raises:
+            FieldError: it is more than a round can have.
+        """
+        if len(step.data) + sum(len(before.data) for before in self.steps) > MAX_PART:
+            raise FieldError("the frames of this round are more than a round can have")
+        self.steps.append(step)
 
     def say(self, frames: list[bytes]) -> None:
         """Note what is sent."""
@@ -72,7 +90,7 @@ class Tape(msgspec.Struct):
     """Secret: only ever beside the client's private data.
 
     Attributes:
-        joining: up to the terms. round: since the last plan, if there was one.
+        joining: up to the terms. round: since the last one ended, once there are terms.
     """
 
     joining: Part
@@ -219,7 +237,13 @@ class SimulatedJournal(PlayedJournal):
     than its round: what is kept crosses processes with every message."""
 
     def note_base(
-        self, plan: RoundPlan, prompts: Sequence[Prompt], tolerance: float, bounds: bytes
+        self,
+        plan: RoundPlan,
+        prompts: Sequence[Prompt],
+        tolerance: float,
+        bounds: bytes,
+        *,
+        wide: bool = False,
     ) -> set[bytes]:
         self._put("base-now", plan.base_digest + prompt_bytes(prompts[0]))
         return set()
@@ -232,16 +256,30 @@ class SimulatedJournal(PlayedJournal):
 class PlayedLedger(Ledger):
     """Counts on the disk what is new, and nothing that is played again."""
 
-    def __init__(self, durable: Ledger) -> None:
+    def __init__(self, durable: Ledger, part: Part) -> None:
         super().__init__()
-        self.durable, self.live = durable, False
+        self._durable, self.live = durable, False
+        self.begin(part)
+
+    def begin(self, part: Part) -> None:
+        self._part, self._at = part, 0
 
     def release(self, upload: Upload, limit: float, delta: float) -> None:
         if self.live:
-            self.durable.release(upload, limit, delta)
+            try:
+                self._durable.release(upload, limit, delta)
+            except BudgetError:
+                self._part.spent.append(True)
+                raise
+            self._part.spent.append(False)
+            return
+        self._at += 1
+        if self._part.spent[self._at - 1]:
+            raise BudgetError("the budget was spent when this was sent")
 
     def rho(self, runs: Callable[[str], bool] = lambda run: True) -> float:
-        return self.durable.rho(runs)
+        """Nothing while it is played: terms that were accepted are not judged again."""
+        return self._durable.rho(runs) if self.live else 0.0
 
 
 class Drawn:

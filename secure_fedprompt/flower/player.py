@@ -78,11 +78,17 @@ class AppWorkload:
 
 
 class AppSession(Session[AppLearner]):
-    """A session that takes the start of a run from its terms."""
+    """A session that takes the start of a run from its terms, once and if they are accepted."""
 
     def _terms(self, message: m.Terms) -> Replies:
-        self.learner.start = self._floats(message.start)
-        return super()._terms(message)
+        if self.terms is not None or self._greeting or self.settings is None:
+            return super()._terms(message)
+        try:
+            self.learner.start = self._floats(message.start)
+            return super()._terms(message)
+        finally:
+            if self.terms is None:
+                self.learner.start = np.zeros(0, np.float32)
 
 
 @dataclass(frozen=True, repr=False)
@@ -121,7 +127,7 @@ class Player:
         part = kept.joining
         kind = SimulatedJournal if member.exempt else PlayedJournal
         self._journal, self._drawn = kind(shelf, part), Drawn(part)
-        self._shelf, self._ledger = shelf, PlayedLedger(ledger)
+        self._shelf, self._ledger = shelf, PlayedLedger(ledger, part)
         keyring = Keyring(X25519PrivateKey.from_private_bytes(self._drawn(32)))
         party = Party(
             member.name, member.identity, member.roster, member.policy, self._journal, self._drawn,
@@ -147,8 +153,9 @@ class Player:
     def _begin(self, part: Part) -> None:
         self._journal.begin(part)
         self._drawn.begin(part)
+        self._ledger.begin(part)
         made = (part.number, part.made) if part.number else None
-        self.session.go_on(Idle(made, part.withdrawn))
+        self.session.go_on(Idle(made, part.withdrawn, part.greetings, part.greeting))
 
     def _take(self, step: Step) -> list[bytes]:
         """What a step gives, as frames."""
@@ -172,9 +179,16 @@ class Player:
 
     def _go(self, step: Step) -> list[bytes]:
         part = self.tape.round or self.tape.joining
-        part.steps.append(step)
+        part.add(step)
         frames = self._take(step)
         part.say(frames)
+        if (idle := self.session.idle) is not None:  # what the round needed is forgotten
+            number, made = idle.made or (0, b"")
+            self.tape.round = Part(
+                len(self._shelf.records), made=made, number=number, withdrawn=idle.withdrawn,
+                greetings=idle.greetings, greeting=idle.greeting,
+            )  # fmt: skip
+            self._begin(self.tape.round)
         return frames
 
     def hear(self, frame: bytes) -> list[bytes]:
@@ -183,14 +197,6 @@ class Player:
         Raises:
             SecureFedPromptError: this client leaves the run, or the server refused it.
         """
-        plan = isinstance(Frame.read(frame).message, m.Plan)
-        if plan and (idle := self.session.idle) is not None:
-            number, made = idle.made or (0, b"")
-            part = Part(
-                len(self._shelf.records), made=made, number=number, withdrawn=idle.withdrawn
-            )
-            self.tape.round = part
-            self._begin(part)
         return self._go(Step("frame", frame))
 
     def trained(self, delta: Prompt, weight: float) -> list[bytes]:

@@ -3,15 +3,15 @@
 A SuperNode names its client's file in ``--node-config 'secure-fedprompt="client.toml"'``: key,
 roster, policy, state_dir and the audit log are those of every other client. In Flower's simulation
 there is nobody to protect from anybody: keys are made as nodes are met, and the server's roster is
-believed. That is only so inside of its Ray workers.
+believed. That is only so where its Ray workers call.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import inspect
 import os
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,10 +37,12 @@ from secure_fedprompt.protocol.policy import Policy
 from secure_fedprompt.protocol.roster import Roster
 
 KEY = "secure-fedprompt"  # in a SuperNode's config, and in a context's state
+ENV = "SECURE_FEDPROMPT_CLIENT"  # likewise, where a node's config cannot be set
 _TAPE = "flower.tape"
+_WORKER = "flwr.simulation.ray_transport.ray_actor"
 _POLICY = Policy(
     methods=tuple(FOREIGN),
-    protections=("masks", "none"),
+    protections=("masks",),
     graphs=("complete", "regular"),
     colluders=0,
     min_clip=0.0,
@@ -52,12 +54,16 @@ class Kept(msgspec.Struct):
     """What is kept of a run between two calls.
 
     Attributes:
-        form: of the app. tape: of the session. seconds: that training ever took.
+        form: of the app. tape: of the session, while there is a run.
+        seconds: that training ever took. weight: of the last update. planned: when the last plan
+            came, seconds since 1970.
     """
 
     form: Form
-    tape: Tape
+    tape: Tape | None
     seconds: float = 0.0
+    weight: float = 1.0
+    planned: float = 0.0
 
 
 @dataclass
@@ -66,12 +72,14 @@ class Site:
 
     Attributes:
         recorder: of its audit log, or None.
+        hold_seconds: before which nothing is uploaded, whatever the terms say.
     """
 
     member: Member
     shelf: Shelf
     ledger: Ledger
     recorder: Recorder | None = None
+    hold_seconds: float = 0.0
 
     def load(self) -> Kept:
         """What was kept of the run under way.
@@ -148,14 +156,14 @@ def open_site(context: Context) -> Iterator[Site]:
     Raises:
         ConfigError: the node does not say whose it is; KeyFileError, RosterError
     """
-    path = context.node_config.get(KEY)
+    path = context.node_config.get(KEY) or os.environ.get(ENV)
     if path is None and simulated():
         yield in_memory(context)
         return
     if not isinstance(path, str):
         raise ConfigError(
-            f"this node has no client file: start it with --node-config '{KEY}=\"client.toml\"' "
-            "('secure-fedprompt join' writes one)"
+            f"this node has no client file: start it with --node-config '{KEY}=\"client.toml\"', "
+            f"or with {ENV} in its environment ('secure-fedprompt join' writes one)"
         )
     settings = command.load(ClientSettings, argparse.Namespace(config=path))
     identity, roster, me, _ = whoami(settings.key, settings.roster, "client")
@@ -172,13 +180,18 @@ def open_site(context: Context) -> Iterator[Site]:
         frames = recorder(folder, settings.audit, settings.audit_mb, identity, me, roster)
         if frames is not None:
             stack.callback(frames.close)
-        yield DiskSite(member, shelf, ledger, frames, folder)
+        yield DiskSite(member, shelf, ledger, frames, settings.hold_seconds, folder)
 
 
 def simulated() -> bool:
-    """Whether this is a worker of Flower's simulation: no server can make it look so."""
-    ray = sys.modules.get("ray")
-    return bool(ray is not None and ray.is_initialized())
+    """Whether we are called by a worker of Flower's simulation: no server can make it look so, and
+    neither does an app that uses Ray for itself."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_globals.get("__name__") == _WORKER:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def enrol(context: Context) -> bytes:

@@ -8,7 +8,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 
 from secure_fedprompt.protocol.codec import MAX_FRAME
 from secure_fedprompt.protocol.errors import FieldError
-from secure_fedprompt.protocol.expand import Purpose
+from secure_fedprompt.protocol.expand import Purpose, digest
 from secure_fedprompt.protocol.keys import Identity, verify
 
 RECORD = "secure-fedprompt"
@@ -63,11 +63,17 @@ def blobs(fields: ConfigRecord, name: str, most: int = MAX_FRAMES) -> list[bytes
     return values
 
 
-def bind(identity: Identity, challenge: bytes, node: int) -> bytes:
-    """A member's signature on the node that speaks for it."""
-    return identity.sign(Purpose.NODE, challenge + node.to_bytes(8, "little"))
+def _body(challenge: bytes, node: int, roster: bytes) -> bytes:
+    return digest(Purpose.NODE, challenge, node.to_bytes(8, "little"), roster)
 
 
-def check_bound(public: bytes, challenge: bytes, node: int, signature: bytes, who: str) -> None:
+def bind(identity: Identity, challenge: bytes, node: int, roster: bytes) -> bytes:
+    """A member's signature on the node that speaks for it, to the server of its roster."""
+    return identity.sign(Purpose.NODE, _body(challenge, node, roster))
+
+
+def check_bound(
+    public: bytes, challenge: bytes, node: int, roster: bytes, signature: bytes, who: str
+) -> None:
     """Raises SignatureError if a member did not sign that this node speaks for it."""
-    verify(public, Purpose.NODE, challenge + node.to_bytes(8, "little"), signature, who)
+    verify(public, Purpose.NODE, _body(challenge, node, roster), signature, who)
