@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 import numpy as np
 
@@ -25,7 +25,7 @@ from secure_fedprompt.clients.party import Party
 from secure_fedprompt.clients.session import Session
 from secure_fedprompt.clients.work import Update, Work
 from secure_fedprompt.host import command
-from secure_fedprompt.host.files import whoami
+from secure_fedprompt.host.files import read_roster, whoami
 from secure_fedprompt.host.log import Bars, Log
 from secure_fedprompt.host.recorded import RecordedLink
 from secure_fedprompt.host.recorder import recorder
@@ -35,10 +35,12 @@ from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.errors import (
     ConfigError,
     DataError,
+    RosterMismatchError,
     SecureFedPromptError,
     SumError,
     UpdateError,
 )
+from secure_fedprompt.protocol.roster import Roster
 from secure_fedprompt.protocol.transport import Link
 
 if TYPE_CHECKING:
@@ -140,11 +142,41 @@ def take_part(settings: ClientSettings, json_path: str | None) -> int:
     Raises:
         SecureFedPromptError: refused, disconnected, or the run failed.
     """
+    loaded: list[LocalTrainer] = []  # what outlives a change of the roster
     with Log("client", settings.log, settings.log_level) as log:
-        return _take_part(settings, json_path, log)
+        while True:
+            try:
+                return _take_part(settings, json_path, log, loaded)
+            except _RosterChanged:
+                log.info("roster", f"going on with the changed {settings.roster}")
 
 
-def _take_part(settings: ClientSettings, json_path: str | None, log: Log) -> int:
+class _RosterChanged(Exception):
+    """Our roster file is another one by now: begin again with it."""
+
+
+def _await_roster(settings: ClientSettings, known: Roster, log: Log, why: Exception) -> NoReturn:
+    """Wait for the roster file to change, as the server's has.
+
+    Raises:
+        _RosterChanged: it did. RosterMismatchError: it did not, as long as patience lasts.
+    """
+    log.warning(
+        "roster", f"{why}; the run goes on for this client once {settings.roster} is the same, "
+        f"within {settings.patience:g} s",
+    )  # fmt: skip
+    until = time.monotonic() + settings.patience
+    while time.monotonic() < until:
+        with contextlib.suppress(SecureFedPromptError):  # half written
+            if read_roster(settings.roster).digest != known.digest:
+                raise _RosterChanged
+        time.sleep(0.5)
+    raise why
+
+
+def _take_part(
+    settings: ClientSettings, json_path: str | None, log: Log, loaded: list[LocalTrainer]
+) -> int:
     identity, roster, me, server = whoami(settings.key, settings.roster, "client")
     log.name = me.name
     state_dir = Path(settings.state_dir.replace("{name}", me.name))
@@ -167,7 +199,11 @@ def _take_part(settings: ClientSettings, json_path: str | None, log: Log) -> int
         stack.callback(link.close)
         with Bars(log) as bars:
             names = sorted(member.name for member in roster.with_role("client"))
-            trainer = load_trainer(settings, log, bars)  # what is wrong here shows at once
+            going_on = bool(loaded)
+            if not going_on:
+                loaded.append(load_trainer(settings, log, bars))  # what is wrong shows at once
+            (trainer,) = loaded
+            trainer.cancelled.clear()
             link.connect()
             log.info("connected", f"{me.name} connected to {settings.server}")
             if settings.seed >= 0:
@@ -180,13 +216,13 @@ def _take_part(settings: ClientSettings, json_path: str | None, log: Log) -> int
                 me.name, identity, roster, settings.policy, journal, os.urandom, ledger=ledger
             )
             session = Session(party, trainer, settings.method, settings.accept)
-            record = state_dir if settings.private_record else None
             watched = RecordedLink(link, frames) if frames else link
             try:
-                loop(watched, session, trainer, log, record, settings.patience)
-            except SumError:
-                keep_base(session, state_dir, log)
-                raise
+                _stay(watched, session, trainer, log, settings, state_dir)
+            except RosterMismatchError as error:
+                if not (going_on or session.terms is not None):
+                    raise
+                _await_roster(settings, roster, log, error)
         path, run = save(session, state_dir), session.run.hex()
         rounds = len({u.learning_round for u in ledger.uploads if u.run == run})
         words = f"run {run[:8]} is finished; prompt in {path}"
@@ -199,6 +235,25 @@ def _take_part(settings: ClientSettings, json_path: str | None, log: Log) -> int
         if session.failed_because is not None:
             raise session.failed_because
     return 0
+
+
+def _stay(
+    link: Link,
+    session: Client,
+    trainer: LocalTrainer,
+    log: Log,
+    settings: ClientSettings,
+    state_dir: Path,
+) -> None:
+    """Take part to the end of the run; a base that no sum must follow any more is kept."""
+    try:
+        loop(
+            link, session, trainer, log, state_dir if settings.private_record else None,
+            settings.patience,
+        )  # fmt: skip
+    except SumError:
+        keep_base(session, state_dir, log)
+        raise
 
 
 def loop(

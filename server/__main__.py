@@ -6,8 +6,11 @@ import contextlib
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from secure_fedprompt.host import command, files
 from secure_fedprompt.host.log import Log
@@ -20,6 +23,7 @@ from secure_fedprompt.protocol.errors import ConfigError, PlanError
 from secure_fedprompt.protocol.transport import Hub
 from secure_fedprompt.server.exporter import Exporter
 from secure_fedprompt.server.hub import CurveHub, bound_connections
+from secure_fedprompt.server.reload import Reload
 from secure_fedprompt.server.run import Run
 from secure_fedprompt.server.serve import CountedHub, hear, post
 from secure_fedprompt.server.settings import ServerSettings, check_settings, noise_of
@@ -46,22 +50,37 @@ def main(argv: list[str] | None = None) -> int:
     )
     command.add_flags(parser, ServerSettings)
     args = parser.parse_args(argv)
-    return command.guard(
-        lambda: serve(started(command.load(ServerSettings, args)), args.json), args
-    )
+
+    def read() -> ServerSettings:
+        return started(command.load(ServerSettings, args))
+
+    return command.guard(lambda: serve(read(), args.json, read), args)
 
 
-def serve(settings: ServerSettings, json_path: str | None) -> int:
+def serve(
+    settings: ServerSettings,
+    json_path: str | None,
+    read: Callable[[], ServerSettings] | None = None,
+) -> int:
     """Run to the end.
+
+    Args:
+        read: reads the settings again, for a roster that changes on the way.
 
     Raises:
         SecureFedPromptError: the run cannot begin, or failed.
     """
+    folder = settings.run_dir.replace("{time}", time.strftime("%Y%m%d-%H%M%S"))
     with Log("server", settings.log, settings.log_level) as log:
-        return _serve(settings, json_path, log)
+        asked = Reload(settings, read or (lambda: settings), log)
+        while not _serve(msgspec.structs.replace(asked.settings, run_dir=folder), json_path, asked):
+            log.info("roster", "going on with the changed roster")
+    return 0
 
 
-def _serve(settings: ServerSettings, json_path: str | None, log: Log) -> int:
+def _serve(settings: ServerSettings, json_path: str | None, asked: Reload) -> bool:
+    """Whether the run is over, or was stopped; else it goes on with another roster."""
+    log = asked.log
     check_settings(settings)
     identity = files.read_identity(settings.key)
     roster = files.read_roster(settings.roster)
@@ -110,16 +129,18 @@ def _serve(settings: ServerSettings, json_path: str | None, log: Log) -> int:
             "started", f"{me.name} on {socket.address}, {where} {run.expected} clients; run folder "
             f"{folder}", address=socket.address, run_dir=str(folder),
         )  # fmt: skip
-        loop(hub, run, log)
+        loop(hub, run, asked)
         if run.error:
             raise run.error
+        if run.pausing and run.stopped:
+            return False
         if run.stopped:
             log.info("stopped", f"start again with run_dir = {str(folder)!r} to go on")
-            return 0
+            return True
         summary = store.summary()
         store.event("finished", f"prompt {summary['prompt']}")
         command.write_json(json_path, "run", summary)
-    return 0
+    return True
 
 
 def _shown(stack: contextlib.ExitStack, store: Store, settings: ServerSettings, log: Log) -> None:
@@ -137,13 +158,17 @@ def _shown(stack: contextlib.ExitStack, store: Store, settings: ServerSettings, 
     stack.enter_context(tracked(log, settings.track, noted))
 
 
-def loop(hub: Hub, run: Run, log: Log) -> None:
+def loop(hub: Hub, run: Run, asked: Reload) -> None:
     """Move frames between the hub and the state machine until the run is over."""
+    log = asked.log
     while not run.over:
+        asked.look(run)
         out = hear(hub, run, 0.05, time.monotonic) + run.tick(time.monotonic())
         log.doing(run.doing)
         post(hub, run, out, time.monotonic)
     # Closing a socket under a peer that is busy could cost it the last frame: wait for goodbyes.
+    if run.pausing and run.stopped:
+        return  # they are not told, and come back
     present, until = set(run.everybody()), time.monotonic() + GOODBYE_SECONDS
     while present and time.monotonic() < until:
         for name, frame in hub.poll(0.05):

@@ -52,6 +52,7 @@ class Gathering(ABC):
         helpers: processes of role helper; they take part in no round, and in no count.
         current: the round under way, or None.
         error: why the run failed, or None. stopped: whether it is to be gone on with.
+        pausing: end between two learning rounds, without a word to clients: they will come back.
     """
 
     settings: ServerSettings
@@ -67,6 +68,7 @@ class Gathering(ABC):
     error: SecureFedPromptError | None = None
     over: bool = False
     stopped: bool = False
+    pausing: bool = False
 
     def __post_init__(self) -> None:
         check_settings(self.settings)
@@ -224,6 +226,9 @@ class Gathering(ABC):
     def _maybe_start(self, now: float) -> Outbox:
         """Begin the run, ask for the initial prompt, make the terms, or plan the next round."""
         if self.over:
+            return []
+        if self.pausing and self.state.attempt == 0:
+            self.over = self.stopped = True
             return []
         if self._complete():
             missing = self.opening and len(self.clients) < self.expected

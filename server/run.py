@@ -75,7 +75,7 @@ class Run(Gathering):
             check_vouchers(state, grown, [c.name for c in self.roster.with_role("client")])
             self.store.event(
                 "roster", f"changed: {grown.clients} clients, quorum {grown.quorum}, "
-                f"c = {grown.colluders}; clients need the same roster file and a restart",
+                f"c = {grown.colluders}; clients need the same roster file",
             )  # fmt: skip
             state.terms = grown
             self.store.save(state)

@@ -201,6 +201,12 @@ def test_a_roster_may_grow_between_runs_and_an_owner_not_change(tmp_path: Path) 
         log = Recorder(tmp_path, "full", 1 << 24, identity("c001"), member, Roster.of(members))
         put(log, other)
         log.close()
-    assert Log.read(tmp_path).faults[-1].what == "within a run, c003 became another"
+    read = Log.read(tmp_path)
+    assert not read.faults
+    ((run, number, name, before),) = read.renewed
+    assert (run, name) == (other.run.hex(), "c003")
+    assert read.identity(run, name, number - 1) == before
+    assert read.identity(run, name, number) == new.identity.hex() != before
+    assert read.identity(run, "nobody", 1) == ""
     made(tmp_path, name="c002").close()
     assert Log.read(tmp_path).faults[-1].what == "the log changes its owner"

@@ -74,9 +74,8 @@ def _check_head(
 ) -> Iterator[Finding]:
     """A signed head, as ``held_by`` has it, against the log that it is the head of."""
     where = f"{held_by.name}: record {entry.n}"
-    _, identity = held_by.members[entry.run].get(name, ("", ""))
     try:
-        key = bytes.fromhex(identity)
+        key = bytes.fromhex(held_by.identity(entry.run, name, entry.n))
         verify(key, Purpose.LOG_HEAD, head.body(name), head.signature, name)
     except (SignatureError, ValueError):
         yield failed("heads", where, f"the head of {name}'s log bears no valid signature of {name}")

@@ -71,6 +71,7 @@ class Log:
         roster: name -> (role, identity key in hex), the last one; rosters: by run, the last one.
         members: by run, who was on its roster at some time; by "", of the whole log.
         steps: run, and number of the record, where a run went on with another roster.
+        renewed: run, number of the record, and who had another key from there on, with the old one.
         terms: by run, each with the number of its record.
         entries: the frames, in order.
         faults: what contradicts the chain, with places.
@@ -90,6 +91,7 @@ class Log:
     rosters: dict[str, dict[str, tuple[str, str]]] = field(default_factory=dict)
     members: dict[str, dict[str, tuple[str, str]]] = field(default_factory=lambda: {"": {}})
     steps: list[tuple[str, int]] = field(default_factory=list)
+    renewed: list[tuple[str, int, str, str]] = field(default_factory=list)
     terms: dict[str, list[tuple[int, RunTerms]]] = field(default_factory=dict)
     entries: list[Entry] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
@@ -136,6 +138,13 @@ class Log:
             return None
         segment, offset = entry.place
         return _content(self.folder / f"frames-{segment:04d}.bin", offset, entry.size)
+
+    def identity(self, run: str, name: str, number: int) -> str:
+        """Whose key a member of a run had when a record was written, in hex; empty if none."""
+        for of, since, who, before in self.renewed:
+            if (of, who) == (run, name) and number < since:
+                return before
+        return self.members.get(run, {}).get(name, ("", ""))[1]
 
     def messages(self, run: str = "", kind: str = "") -> Iterator[tuple[Entry, m.Message]]:
         """Kept frames that decode, of one run and one type, or of all."""
@@ -258,7 +267,7 @@ class _Reader:
                 self.dropped = max(self.dropped, record.segment)
 
     def _roster(self, record: records.Frame, where: str) -> None:
-        """A run may go on with more members, or fewer; a name stays who it was."""
+        """A run may go on with more members, or fewer, or with new keys of some."""
         log = self.log
         before = log.rosters.get(record.run)
         if before == log.roster:
@@ -267,7 +276,7 @@ class _Reader:
         known = log.members.setdefault(record.run, {})
         for name in sorted(set(known) & set(log.roster)):
             if known[name] != log.roster[name]:
-                self._fault(where, record.n, f"within a run, {name} became another")
+                log.renewed.append((record.run, record.n, name, known[name][1]))
         known.update(log.roster)
         if before is not None:
             log.steps.append((record.run, record.n))
@@ -283,8 +292,7 @@ class _Reader:
     def _owner(self, record: records.Open | records.Segment, where: str) -> None:
         log = self.log
         roster = {party.name: (party.role, party.identity) for party in record.roster}
-        before = log.roster.get(log.name)
-        if log.name and (record.name, roster.get(record.name)) != (log.name, before):
+        if log.name and (record.name, record.role) != (log.name, log.role):
             self._fault(where, record.n, "the log changes its owner")
         elif record.name not in roster or roster[record.name][0] != record.role:
             self._fault(where, record.n, f"{record.name} is not a {record.role} on its own roster")

@@ -12,7 +12,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator
 
-from secure_fedprompt.audit.findings import Finding, failed, noted
+from secure_fedprompt.audit.findings import Finding, failed, noted, warned
 from secure_fedprompt.audit.log import Entry, Log
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.errors import SignatureError
@@ -66,6 +66,12 @@ def _signed(log: Log, run: str, decoded: Decoded) -> Iterator[Finding]:
 
 def _steps(log: Log, run: str, known: list[RunTerms]) -> Iterator[Finding]:
     """Terms change with the roster, and in nothing else."""
+    for of, number, name, old in log.renewed:
+        if of == run:
+            yield warned(
+                "terms", f"{log.name}: record {number}", f"{name} has another key from here on, "
+                f"the one before was {old[:16]}: ask {name} whether that was meant",
+            )  # fmt: skip
     for before, after in itertools.pairwise(known):
         if before.digest == after.digest:
             continue
