@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ import pytest
 
 from secure_fedprompt import client, helper
 from secure_fedprompt.__main__ import main
+from secure_fedprompt.clients.settings import ClientSettings
 from secure_fedprompt.server.__main__ import main as server_main
+from secure_fedprompt.server.settings import ServerSettings
 
 ROOT = Path(__file__).parent.parent
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
@@ -98,3 +101,27 @@ def test_the_service_is_one_that_systemd_takes(tmp_path: Path) -> None:
     words = ["systemd-analyze", "security", "--offline=yes", "--threshold=30", str(path)]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-300:]
+
+
+def test_the_containers_run_programs_with_flags_that_exist() -> None:
+    """There is no container engine here: what can be read of them is."""
+    yaml = pytest.importorskip("yaml")
+    text = (ROOT / "deploy/Dockerfile").read_text()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (extras,) = re.findall(r"pip install '\.\[(.*?)\]'", text)
+    assert set(extras.split(",")) <= set(project["optional-dependencies"])
+    assert re.findall(r'ENTRYPOINT \["(.*?)"\]', text) == list(project["scripts"])
+    compose = yaml.safe_load((ROOT / "deploy/compose.yaml").read_text())
+    kinds = {"server": ServerSettings, "client": ClientSettings}
+    assert set(compose["services"]) == set(kinds)
+    for name, service in compose["services"].items():
+        assert service["entrypoint"] == ["python", "-m", f"secure_fedprompt.{name}"]
+        flags = [word[2:].replace("-", "_") for word in service["command"] if word[:2] == "--"]
+        assert set(flags) - {"config"} <= set(kinds[name].__struct_fields__)
+        assert (
+            ROOT / "deploy" / service["build"]["context"] / service["build"]["dockerfile"]
+        ).exists()
+        named = {volume.split(":")[0] for volume in service["volumes"] if volume[0] != "."}
+        assert named <= set(compose["volumes"])
+        assert service["read_only"]
+        assert service["cap_drop"] == ["ALL"]
