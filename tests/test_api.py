@@ -278,6 +278,7 @@ def test_domains_are_numbered_by_name() -> None:
     assert made.domains.tolist() == [1, 0, 1, 0]
 
 
+@pytest.mark.slow
 def test_tables_and_plots() -> None:
     pandas = pytest.importorskip("pandas")
     mpl = pytest.importorskip("matplotlib")
@@ -300,6 +301,7 @@ def test_a_run_that_exists_is_left_alone(tmp_path: Path) -> None:
         sfp.simulate(**SMALL, run_dir=str(tmp_path / "run"))
 
 
+@pytest.mark.slow
 def test_a_federation_of_processes(tmp_path: Path) -> None:
     images = {"generated_classes": 4, "per_class": 6, "test_per_class": 3, "shots": 6}
     with sfp.Federation(

@@ -37,7 +37,7 @@ def test_promptfl_undoes_a_shift_that_no_client_sees_whole() -> None:
     assert found["promptfl"] > found["coop"] + 0.1
 
 
-@pytest.mark.parametrize("name", ["fedmgp", "fedotp"])
+@pytest.mark.parametrize("name", ["fedmgp", pytest.param("fedotp", marks=pytest.mark.slow)])
 def test_what_is_kept_apart_serves_clients_whose_shifts_contradict(name: str) -> None:
     """To half of the clients a class looks like the next one, to half like the one before: a prompt
     for all is a compromise, and leaves two answers for each image."""

@@ -76,7 +76,7 @@ def test_rates_of_the_mechanism_itself_are_not_refuted_and_better_ones_are() -> 
 
 
 @pytest.mark.parametrize(
-    "fault", ["", pytest.param("noise x 0.9", marks=pytest.mark.slow), "clip x 1.1"]
+    "fault", ["", *(pytest.param(f, marks=pytest.mark.slow) for f in ("noise x 0.9", "clip x 1.1"))]
 )
 def test_an_audit_of_private_training(fault: str) -> None:
     from epsilon_audit import audit_images, faulty
@@ -90,7 +90,11 @@ def test_an_audit_of_private_training(fault: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "fault", ["", pytest.param("noise x 0.7", marks=pytest.mark.slow), "counts on colluders"]
+    "fault",
+    [
+        "",
+        *(pytest.param(f, marks=pytest.mark.slow) for f in ("noise x 0.7", "counts on colluders")),
+    ],
 )
 def test_an_audit_of_client_noise(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is left once the colluders' shares are subtracted must be all of the noise."""

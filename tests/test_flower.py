@@ -488,7 +488,7 @@ class Killed(BaseException):
     """Nothing is kept of the step."""
 
 
-def test_a_node_that_is_killed_in_the_middle_greets_anew(sites, tmp_path):
+def test_a_node_that_is_killed_in_the_middle_greets_anew(sites, tmp_path, monkeypatch):
     configs, keys = sites
     grid, killed = deployed(configs), []
     keep = site.DiskSite.keep
@@ -499,11 +499,8 @@ def test_a_node_that_is_killed_in_the_middle_greets_anew(sites, tmp_path):
             raise RuntimeError("killed")  # after the journal was written, before the tape
         keep(self, kept)
 
-    site.DiskSite.keep = dying
-    try:
-        federate(grid, tmp_path, rounds=3, **keys)
-    finally:
-        site.DiskSite.keep = keep
+    monkeypatch.setattr(site.DiskSite, "keep", dying)
+    federate(grid, tmp_path, rounds=3, **keys)
     rows = [row for row in made_rows(tmp_path) if row["outcome"] == "done"]
     assert killed
     assert [row["learning_round"] for row in rows] == [1, 2, 3]

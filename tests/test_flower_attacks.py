@@ -260,14 +260,14 @@ def test_a_failure_takes_as_long_as_training_ever_took(sites, tmp_path, monkeypa
     configs, keys = sites
     slept = []
     monkeypatch.setattr(mod.time, "sleep", slept.append)
-    keep = site.Site.keep
+    keep = site.DiskSite.keep
 
     def slow(self, kept):
         kept.seconds = 1000.0
         keep(self, kept)
 
     with monkeypatch.context() as patch:
-        patch.setattr(site.Site, "keep", slow)
+        patch.setattr(site.DiskSite, "keep", slow)
         federate(deployed(configs), tmp_path / "1", **keys)
 
     def broken(message, context):
@@ -328,7 +328,7 @@ def test_what_goes_wrong_on_a_node_is_told_to_its_operator_only(sites, tmp_path,
 # -- what is kept ----------------------------------------------------------------------------------
 
 
-def test_nothing_that_opens_an_upload_outlives_its_round(sites, tmp_path):
+def test_nothing_that_opens_an_upload_outlives_its_round(sites, tmp_path, monkeypatch):
     configs, keys = sites
     parts = []
     keep = site.DiskSite.keep
@@ -337,11 +337,8 @@ def test_nothing_that_opens_an_upload_outlives_its_round(sites, tmp_path):
         parts.append(kept.tape and kept.tape.round)
         keep(self, kept)
 
-    site.DiskSite.keep = look
-    try:
-        federate(deployed(configs), tmp_path, rounds=2, **keys)
-    finally:
-        site.DiskSite.keep = keep
+    monkeypatch.setattr(site.DiskSite, "keep", look)
+    federate(deployed(configs), tmp_path, rounds=2, **keys)
     between = [part for part in parts if part is not None and not part.steps]
     assert between
     assert all(part.drawn == b"" and part.spent == [] for part in between)

@@ -82,8 +82,8 @@ def test_the_state_machines_know_neither_torch_nor_sockets() -> None:
 def test_public_names() -> None:
     assert sorted(secure_fedprompt.__all__) == [
         "Backbone", "FedMGP", "FedOTP", "Federation", "History", "Identity", "ImageSet", "Method",
-        "MethodSettings", "Part", "Policy", "PromptFL", "Roster", "RoundPlan",
-        "SecureFedPromptError", "ServerSettings", "__version__", "run_round", "simulate",
+        "MethodSettings", "Part", "Policy", "PromptFL", "Protection", "Roster", "RoundPlan",
+        "SecureFedPromptError", "ServerSettings", "Total", "__version__", "run_round", "simulate",
     ]  # fmt: skip
     for name in secure_fedprompt.__all__:
         assert getattr(secure_fedprompt, name)

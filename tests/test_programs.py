@@ -204,6 +204,7 @@ def test_mistakes_are_one_line_and_an_exit_code(
     assert "joined alice" not in f.log("server")  # who only asks does not join
 
 
+@pytest.mark.slow
 def test_too_few_clients_end_the_run_on_both_sides(federation: Any) -> None:
     f = federation(gather_seconds=5.0, patience=2.0)
     f.start(1)

@@ -111,9 +111,9 @@ class SecureGrid(Grid):  # type: ignore[misc]
         rounds = rounds or int(context.run_config.get("num-server-rounds", 0))
         if rounds < 1:
             raise ConfigError(f"SecureGrid: rounds = {rounds}: as many as the strategy has")
-        if (protection := settings.pop("protection", "masks")) != "masks":
-            encrypted = facts_of(str(protection)).encrypted
-            why = "the server would know no average" if encrypted else "that is Flower without us"
+        protection = str(settings.pop("protection", ServerSettings().protection))
+        if not (facts := facts_of(protection)).masked:
+            why = "the server would know no average" if facts.encrypted else "it protects nothing"
             raise ConfigError(f"SecureGrid: protection = {protection!r}: {why}; use masks")
         for name in settings:
             if name not in SETTINGS:
