@@ -54,6 +54,7 @@ def test_encrypted_equals_masked_training_and_only_clients_read_it(
     assert "a client's prompt file" in shown.stderr
 
 
+@pytest.mark.slow
 def test_a_helper_process_selects_over_sockets(tmp_path: Path) -> None:
     selection = {
         "selection": "secure",

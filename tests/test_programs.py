@@ -142,6 +142,7 @@ def test_mistakes_in_files_are_one_line_before_anything_is_sent(
         assert words in said[0], extra
 
 
+@pytest.mark.slow
 def test_mistakes_are_one_line_and_an_exit_code(
     federation: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
