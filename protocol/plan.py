@@ -43,7 +43,8 @@ from secure_fedprompt.protocol.selection.task import Selection
 
 MAX_COHORT = 1 << 14
 MAX_VALUES = 1 << 25
-MAX_ATTEMPTS = 10  # at one learning round: each has a graph of its own, and a chance to be opened
+MAX_ATTEMPTS = 200  # at one learning round
+MAX_GRAPHS = 10  # the same on a regular graph: each attempt has one, and a chance to be opened
 NO_SEED = NO_KEY = bytes(32)
 
 
@@ -55,6 +56,11 @@ def noise_colluders(wanted: int, clients: int, quorum: int) -> int:
             client knows its own noise.
     """
     return max(1, tolerated_colluders(clients, quorum)) if wanted < 0 else wanted
+
+
+def most_attempts(regular: bool) -> int:
+    """At one learning round. What is sent is the same each time, under fresh masks."""
+    return MAX_GRAPHS if regular else MAX_ATTEMPTS
 
 
 @dataclass(frozen=True)
@@ -188,8 +194,9 @@ class RoundPlan:
                 f"quorum {self.quorum} and cohort {n} of {self.members} clients: a sum needs at "
                 f"least {least} of them"
             )
-        if not 1 <= self.attempt <= MAX_ATTEMPTS:
-            raise PlanError(f"attempt {self.attempt} at a learning round, at most {MAX_ATTEMPTS}")
+        most = most_attempts(bool(self.degree))
+        if not 1 <= self.attempt <= most:
+            raise PlanError(f"attempt {self.attempt} at a learning round, at most {most}")
         if self.degree == 0 and self.threshold != self.quorum:
             raise PlanError(f"threshold {self.threshold} and quorum {self.quorum} differ")
         half = self.degree // 2

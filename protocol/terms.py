@@ -36,13 +36,13 @@ from secure_fedprompt.protocol.fixedpoint import size_layout
 from secure_fedprompt.protocol.layout import Layout, TensorSpec
 from secure_fedprompt.protocol.methods import method_facts
 from secure_fedprompt.protocol.plan import (
-    MAX_ATTEMPTS,
     MAX_COHORT,
     MAX_VALUES,
     NO_KEY,
     NO_SEED,
     PlanInputs,
     RoundPlan,
+    most_attempts,
 )
 from secure_fedprompt.protocol.protections import (
     PROTECTIONS,
@@ -202,8 +202,9 @@ class RunTerms:
         found = self.facts.tolerated(bool(self.regular), n, self.quorum, self.corruption)
         if self.colluders != found:
             raise TermsError(f"terms: colluders {self.colluders}, they tolerate {found}")
-        if not 1 <= self.attempts <= MAX_ATTEMPTS:
-            raise TermsError(f"terms: {self.attempts} attempts, 1 to {MAX_ATTEMPTS} are allowed")
+        most = most_attempts(bool(self.regular))
+        if not 1 <= self.attempts <= most:
+            raise TermsError(f"terms: {self.attempts} attempts, 1 to {most} are allowed")
         if self.uniform and self.max_weight != 1:
             raise TermsError(f"terms: uniform weights with max_weight {self.max_weight}")
         if not 0 <= self.upload_after < self.training_seconds:

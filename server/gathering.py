@@ -31,7 +31,7 @@ from secure_fedprompt.protocol.errors import (
 )
 from secure_fedprompt.protocol.expand import Purpose
 from secure_fedprompt.protocol.keys import Identity, verify
-from secure_fedprompt.protocol.plan import MAX_ATTEMPTS
+from secure_fedprompt.protocol.plan import MAX_GRAPHS
 from secure_fedprompt.protocol.roster import Roster
 from secure_fedprompt.server.admission import admit
 from secure_fedprompt.server.members import Client, RunStore
@@ -317,7 +317,7 @@ class Gathering(ABC):
         names = ", ".join(sorted(missing))
         self.unopened.update(missing)
         self.store.event("fault", f"{names} did not open a nonce: everybody draws new ones")
-        if self.restarts >= MAX_ATTEMPTS:
+        if self.restarts >= MAX_GRAPHS:
             return self._fail(
                 RunFailedError(f"nonces were not opened {self.restarts} times: {names}")
             )

@@ -13,11 +13,11 @@ from secure_fedprompt.protocol.errors import ConfigError, PlanError, RunFailedEr
 from secure_fedprompt.protocol.expand import Purpose, digest
 from secure_fedprompt.protocol.layout import TensorSpec
 from secure_fedprompt.protocol.plan import (
-    MAX_ATTEMPTS,
     MAX_VALUES,
     NO_KEY,
     PlanInputs,
     RoundPlan,
+    most_attempts,
 )
 from secure_fedprompt.protocol.roster import Roster
 from secure_fedprompt.protocol.selection.task import SCOPES
@@ -198,7 +198,7 @@ def terms_of(settings: ServerSettings, roster: Roster, state: RunState) -> RunTe
         quorum=quorum,
         colluders=settings.facts.tolerated(regular, n, quorum, corruption),
         rounds=settings.rounds,
-        attempts=MAX_ATTEMPTS,
+        attempts=most_attempts(regular),
         protection=settings.protection,
         tensors=state.tensors,
         ring_bits=bits_of(settings, n),

@@ -26,7 +26,7 @@ from secure_fedprompt.protocol.errors import (
 from secure_fedprompt.protocol.expand import Purpose
 from secure_fedprompt.protocol.keys import verify
 from secure_fedprompt.protocol.methods import method_facts
-from secure_fedprompt.protocol.plan import MAX_ATTEMPTS, NO_KEY, RoundPlan
+from secure_fedprompt.protocol.plan import NO_KEY, RoundPlan
 from secure_fedprompt.server.admission import probed
 from secure_fedprompt.server.gathering import Gathering, refused
 from secure_fedprompt.server.members import Client
@@ -39,6 +39,8 @@ from secure_fedprompt.server.rounds.start import make_round
 from secure_fedprompt.server.serve import Outbox
 
 MAX_ROUNDS = 1 << 32
+AT_ONCE = 2  # aborted attempts in a row that are tried again at once
+MAX_REST = 60.0  # seconds before later ones
 POLICY = f"withdrew: {PolicyError.__name__}: "  # how the fault of who declined begins
 
 
@@ -58,6 +60,7 @@ class Run(Gathering):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.answer_until = 0.0  # for clients to judge the terms
+        self.rest_until = 0.0  # before another attempt
         self.benched: set[str] = set()  # sit out the next attempt
         self.unfit: set[str] = set()  # whose cohort keys failed
         self.unhelpful: set[str] = set()  # who failed as helpers
@@ -262,7 +265,7 @@ class Run(Gathering):
             return out + self._finish_frames(
                 reason=f"the server stopped {text}: start it again to go on"
             )
-        if state.learning_round > self.until:
+        if state.learning_round > self.until or now < self.rest_until:
             return out
         out += self._call_back(now)
         present = sum(c.accepted for c in self.clients.values())
@@ -297,7 +300,8 @@ class Run(Gathering):
             keying = elect(state, cohort, held, settings.key_maker, self.unfit)
         self.stranded_until = 0.0
         self.answer_until = 0.0
-        if state.attempt >= MAX_ATTEMPTS:
+        assert state.terms is not None
+        if state.attempt >= state.terms.attempts:
             raise PlanError(
                 f"learning round {state.learning_round} was tried {state.attempt} times, clients "
                 "allow no more"
@@ -344,13 +348,15 @@ class Run(Gathering):
                 f"clients and not by enough ({current.reason}): no other sum of it may be opened, "
                 "so start a new run"
             ))  # fmt: skip
-        if self.attempts >= settings.max_attempts:
+        if settings.max_attempts and self.attempts >= settings.max_attempts:
             return out + self._fail(RunFailedError(
                 f"learning round {state.learning_round} aborted {self.attempts} times: "
                 f"{self.last_reason}{self._unwilling(current)}"
             ))  # fmt: skip
         short = sum(c.accepted for c in self.clients.values()) < max(self.needed, self.larger)
         self.gather_until = now + (settings.gather_seconds if short else 0)
+        if self.attempts > AT_ONCE:  # what fails again and again may need time
+            self.rest_until = now + min(MAX_REST, 2.0 ** min(self.attempts, 16))
         return out + self._maybe_start(now)
 
     def _unwilling(self, current: Round) -> str:

@@ -61,7 +61,9 @@ class ServerSettings(MethodSettings, frozen=True, forbid_unknown_fields=True, kw
         rounds: learning rounds.
         stop_after: stop in good order after this learning round (or after the one that is under
             way), to go on later with the same run_dir, and perhaps a larger roster; 0 is off.
-        max_attempts: tries of a learning round before the run fails; clients allow 10.
+        max_attempts: tries of a learning round before the run fails; 0 is as many as clients allow,
+            200, or 10 on a regular graph. After the second one more time passes before each, up to
+            a minute.
         protection: "masks"; "bfv" or "ckks" (the server adds ciphertexts and learns no sum; no
             client may collude with it); "none" for benchmarks.
         key_maker: client that makes the key that clients share; empty is the lowest name.
@@ -125,7 +127,7 @@ class ServerSettings(MethodSettings, frozen=True, forbid_unknown_fields=True, kw
     min_clients: Positive = 3
     rounds: Positive = 10
     stop_after: Count = 0
-    max_attempts: Annotated[int, Meta(ge=1, le=10)] = 3
+    max_attempts: Annotated[int, Meta(ge=0, le=200)] = 0
     protection: Protecting = "masks"
     key_maker: str = ""
     flood_bits: Annotated[int, Meta(ge=1, le=24)] = 8

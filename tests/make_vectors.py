@@ -114,7 +114,7 @@ BENT: dict[str, tuple[type, Callable[[Any], Any], str]] = {
         m.Plan, plan_of(cohort=("c001", "c002", "c003"), members=3, quorum=3, threshold=3),
         "TermsError"),
     "plan_second_round_first": (m.Plan, plan_of(learning_round=2), "ReplayError"),
-    "plan_eleventh_attempt": (m.Plan, plan_of(attempt=11), "TermsError"),
+    "plan_attempt_201": (m.Plan, plan_of(attempt=201), "TermsError"),
 }  # fmt: skip
 
 

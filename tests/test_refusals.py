@@ -238,7 +238,7 @@ BAD_PLANS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "a smaller federation": (
         {"members": 3, "cohort": ("c001", "c002", "c003"), "quorum": 3, "threshold": 3},
         errors.PolicyError, "policy.colluders asks for 2"),
-    "eleven attempts": ({"attempt": 11}, errors.PlanError, "at most 10"),
+    "201 attempts": ({"attempt": 201}, errors.PlanError, "at most 200"),
     "t too small": ({"quorum": 3, "threshold": 3}, errors.PlanError, "quorum 3 and cohort 5"),
     "degree odd": ({"degree": 3, "quorum": 4}, errors.PlanError, "degree"),
     "regular graph": ({"degree": 2, "threshold": 3}, errors.PolicyError, "graphs"),

@@ -59,10 +59,11 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         {"weights": "samples", "max_weight": 3}, errors.PolicyError, "policy.min_weight is 256"),
     "no protection": (
         {"protection": "none", "colluders": 0}, errors.PolicyError, "policy.protections"),
-    "a sparse graph": ({"regular": 1, "colluders": 1, "dropout": 0.0, "corruption": 0.1},
-                       errors.TermsError, "no k-regular graph"),
+    "a sparse graph": ({"regular": 1, "colluders": 1, "dropout": 0.0, "corruption": 0.1,
+                        "attempts": 10}, errors.TermsError, "no k-regular graph"),
     "endless rounds": ({"rounds": 5000}, errors.PolicyError, "policy.max_rounds"),
-    "eleven attempts": ({"attempts": 11}, errors.TermsError, "11 attempts"),
+    "201 attempts": ({"attempts": 201}, errors.TermsError, "201 attempts"),
+    "eleven graphs": ({"regular": 1, "colluders": 1, "attempts": 11}, errors.TermsError, "1 to 10"),
     "another roster": ({"roster_digest": bytes(32)}, errors.RosterMismatchError, "same roster"),
     "another start": ({"start": bytes(32)}, errors.TermsError, "starting prompt"),
     "a sum that overflows": (
