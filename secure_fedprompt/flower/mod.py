@@ -153,7 +153,7 @@ def _check_kind(message: Message, form: Form) -> None:
 def _form(data: bytes) -> Form:
     try:
         form = msgspec.json.decode(data, type=Form)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise FieldError(f"form of the app is not understood: {error}") from None
     form.check()
     return form
