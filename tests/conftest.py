@@ -13,6 +13,18 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+PROCESSES = (  # files whose slow tests start programs: one at a time, beside the others
+    "test_demo", "test_docs_run", "test_flower_programs", "test_plugins", "test_program_methods",
+    "test_programs", "test_roster_changes", "test_starting", "test_tracking",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("slow") and item.path.stem in PROCESSES:
+            item.add_marker(pytest.mark.xdist_group("processes"))
+
+
 @pytest.fixture(autouse=True)
 def drawn_alike(request: pytest.FixtureRequest) -> None:
     """What a test draws from PyTorch is its own, and the same in every run."""

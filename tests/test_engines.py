@@ -77,7 +77,6 @@ class Mortal(engines.Ray):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:Exception ignored in. <function Popen")  # of Ray's own process
 @pytest.mark.parametrize("kind", ["processes", "ray"])
 def test_every_engine_gives_the_same_prompt(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

