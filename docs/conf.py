@@ -49,7 +49,7 @@ GROUPS = {
         "regular-graph",
         "results/privacy",
     ],
-    "Measure": ["results/performance", "results/methods", "regions"],
+    "Measure": ["results/performance", "results/reliability", "results/methods", "regions"],
     "Read and change": ["architecture", "api", "audit-log", "json"],
 }
 

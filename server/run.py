@@ -304,7 +304,7 @@ class Run(Gathering):
         if state.attempt >= state.terms.attempts:
             raise PlanError(
                 f"learning round {state.learning_round} was tried {state.attempt} times, clients "
-                "allow no more"
+                f"allow no more; the last time: {self.last_reason}"
             )
         state.round, state.attempt = state.round + 1, state.attempt + 1
         self.store.save(state)

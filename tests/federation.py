@@ -73,7 +73,7 @@ class World:
         **changes: Any,
     ) -> None:
         given: dict[str, Any] = {"gather_seconds": 60.0, "patience": 1e-3, "training_seconds": 60.0, "rounds": 2,
-                                 "weights": "samples", "metrics": "rounds"}  # fmt: skip
+                                 "weights": "samples", "metrics": "rounds", "max_attempts": 3}  # fmt: skip
         self.settings = ServerSettings(**{**given, **changes})
         self.roster, self.folder, self.n, self.policy = roster(n, *helpers), folder, n, policy
         self.lost, self.errors = set[str](), dict[str, Exception]()

@@ -43,7 +43,7 @@ class Mortal(World):
         self.sent: dict[tuple[str, int], list[bytes]] = {}
         super().__init__(
             folder / "server", N, **{"alive_seconds": 12.0, "rounds": 2, "gather_seconds": 20.0,
-                                     "patience": 4000.0, **changes},
+                                     "patience": 4000.0, "max_attempts": 0, **changes},
         )  # fmt: skip
         self.withdraws = True
         if self.settings.selection == "secure":
