@@ -168,3 +168,25 @@ def test_the_protocol_touches_no_file_and_no_socket() -> None:
             if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)
         }
         assert "open" not in called, path.name
+
+
+@pytest.mark.slow
+def test_nothing_is_connected_to_when_modules_are_imported() -> None:
+    """Every module of the package, with sockets that refuse."""
+    script = (
+        "import importlib, pkgutil, socket, sys\n"
+        "def refuse(*a, **k): raise SystemExit('a connection: ' + repr(a))\n"
+        "socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = refuse\n"
+        "import secure_fedprompt\n"
+        "count = 0\n"
+        "for found in pkgutil.walk_packages(secure_fedprompt.__path__, 'secure_fedprompt.'):\n"
+        "    if not found.name.endswith('__main__'):\n"
+        "        importlib.import_module(found.name); count += 1\n"
+        "print(count)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script], cwd=ROOT, capture_output=True, text=True,
+        timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 150
