@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 
+import msgspec
 import numpy as np
 import pytest
 from flower_lab import (
@@ -508,7 +509,7 @@ def test_a_node_that_is_killed_in_the_middle_greets_anew(sites, tmp_path, monkey
     assert "bob" in rows[2]["cohort"]
 
 
-@pytest.mark.parametrize("damage", [b"", b"\xc1", None])
+@pytest.mark.parametrize("damage", [b"", b"\xc1", None, "said"])
 def test_a_tape_that_is_damaged_is_begun_anew(sites, tmp_path, damage):
     configs, keys = sites
     grid, done = deployed(configs), []
@@ -523,6 +524,10 @@ def test_a_tape_that_is_damaged_is_begun_anew(sites, tmp_path, damage):
             path = tmp_path / "state-carol" / "flower.tape"
             if damage is None:
                 path.unlink()
+            elif damage == "said":  # the same story, and other frames than those that left
+                kept = msgspec.msgpack.decode(path.read_bytes(), type=site.Kept)
+                kept.tape.round.said = bytes(32)
+                path.write_bytes(msgspec.msgpack.encode(kept))
             else:
                 path.write_bytes(damage)
         return False
@@ -531,5 +536,6 @@ def test_a_tape_that_is_damaged_is_begun_anew(sites, tmp_path, damage):
     federate(grid, tmp_path, rounds=2, **keys)
     rows = [row for row in made_rows(tmp_path) if row["outcome"] == "done"]
     assert [row["learning_round"] for row in rows] == [1, 2]
+    assert "carol" in rows[0]["dropped"]
     assert "carol" in rows[1]["cohort"]
     assert read_roster(keys["roster"])
