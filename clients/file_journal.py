@@ -6,12 +6,12 @@ Records are JSON lines; vectors, frames, bases and the key of sums are files bes
 from __future__ import annotations
 
 import json
-import os
 import re
 from pathlib import Path
 
 from secure_fedprompt.clients.journal import MemoryJournal, Record
 from secure_fedprompt.clients.record_file import RecordFile
+from secure_fedprompt.host.files import replace_private
 from secure_fedprompt.protocol.errors import ConfigError
 
 
@@ -42,19 +42,12 @@ class FileJournal(MemoryJournal):
 
     def _put(self, name: str, data: bytes) -> None:
         path = self._path(name)
-        partial = path.with_suffix(".partial")
         try:
             path.parent.mkdir(exist_ok=True, mode=0o700)
-            descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
         except OSError as error:
-            raise ConfigError(
-                f"{path} cannot be written ({error.strerror}): free the disk"
-            ) from None
+            words = f"{path.parent} cannot be made ({error.strerror}): free the disk"
+            raise ConfigError(words) from None
+        replace_private(path, data)
 
     def _get(self, name: str) -> bytes | None:
         try:

@@ -22,7 +22,7 @@ def begin_from(method: Method, start: str, places: Iterable[Path]) -> None:
     """Have a method begin from a prompt, with the private part that lies beside it, if any.
 
     Args:
-        start: first hex digits of its digest, as in the run's settings.
+        start: its digest in hex, as in the run's settings.
         places: files, and folders of clients and servers; the first that fits is taken.
 
     Raises:
@@ -72,4 +72,4 @@ def _fits(method: Method, tensors: dict[str, NDArray[np.float32]], start: str) -
     if any(p is None or p.shape != shape for p, shape in zip(parts, shapes, strict=True)):
         return False
     flat = np.concatenate([np.asarray(part).reshape(-1) for part in parts])
-    return digest(Purpose.BASE, prompt_bytes(flat)).hex().startswith(start)
+    return digest(Purpose.BASE, prompt_bytes(flat)).hex() == start

@@ -167,8 +167,9 @@ class MethodSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
         batch_size: images of a step; at most a quarter of a client's.
         epochs: passes over a client's images in one round.
         seed: of the random initial context.
-        start: first hex digits of the digest of a prompt that every client holds, to begin from in
-            the place of init and seed; servers make it of --start-prompt.
+        start: digest of a prompt that every client holds, 64 hex digits, to begin from in the place
+            of init and seed; servers make it of --start-prompt. All of it, or a server could ask a
+            client for a prompt of another federation that it does not know.
     """
 
     method: str = "promptfl"
@@ -196,6 +197,10 @@ class MethodSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
         if self.method not in METHODS and self.method not in FOREIGN:
             raise ConfigError(unknown_method(self.method))
         validate(self)
+        if self.start and len(self.start) != 64:
+            raise ConfigError(
+                f"start = {self.start!r}: the whole digest, 64 hex digits (see --start-prompt)"
+            )
         if self.fedmgp.slots > self.fedmgp.groups:
             raise ConfigError(
                 f"fedmgp.slots = {self.fedmgp.slots}: at most fedmgp.groups = {self.fedmgp.groups}"

@@ -16,6 +16,7 @@ from secure_fedprompt.clients.starting import begin_from
 from secure_fedprompt.protocol.averaging import prompt_bytes
 from secure_fedprompt.protocol.errors import ConfigError, PromptFileError
 from secure_fedprompt.protocol.expand import Purpose, digest
+from secure_fedprompt.protocol.settings import MethodSettings
 from secure_fedprompt.server.settings import ServerSettings
 from secure_fedprompt.server.store import started
 
@@ -55,10 +56,24 @@ def test_what_is_no_prompt_is_named(tmp_path: Path) -> None:
     for name in ("empty", "missing", "text.safetensors", "other.safetensors"):
         with pytest.raises(PromptFileError, match=f"start_prompt = .*{name}"):
             started(ServerSettings(start_prompt=str(tmp_path / name)))
-    with pytest.raises(
-        sfp.SecureFedPromptError, match="start = 'abc': the run begins from a prompt"
-    ):
-        sfp.simulate(rounds=1, start="abc", **SMALL)
+    with pytest.raises(sfp.SecureFedPromptError, match="the run begins from a prompt that is none"):
+        sfp.simulate(rounds=1, start="0" * 64, **SMALL)
+
+
+def test_a_server_has_to_know_the_prompt_that_it_asks_for(tmp_path: Path) -> None:
+    """With a few digits it would be sent whichever prompt of another run begins so."""
+    settings = MethodSettings(start="a" * 63)
+    with pytest.raises(ConfigError, match="the whole digest, 64 hex digits"):
+        settings.check()
+    with pytest.raises(ConfigError, match="the whole digest"):
+        MethodSettings.from_bytes(settings.to_bytes())
+    values, method = np.ones((2, 2), np.float32), Stub()
+    save_file({"ctx": values}, tmp_path / "prompt-00000000.safetensors")
+    whole = digest(Purpose.BASE, prompt_bytes(values.reshape(-1))).hex()
+    with pytest.raises(ConfigError, match="is none of"):
+        begin_from(method, whole[:8], [tmp_path])  # type: ignore[arg-type]
+    begin_from(method, whole, [tmp_path])  # type: ignore[arg-type]
+    assert method.loaded
 
 
 class Stub:
@@ -92,7 +107,7 @@ def test_the_file_with_that_digest_is_found_with_its_private_part(tmp_path: Path
     (tmp_path / "prompt-eeeeeeee.safetensors").write_text("damaged")
     wanted = digest(Purpose.BASE, prompt_bytes(prompts[1].reshape(-1))).hex()
     method: Any = Stub()
-    begin_from(method, wanted[:20], [tmp_path / "nothing.safetensors", tmp_path])
+    begin_from(method, wanted, [tmp_path / "nothing.safetensors", tmp_path])
     assert np.array_equal(method.loaded["ctx"], prompts[1])
     assert method.own == {"mine": np.ones(1, np.float32)}
     with pytest.raises(ConfigError, match="is none of .*prompt-eeeeeeee"):

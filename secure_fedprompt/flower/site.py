@@ -26,7 +26,7 @@ from secure_fedprompt.flower.form import Form
 from secure_fedprompt.flower.kept import FileShelf, MemoryShelf, Shelf, Tape, TapeError
 from secure_fedprompt.flower.player import Member
 from secure_fedprompt.host import command
-from secure_fedprompt.host.files import whoami
+from secure_fedprompt.host.files import replace_private, whoami
 from secure_fedprompt.host.recorder import Recorder, recorder
 from secure_fedprompt.protocol.codec import decode_fields, encode_fields
 from secure_fedprompt.protocol.errors import ConfigError
@@ -114,18 +114,7 @@ class DiskSite(Site):
             return b""
 
     def _write(self, data: bytes) -> None:
-        path, partial = self.folder / _TAPE, self.folder / f"{_TAPE}.partial"
-        try:
-            descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-        except OSError as error:
-            raise ConfigError(
-                f"{path} cannot be written ({error.strerror}): free the disk"
-            ) from None
+        replace_private(self.folder / _TAPE, data)
 
 
 @dataclass

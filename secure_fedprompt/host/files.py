@@ -119,6 +119,24 @@ def write_private(path: Path, data: bytes) -> None:
         file.write(data)
 
 
+def replace_private(path: Path, data: bytes) -> None:
+    """Replace a file that only its owner can read; afterwards it is the old one or the new one.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    partial = path.with_suffix(".partial")
+    try:
+        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written ({error.strerror}): free the disk") from None
+
+
 def make_key(name: str, role: str, folder: Path) -> Member:
     """Write ``NAME.pem`` (private) and ``NAME.entry.toml`` (public); returns the entry.
 
