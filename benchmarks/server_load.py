@@ -48,7 +48,8 @@ from secure_fedprompt.protocol.policy import Policy
 from secure_fedprompt.protocol.roster import Roster
 from secure_fedprompt.protocol.settings import MethodSettings
 from secure_fedprompt.protocol.transport import Frame
-from secure_fedprompt.server.hub import CurveHub, bound_connections
+from secure_fedprompt.server.door import bound_handles
+from secure_fedprompt.server.hub import CurveHub
 from secure_fedprompt.server.serve import CountedHub
 
 POLICY = Policy(graphs=("complete", "regular"), colluders=0, max_rounds=10_000)
@@ -178,7 +179,7 @@ def hub_rate(senders: int, count: int = 60_000) -> dict[str, Any]:
         Member.of(key, name, "server" if name == "server" else "client")
         for name, key in keys.items()
     ))  # fmt: skip
-    bound_connections(len(roster.members))
+    bound_handles(len(roster.members))
     hub = CurveHub("tcp://127.0.0.1:*", keys["server"], roster)
     counts = dict[str, int]()
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from secure_fedprompt.clients.journal import MemoryJournal, Record
 from secure_fedprompt.clients.record_file import RecordFile
-from secure_fedprompt.host.files import replace_private
+from secure_fedprompt.host.files import replace_private, written
 from secure_fedprompt.protocol.errors import ConfigError
 
 
@@ -42,11 +42,8 @@ class FileJournal(MemoryJournal):
 
     def _put(self, name: str, data: bytes) -> None:
         path = self._path(name)
-        try:
+        with written(path.parent):
             path.parent.mkdir(exist_ok=True, mode=0o700)
-        except OSError as error:
-            words = f"{path.parent} cannot be made ({error.strerror}): free the disk"
-            raise ConfigError(words) from None
         replace_private(path, data)
 
     def _get(self, name: str) -> bytes | None:

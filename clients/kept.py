@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from secure_fedprompt.clients.methods.base import Method
+from secure_fedprompt.host.files import write_tensors, written
 from secure_fedprompt.protocol.errors import DataError
 
 
@@ -46,8 +47,6 @@ class Kept:
         path, arrays = self.path(run), method.private()
         if path is None or not arrays:
             return
-        partial = path.with_suffix(".partial")
-        partial.touch(mode=0o600)
-        save_file(arrays, partial)
-        partial.replace(path)
+        with written(path):
+            write_tensors(path, arrays, mode=0o600)
         self._restored = run

@@ -21,15 +21,18 @@ from secure_fedprompt.protocol.address import Address
 from secure_fedprompt.protocol.errors import (
     CodecError,
     ConfigError,
+    FloodError,
     NotOnRosterError,
     UnreachableError,
     WrongServerKeyError,
 )
 from secure_fedprompt.protocol.keys import Identity, fingerprint
+from secure_fedprompt.protocol.quota import RECORD, Quota
 from secure_fedprompt.protocol.transport import Frame
 
 _HANDSHAKE_TRIES = 3
 _MISSED = 5.0  # seconds without a connection until somebody is told
+BURST = 1 << 26  # bytes beside what rounds take: a starting prompt, what a restart missed
 
 
 def _families(where: Address) -> set[int]:
@@ -78,6 +81,7 @@ class CurveLink:
         self._socket.maxmsgsize = chunks.LIMIT
         self._socket.rcvhwm = self._socket.sndhwm = chunks.QUEUE
         self._coming = chunks.Assembler()
+        self._quota = Quota(BURST, time.monotonic())
         self._socket.heartbeat_ivl, self._socket.heartbeat_timeout = 2000, 10000
         self._socket.reconnect_ivl, self._socket.reconnect_ivl_max = 200, 3000
         self._monitor = self._socket.get_monitor_socket()
@@ -110,12 +114,14 @@ class CurveLink:
         with contextlib.suppress(zmq.Again):
             for chunk in chunks.split(frame.data):
                 self._socket.send(chunk, zmq.NOBLOCK, copy=False)
+        self._quota.said(frame.message)
 
     def receive(self, timeout: float) -> Frame | None:
         """The next frame, or None after ``timeout`` seconds.
 
         Raises:
             LinkError: no connection for ``patience`` seconds, or refused on reconnection.
+            FloodError: the server sends more than rounds take.
         """
         self._poller.poll(int(timeout * 1000))
         self._watch()
@@ -125,11 +131,19 @@ class CurveLink:
                 chunk = self._socket.recv(zmq.NOBLOCK, copy=False)
             except zmq.Again:
                 return None
+            if not self._quota.spend(len(chunk) + RECORD, time.monotonic()):
+                raise FloodError(
+                    f"server {self.address} sends more than its rounds take, as a flood that "
+                    "pushes older records out of this client's audit log would: keep that log, "
+                    "and ask who runs the server"
+                )
             try:
                 data = self._coming.add(chunk.buffer)
             except CodecError as error:
                 return Frame(chunk.buffer, None, error)
-        return Frame.read(data)
+        frame = Frame.read(data)
+        self._quota.came(frame.message, data)
+        return frame
 
     def _watch(self) -> None:
         while self._monitor.poll(0):

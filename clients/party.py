@@ -16,6 +16,7 @@ from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.codec import decode_fields
 from secure_fedprompt.protocol.errors import (
     AdvertMismatchError,
+    FloodError,
     IsolationError,
     KeyInUseError,
     MismatchError,
@@ -39,7 +40,8 @@ if TYPE_CHECKING:
     from secure_fedprompt.clients.cohort_key import CohortKey
 
 _REFUSALS = (  # that a server may name
-    KeyInUseError, MismatchError, NotOnRosterError, RosterMismatchError, RunFailedError,
+    FloodError, KeyInUseError, MismatchError, NotOnRosterError, RosterMismatchError,
+    RunFailedError,
 )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from secure_fedprompt.host.files import lock
+from secure_fedprompt.host.files import lock, written
 from secure_fedprompt.protocol.errors import ConfigError
 
 T = TypeVar("T")
@@ -56,16 +56,12 @@ class RecordFile(Generic[T]):
 
     def __init__(self, path: Path, kind: str, decode: Decode[T], remedy: str) -> None:
         self._kind = kind
-        try:
+        with written(f"state_dir {path.parent}", "choose another"):
             path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
             self._file = os.fdopen(descriptor, "r+b")
             os.fchmod(descriptor, 0o600)
             self._sync_folder(path.parent)
-        except OSError as error:
-            raise ConfigError(
-                f"state_dir {path.parent} cannot be written ({error.strerror}): choose another"
-            ) from None
         try:
             lock(
                 descriptor,
@@ -94,23 +90,22 @@ class RecordFile(Generic[T]):
         """Add a record; durable on return.
 
         Raises:
-            ConfigError: the disk is full or broken; nothing was added.
+            DiskError: the disk is full or broken; nothing was added.
         """
         self._write(line + b"\n")
 
     def _write(self, data: bytes) -> None:
         begin = self._file.tell()
-        try:
-            self._file.write(data)
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                self._file.seek(begin)
-                self._file.truncate()
-            raise ConfigError(
-                f"{self._kind} cannot be written ({error.strerror}): free the disk"
-            ) from None
+        with written(self._kind):
+            try:
+                self._file.write(data)
+                self._file.flush()
+                os.fsync(self._file.fileno())
+            except OSError:
+                with contextlib.suppress(OSError):
+                    self._file.seek(begin)
+                    self._file.truncate()
+                raise
 
     def close(self) -> None:
         self._file.close()

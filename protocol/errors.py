@@ -6,7 +6,8 @@
     │   ├── RosterError                          roster file malformed, entry unsigned or doubled
     │   ├── DataError                            data set empty, one class, corrupt image
     │   ├── ModelError                           weights missing or of an unsupported kind
-    │   └── PromptFileError                      prompt file does not fit the model or classes
+    │   ├── PromptFileError                      prompt file does not fit the model or classes
+    │   └── DiskError                            full, read-only, or held by somebody else
     ├── LinkError                            3   the connection
     │   ├── UnreachableError                 3
     │   ├── NotOnRosterError                 4   the server refused our key (ZAP 400)
@@ -30,6 +31,7 @@
         │   ├── UnknownTypeError
         │   ├── TooLargeError
         │   └── FieldError                       a field is out of its domain
+        ├── FloodError                           more than a round takes
         ├── UnexpectedMessageError               right form, wrong moment
         │   └── SecondUnmaskError                a second unmask request in a round
         ├── PlanError                            the plan contradicts itself
@@ -92,6 +94,10 @@ class ModelError(ConfigError):
 
 
 class PromptFileError(ConfigError):
+    pass
+
+
+class DiskError(ConfigError):
     pass
 
 
@@ -184,6 +190,10 @@ class TooLargeError(CodecError):
 
 
 class FieldError(CodecError):
+    pass
+
+
+class FloodError(ProtocolError):
     pass
 
 

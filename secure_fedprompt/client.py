@@ -25,7 +25,7 @@ from secure_fedprompt.clients.party import Party
 from secure_fedprompt.clients.session import Session
 from secure_fedprompt.clients.work import Update, Work
 from secure_fedprompt.host import command
-from secure_fedprompt.host.files import read_roster, whoami
+from secure_fedprompt.host.files import read_roster, whoami, written
 from secure_fedprompt.host.log import Bars, Log
 from secure_fedprompt.host.recorded import RecordedLink
 from secure_fedprompt.host.recorder import recorder
@@ -35,6 +35,7 @@ from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.errors import (
     ConfigError,
     DataError,
+    DiskError,
     RosterMismatchError,
     SecureFedPromptError,
     SumError,
@@ -59,6 +60,7 @@ EXAMPLES = """\
       --model ViT-B-16 --pretrained openai --policy-min-cohort 5
   # test keys, roster, data, model and the server without joining a run
   secure-fedprompt check --config client.toml"""
+AGAIN = 2.0  # seconds until a prompt that could not be written is tried again
 T = TypeVar("T")
 
 
@@ -223,7 +225,7 @@ def _take_part(
                 if not (going_on or session.terms is not None):
                     raise
                 _await_roster(settings, roster, log, error)
-        path, run = save(session, state_dir), session.run.hex()
+        path, run = save(session, state_dir, log, settings.patience), session.run.hex()
         rounds = len({u.learning_round for u in ledger.uploads if u.run == run})
         words = f"run {run[:8]} is finished; prompt in {path}"
         log.info("finished", words, run=run, rounds=rounds, prompt=str(path))
@@ -252,7 +254,7 @@ def _stay(
             settings.patience,
         )  # fmt: skip
     except SumError:
-        keep_base(session, state_dir, log)
+        keep_base(session, state_dir, log, settings.patience)
         raise
 
 
@@ -410,10 +412,6 @@ def keep_private(folder: Path, session: Client, work: Work, update: Update) -> N
     """What went into an upload, for ``audit --secrets``."""
     path = folder / f"private-record-{session.run.hex()[:8]}.jsonl"
     values, learner = update.values, session.learner
-    if not path.exists():
-        train, test = learner.client.image_counts
-        counts = {"training images": train, "test images": test}
-        private.write_head(path, session.party.name, learner.client.class_names, counts)
     tensors = {t.name: values[t.name] for t in learner.tensors() if t.name in values}
     weighted = {f"weighted {k}": np.asarray(v) * update.weight for k, v in tensors.items()}
     counters = {k: v for k, v in values.items() if k not in tensors}
@@ -421,26 +419,45 @@ def keep_private(folder: Path, session: Client, work: Work, update: Update) -> N
     if tensors:
         flat = np.concatenate([np.asarray(v).reshape(-1) for v in tensors.values()])
         prompt = {"local prompt": work.base + flat}
-    found = {**tensors, **weighted, **counters, **prompt}
-    private.write_round(path, work.plan.round, found)
+    with written(path):
+        if not path.exists():
+            train, test = learner.client.image_counts
+            counts = {"training images": train, "test images": test}
+            private.write_head(path, session.party.name, learner.client.class_names, counts)
+        private.write_round(path, work.plan.round, {**tensors, **weighted, **counters, **prompt})
 
 
-def keep_base(session: Client, folder: Path, log: Log) -> None:
+def keep_base(session: Client, folder: Path, log: Log, patience: float) -> None:
     """After a sum that was none: what the sums before it gave is not lost."""
     if session.base is not None:
         session.final = session.base
-        log.warning("kept", f"the prompt of the rounds before is in {save(session, folder)}")
+        path = save(session, folder, log, patience)
+        log.warning("kept", f"the prompt of the rounds before is in {path}")
 
 
-def save(session: Client, folder: Path) -> Path:
-    """Write the final global prompt beside the journal."""
+def save(session: Client, folder: Path, log: Log, patience: float) -> Path:
+    """Write the final global prompt beside the journal; a disk that is full is waited for.
+
+    Raises:
+        DiskError: it stayed full for ``patience`` seconds.
+    """
     from secure_fedprompt.prompt_file import write_prompt
 
     assert session.final is not None
-    session.learner.finish(session.final, session.run)
     path = folder / f"prompt-{session.run.hex()[:8]}.safetensors"
-    write_prompt(path, session.learner)
-    return path
+    until, told = time.monotonic() + patience, False
+    while True:
+        try:
+            session.learner.finish(session.final, session.run)
+            write_prompt(path, session.learner)
+            return path
+        except DiskError as error:
+            if time.monotonic() > until:
+                raise
+            if not told:
+                log.error("disk", f"{error}; it is held, and tried again for {patience:g} s")
+            told = True
+            time.sleep(AGAIN)
 
 
 if __name__ == "__main__":

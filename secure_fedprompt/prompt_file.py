@@ -10,12 +10,12 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from secure_fedprompt.clients.backbone import Backbone
 from secure_fedprompt.clients.data.loading import classes_digest
 from secure_fedprompt.clients.learning import LocalLearner
 from secure_fedprompt.clients.methods.base import Method, build
+from secure_fedprompt.host.files import write_tensors, written
 from secure_fedprompt.protocol.errors import PromptFileError
 from secure_fedprompt.protocol.settings import MethodSettings
 
@@ -91,7 +91,8 @@ def write_prompt(path: Path, learner: LocalLearner) -> None:
         "layout": json.dumps([asdict(t) for t in learner.method.uploaded()]),
     }
     private = {f"private.{name}": values for name, values in learner.method.private().items()}
-    save_file({**learner.method.state(), **private}, path, metadata)
+    with written(f"prompt {path}"):
+        write_tensors(path, {**learner.method.state(), **private}, metadata)
 
 
 def read_prompt(where: Path) -> PromptFile:

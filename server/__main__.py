@@ -21,8 +21,9 @@ from secure_fedprompt.protocol import homomorphic
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.errors import ConfigError, PlanError
 from secure_fedprompt.protocol.transport import Hub
+from secure_fedprompt.server.door import bound_handles
 from secure_fedprompt.server.exporter import Exporter
-from secure_fedprompt.server.hub import CurveHub, bound_connections
+from secure_fedprompt.server.hub import CurveHub
 from secure_fedprompt.server.reload import Reload
 from secure_fedprompt.server.run import Run
 from secure_fedprompt.server.serve import CountedHub, hear, post
@@ -105,10 +106,11 @@ def _serve(settings: ServerSettings, json_path: str | None, asked: Reload) -> bo
         run = Run(settings, roster, store, os.urandom, state, time.monotonic(), identity)
         warn(log, settings, run.expected)
 
-        def denied(key: str) -> None:
+        def denied(key: str, more: int) -> None:
+            since = f"; {more} more since the last such line" if more else ""
             log.warning(
                 "denied", f"refused a connection as {key}: no such key on this roster "
-                "('secure-fedprompt roster list' shows those that are)", key=key,
+                f"('secure-fedprompt roster list' shows those that are){since}", key=key,
             )  # fmt: skip
 
         def count(peer: str, direction: str, kind: str, size: int) -> None:
@@ -117,7 +119,7 @@ def _serve(settings: ServerSettings, json_path: str | None, asked: Reload) -> bo
         frames = recorder(folder, settings.audit, settings.audit_mb, identity, me, roster)
         if frames is not None:
             stack.callback(frames.close)
-        bound_connections(len(roster.members))
+        bound_handles(len(roster.members))
         socket = CurveHub(
             settings.bind, identity, roster, denied, frames.sent if frames else lambda *_: None
         )

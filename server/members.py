@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from secure_fedprompt.protocol import messages as m
-from secure_fedprompt.protocol.averaging import Prompt
 from secure_fedprompt.protocol.plan import NO_KEY
 from secure_fedprompt.server.planning import RunState
 from secure_fedprompt.server.rounds.base import Round
@@ -18,9 +17,8 @@ class RunStore(Protocol):
 
     def save(self, state: RunState) -> None: ...
 
-    def round_over(
-        self, round: Round, metrics: Mapping[str, float], prompt: Prompt | None
-    ) -> None: ...
+    def round_over(self, round: Round, metrics: Mapping[str, float], state: RunState) -> None:
+        """Keep what became of an attempt, and the state that follows, both or neither."""
 
     def event(self, kind: str, text: str) -> None: ...
 

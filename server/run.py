@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.codec import decode_fields, encode_fields
 from secure_fedprompt.protocol.errors import (
+    DiskError,
     PlanError,
     PolicyError,
     ProtocolError,
@@ -106,6 +107,8 @@ class Run(Gathering):
             return []
         try:
             return self._take(sender, message, now)
+        except DiskError:
+            raise  # not the sender's doing
         except SecureFedPromptError as error:
             self.store.event("fault", f"{sender}: {type(error).__name__}: {error}")
             return [(sender, refused(error)), *self.gone(sender, now)]
@@ -335,7 +338,7 @@ class Run(Gathering):
         else:
             self.attempts += not current.excluded
             self.last_reason = current.reason
-            self.store.round_over(current, {}, None)
+            self.store.round_over(current, {}, self.state)
         self._note_declined(current)
         state, settings = self.state, self.settings
         if current.excluded:
@@ -398,8 +401,7 @@ class Run(Gathering):
         for name, client in self.clients.items():
             committed = m.Nonce(name, client.commitment) in state.commitments
             client.missed = client.missed or (committed and name not in done.plan.cohort)
-        self.store.save(state)  # first: a round that is not on record is better than one twice
-        self.store.round_over(done, metrics, state.prompt)
+        self.store.round_over(done, metrics, state)
 
 
 def _why(leave: m.Leave) -> str:

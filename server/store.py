@@ -10,12 +10,13 @@ server.json     the settings of the run (no keys)
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import shutil
 import sqlite3
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,11 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
-from secure_fedprompt.protocol.averaging import Prompt, prompt_bytes
+from secure_fedprompt.host.files import lock, write_durably, write_tensors, written
+from secure_fedprompt.protocol.averaging import prompt_bytes
 from secure_fedprompt.protocol.codec import decode_fields, encode_fields
-from secure_fedprompt.protocol.errors import ConfigError, PromptFileError
+from secure_fedprompt.protocol.errors import ConfigError, DiskError, PromptFileError
 from secure_fedprompt.protocol.expand import Purpose, digest
 from secure_fedprompt.protocol.layout import TensorSpec, slices
 from secure_fedprompt.protocol.messages import Nonce
@@ -61,6 +62,7 @@ TROUBLE = (
     "failed",
 )  # kinds of events
 BEST = "best.safetensors"  # in a run folder
+LOCKED = 30.0  # seconds that somebody else, a backup perhaps, may hold the database
 _FREE = {  # not in a run's terms
     "key", "roster", "bind", "run_dir", "start_prompt", "clients", "min_clients",
     "gather_seconds", "patience", "alive_seconds", "max_attempts", "stop_after", "audit",
@@ -140,34 +142,41 @@ def started(settings: ServerSettings) -> ServerSettings:
     return msgspec.structs.replace(settings, start=digest(Purpose.BASE, prompt_bytes(flat)).hex())
 
 
-def write_durably(path: Path, data: bytes) -> None:
-    """Replace a file; what is there afterwards is the old content or the new one."""
-    partial = path.with_suffix(".partial")
-    with open(partial, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-
-
 class Store:
     """A run on disk.
 
     Raises:
-        ConfigError: the folder holds a finished run, or one with other settings.
+        ConfigError: the folder holds a finished run, or one with other settings; another server
+            uses it; or it cannot be written. After such an error all that was stored before is
+            there, and a server started again goes on from it.
     """
 
     def __init__(self, folder: Path, settings: ServerSettings) -> None:
         self.folder = folder
-        (folder / "prompts").mkdir(parents=True, exist_ok=True)
-        self._db = sqlite3.connect(folder / "run.sqlite")
-        self._db.execute("PRAGMA journal_mode=WAL")
-        self._db.execute("PRAGMA synchronous=FULL")
-        self._db.executescript(_SCHEMA)
+        with self._writing():
+            (folder / "prompts").mkdir(parents=True, exist_ok=True)
+            self._held = os.open(folder / "prompts", os.O_RDONLY)
+        try:
+            lock(
+                self._held, f"run folder {folder} is in use by another server: stop it, or use "
+                "another run_dir",
+            )  # fmt: skip
+            with self._writing():
+                self._db = sqlite3.connect(folder / "run.sqlite", timeout=LOCKED)
+                self._db.execute("PRAGMA journal_mode=WAL")
+                self._db.execute("PRAGMA synchronous=FULL")
+                self._db.executescript(_SCHEMA)
+                self._keep_settings(settings)
+        except ConfigError:
+            os.close(self._held)
+            raise
         self._traffic: dict[tuple[int, str, str, str], list[int]] = {}
-        self._keep_settings(settings)
         self.on_event: list[Any] = []
         self._summed = b""  # what the file holds
+        self._wrote: tuple[Path, bytes] | None = None  # the last prompt, and where
+
+    def _writing(self) -> AbstractContextManager[None]:
+        return written(f"run folder {self.folder}", "free the disk, then start again to go on")
 
     def _keep_settings(self, settings: ServerSettings) -> None:
         path, now = self.folder / "server.json", msgspec.to_builtins(settings)
@@ -179,7 +188,9 @@ class Store:
                         f"run folder {self.folder} was begun with {name} = {before.get(name)!r}, "
                         f"now it is {now[name]!r}: use the old value, or another run_dir"
                     )
-        path.write_text(json.dumps({k: v for k, v in now.items() if k != "key"}, indent=1) + "\n")
+        kept = json.dumps({k: v for k, v in now.items() if k != "key"}, indent=1) + "\n"
+        if not path.exists() or path.read_text() != kept:
+            write_durably(path, kept.encode())
 
     def load(self) -> RunState:
         """The stored state, or a new one."""
@@ -229,6 +240,11 @@ class Store:
     # -- the RunStore ------------------------------------------------------------------------------
 
     def save(self, state: RunState) -> None:
+        with self._writing():
+            self._save(state)
+
+    def _save(self, state: RunState, round: Round | None = None, row: Sequence[Any] = ()) -> None:
+        """Files first, then the database in one step: it says which of them count."""
         if state.prompt is not None:
             self._write_prompt(state)
         pending = self.folder / "pending.bin"
@@ -260,28 +276,28 @@ class Store:
         }
         with self._db:
             self._db.execute("INSERT OR REPLACE INTO state VALUES (1, ?)", (json.dumps(body),))
+            if round is not None:
+                self._db.execute("INSERT OR REPLACE INTO rounds VALUES (?,?,?,?,?,?,?,?,?,?)", row)
+                said = [(number, json.dumps(names)) for number, names in round.checked.items()]
+                self._db.executemany("INSERT OR REPLACE INTO checked VALUES (?,?)", said)
         if not state.pending:
             pending.unlink(missing_ok=True)
 
-    def round_over(self, round: Round, metrics: Mapping[str, float], prompt: Prompt | None) -> None:
+    def round_over(self, round: Round, metrics: Mapping[str, float], state: RunState) -> None:
         plan = round.plan
         row = (plan.round, plan.learning_round, str(round.stage), round.reason,
                *(json.dumps(x) for x in (plan.cohort, round.dropped, round.faults, dict(metrics),
                                          round.seconds)), time.time())  # fmt: skip
-        with self._db:
-            self._db.execute("INSERT OR REPLACE INTO rounds VALUES (?,?,?,?,?,?,?,?,?,?)", row)
-            self._db.executemany(
-                "INSERT OR REPLACE INTO checked VALUES (?,?)",
-                [(number, json.dumps(names)) for number, names in round.checked.items()],
-            )
-        self._keep_best(plan.learning_round - 1, metrics)
+        with self._writing():
+            self._save(state, round, row)
+            self._keep_best(plan.learning_round - 1, metrics)
         self.flush_traffic()
         (told,) = rounds_of(self._db, plan.round)
         for listener in self.on_event:
             listener("round", told)
 
     def event(self, kind: str, text: str) -> None:
-        with self._db:
+        with self._writing(), self._db:
             self._db.execute("INSERT INTO events VALUES (?,?,?)", (time.time(), kind, text))
         for listener in self.on_event:
             listener(kind, text)
@@ -295,7 +311,7 @@ class Store:
         cell[1] += size
 
     def flush_traffic(self) -> None:
-        with self._db:
+        with self._writing(), self._db:
             self._db.executemany(
                 "INSERT INTO traffic VALUES (?,?,?,?,?,?) ON CONFLICT DO UPDATE SET "
                 "frames = frames + excluded.frames, bytes = bytes + excluded.bytes",
@@ -323,14 +339,16 @@ class Store:
             "learning_round": str(number),
         }
         assert state.prompt is not None
+        now = path, state.sealed or state.prompt.tobytes()
+        if now == self._wrote and path.exists():
+            return
         tensors = dict[str, NDArray[Any]]()
         if state.sealed:
             tensors["sealed"] = np.frombuffer(state.sealed, np.uint8)
         for spec, part in slices(() if state.sealed else state.tensors):
             tensors[spec.name] = state.prompt[part].reshape(spec.shape).copy()
-        partial = path.with_suffix(".partial")
-        save_file(tensors, partial, metadata)
-        partial.replace(path)
+        write_tensors(path, tensors, metadata)
+        self._wrote = now
 
     def _keep_best(self, number: int, metrics: Mapping[str, float]) -> None:
         """A copy of the prompt with the best accuracy, once rounds have counted it."""
@@ -340,9 +358,7 @@ class Store:
         scores = [metrics.get("accuracy", 0.0) for metrics in found]
         path = self.prompt_path(number)
         if metrics.get("accuracy", 0.0) and metrics["accuracy"] >= max(scores) and path.exists():
-            partial = self.folder / "best.partial"
-            shutil.copyfile(path, partial)
-            partial.replace(self.folder / BEST)
+            write_durably(self.folder / BEST, path.read_bytes())
 
     def _read(self, path: Path, names: list[str]) -> NDArray[Any]:
         try:
@@ -378,5 +394,9 @@ class Store:
         }
 
     def close(self) -> None:
-        self.flush_traffic()
+        with contextlib.suppress(DiskError):  # nothing but counts of bytes
+            self.flush_traffic()
         self._db.close()
+        if self._held >= 0:
+            os.close(self._held)
+            self._held = -1

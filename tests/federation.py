@@ -61,6 +61,9 @@ class Toy:
         return Update(values, self.weight)
 
 
+STORES = dict[Path, Store]()  # that are open
+
+
 class World:
     """A server and clients joined by a queue."""
 
@@ -119,7 +122,10 @@ class World:
             self.network.hub.send(name, Frame.of(message))
 
     def start_server(self) -> None:
+        if (before := STORES.pop(self.folder, None)) is not None:
+            before.close()  # of a server that has ended, however it did
         self.store = Store(self.folder, self.settings)
+        STORES[self.folder] = self.store
         self.events: list[tuple[str, Any]] = []
         self.store.on_event.append(lambda kind, value: self.events.append((kind, value)))
         state = self.store.load()

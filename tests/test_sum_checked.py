@@ -316,11 +316,11 @@ def test_the_prompt_of_the_rounds_before_a_wrong_sum_is_not_lost(
     trainer = LocalTrainer(bundled, train, test, 0)
     session = Session(make_parties(3)["c001"], trainer)
     log = Log("client", console=Console(file=io.StringIO()))
-    client.keep_base(session, tmp_path, log)  # nothing was opened: nothing is written
+    client.keep_base(session, tmp_path, log, 0.0)  # nothing was opened: nothing is written
     assert not list(tmp_path.iterdir())
     session._learner = trainer.prepare(MethodSettings(n_ctx=4, init="a photo of a"))
     session.run, session.base = b"r" * 16, session.learner.initial() + np.float32(1)
-    client.keep_base(session, tmp_path, log)
+    client.keep_base(session, tmp_path, log, 0.0)
     (path,) = tmp_path.glob("prompt-*.safetensors")
     assert np.array_equal(read_prompt(path).tensors["ctx"].reshape(-1), session.base)
 

@@ -34,7 +34,8 @@ from secure_fedprompt.protocol.codec import VERSION
 from secure_fedprompt.protocol.keys import Identity
 from secure_fedprompt.protocol.transport import Frame
 from secure_fedprompt.server import routes
-from secure_fedprompt.server.hub import CONNECTIONS, TWO, CurveHub, bound_connections
+from secure_fedprompt.server.door import EACH, HANDLES, bound_handles, room
+from secure_fedprompt.server.hub import TWO, CurveHub
 from secure_fedprompt.server.rounds.base import Deadlines, Stage
 from secure_fedprompt.server.rounds.start import make_round
 from secure_fedprompt.server.routes import Heard, Routes
@@ -203,9 +204,9 @@ def test_open_files_bound_the_connections() -> None:
 
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
-        bound_connections(5)
+        bound_handles(5)
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        assert soft <= CONNECTIONS
+        assert soft == 5 * EACH + room(5) + HANDLES
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
 

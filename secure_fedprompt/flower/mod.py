@@ -207,8 +207,9 @@ def _train(
                 cut, len(delta), work.plan.clip,
             )  # fmt: skip
         frames = player.trained(delta, 1.0 if work.plan.uniform else weight)
-    hold = max(hold_seconds, terms.upload_after) - (time.time() - kept.planned)
-    time.sleep(min(max(0.0, hold), terms.training_seconds))
+    hold = max(hold_seconds, terms.upload_after)
+    left = hold - (time.time() - kept.planned)  # in another process perhaps; clocks can jump
+    time.sleep(min(max(0.0, left), hold, terms.training_seconds))
     return frames
 
 

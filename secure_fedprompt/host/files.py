@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
+import sqlite3
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import (
-    TYPE_CHECKING,
-)
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.numpy import save
 
 from secure_fedprompt.protocol.errors import (
     ConfigError,
+    DiskError,
     KeyFileError,
     RosterError,
 )
 from secure_fedprompt.protocol.keys import Identity, Member, fingerprint
 from secure_fedprompt.protocol.roster import Roster, member_to_toml
-
-if TYPE_CHECKING:
-    pass
 
 
 def read_identity(path: str) -> Identity:
@@ -105,6 +106,39 @@ def lock(descriptor: int, in_use: str) -> None:
         raise ConfigError(in_use) from None
 
 
+@contextlib.contextmanager
+def written(what: object, remedy: str = "free the disk") -> Iterator[None]:
+    """Turns what the disk refuses into one line.
+
+    Raises:
+        DiskError: naming ``what`` and the reason.
+    """
+    try:
+        yield
+    except (OSError, sqlite3.Error, SafetensorError) as error:
+        why = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise DiskError(f"{what} cannot be written ({why}): {remedy}") from None
+
+
+def write_durably(path: Path, data: bytes, mode: int = 0o644) -> None:
+    """Replace a file; what is there afterwards is the old content or the new one."""
+    partial = path.with_suffix(".partial")
+    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None,
+    mode: int = 0o644,
+) -> None:  # fmt: skip
+    """The same for a safetensors file."""
+    write_durably(path, save(dict(tensors), dict(metadata) if metadata else None), mode)
+
+
 def write_private(path: Path, data: bytes) -> None:
     """Create a file that only its owner can read; an existing one is never overwritten.
 
@@ -123,18 +157,10 @@ def replace_private(path: Path, data: bytes) -> None:
     """Replace a file that only its owner can read; afterwards it is the old one or the new one.
 
     Raises:
-        ConfigError: it cannot be written.
+        DiskError: it cannot be written.
     """
-    partial = path.with_suffix(".partial")
-    try:
-        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be written ({error.strerror}): free the disk") from None
+    with written(path):
+        write_durably(path, data, 0o600)
 
 
 def make_key(name: str, role: str, folder: Path) -> Member:

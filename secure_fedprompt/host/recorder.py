@@ -20,17 +20,17 @@ wire; keys never did.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from secure_fedprompt.host.files import lock
+from secure_fedprompt.host.files import lock, written
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.codec import encode_fields
 from secure_fedprompt.protocol.errors import ConfigError
@@ -179,8 +179,11 @@ class Recorder:
         """End the log in order, unless a record was interrupted halfway."""
         if self._lines is not None and self._whole:
             self._write("close")
-        self._close_files()
-        os.close(self._folder)
+        try:
+            with _named(self.folder):
+                self._close_files()
+        finally:
+            os.close(self._folder)
 
     # -- writing ---------------------------------------------------------------------------------
 
@@ -234,10 +237,11 @@ class Recorder:
         self._places = {}
 
     def _close_files(self) -> None:
-        for file in (self._lines, self._frames):
-            if file is not None:
-                file.close()
-        self._lines = self._frames = None
+        with ExitStack() as stack:  # both, whatever the first one says
+            for file in (self._lines, self._frames):
+                if file is not None:
+                    stack.callback(file.close)
+            self._lines = self._frames = None
 
     def _resume(self) -> int:
         """Go on where the folder's last segment ends; bytes of a torn last line that are cut."""
@@ -272,16 +276,8 @@ class Recorder:
         return len(left)
 
 
-@contextlib.contextmanager
-def _named(folder: Path) -> Iterator[None]:
-    """Turns what the disk refuses into one line."""
-    try:
-        yield
-    except OSError as error:
-        raise ConfigError(
-            f"audit log {folder} cannot be written ({error.strerror}): free the disk, or set "
-            "audit = 'off'"
-        ) from None
+def _named(folder: Path) -> AbstractContextManager[None]:
+    return written(f"audit log {folder}", "free the disk, or set audit = 'off'")
 
 
 def segments(folder: Path) -> list[int]:
