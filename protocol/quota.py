@@ -99,4 +99,4 @@ class Quota:
     def _enter(self, run: bytes, number: int) -> None:
         if run != self._entered[0] or number > self._entered[1]:
             self._entered = run, number
-            self._left += self._need
+            self._left = min(self._left, self._burst + self._need) + self._need  # none piles up

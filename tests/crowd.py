@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -71,11 +72,14 @@ class Member:
         server = self.roster.with_role("server")[0]
         self.link = CurveLink(address, server.curve, self.identity, 600.0)
         self.errors: list[str] = []
+        self.again = False  # to greet anew, as a process that was started again does
+        self.late: dict[str, float] = {}  # seconds to wait with a round that lacks this client
+        self._due: tuple[float, m.Message] | None = None
         self.begin()
 
     def begin(self) -> None:
         """A session, as a process that was started again has."""
-        party = Party(self.name, self.identity, self.roster, OPEN, self.journal)
+        party = Party(self.name, self.identity, self.roster, OPEN, self.journal, os.urandom)
         self.session: Any = Session(party, Toy())
         self.talk = Conversation(self, self.session.hello)
 
@@ -97,10 +101,25 @@ class Member:
         self.link._socket.send(chunk)
         self.link._quota.said(None)
 
+    def _next(self) -> m.Message | None:
+        """What came, unless it is to wait."""
+        if self._due is not None:
+            due, message = self._due
+            self._due = None if time.monotonic() >= due else self._due
+            return message if self._due is None else None
+        came = self.talk.receive(0.005)
+        if isinstance(came, m.Plan) and (missing := self.late.keys() - set(came.plan.cohort)):
+            self._due = time.monotonic() + max(self.late[name] for name in missing), came
+            return None
+        return came
+
     def step(self) -> None:
+        if self.again:
+            self.again = False
+            self.begin()
         self.talk.greet()
         self.talk.live()
-        if (message := self.talk.receive(0.005)) is None:
+        if (message := self._next()) is None:
             return
         try:
             self.talk.send(self.session.on(message))

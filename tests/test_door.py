@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -82,7 +83,7 @@ def test_the_oldest_of_too_many_strangers_must_leave(stack: ExitStack, server: C
     for held in (*first[5:], *last):
         assert held.recv(1)
         held.setblocking(False)
-        with pytest.raises(BlockingIOError):  # ZeroMQ's greeting, and no end
+        with contextlib.suppress(BlockingIOError):  # ZeroMQ's greeting, and no end
             while True:
                 assert held.recv(64)
     late = linked(stack, server, "c002")  # who speaks is no stranger

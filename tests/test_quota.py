@@ -104,6 +104,14 @@ def test_what_the_peer_says_gives_it_nothing() -> None:
         assert not quota.spend(1, 0.0)
 
 
+def test_what_earlier_rounds_left_does_not_pile_up() -> None:
+    quota, plan = Quota(BURST, 0.0), make_plan(4)
+    for number in range(1, 100):
+        quota.said(m.Plan(dataclasses.replace(plan, round=number), b""))
+    assert not quota.spend(BURST + 2 * need(plan) + 1, 0.0)
+    assert quota.spend(BURST + 2 * need(plan), 0.0)
+
+
 def test_who_is_asked_for_the_start_may_send_one() -> None:
     quota = Quota(BURST, 0.0)
     quota.said(m.Welcome(bytes(16), bytes(32), (), b"{}", 0))
