@@ -71,6 +71,7 @@ class Member:
         self.journal = MemoryJournal()
         server = self.roster.with_role("server")[0]
         self.link = CurveLink(address, server.curve, self.identity, 600.0)
+        self.workload: Any = Toy()
         self.errors: list[str] = []
         self.again = False  # to greet anew, as a process that was started again does
         self.late: dict[str, float] = {}  # seconds to wait with a round that lacks this client
@@ -80,7 +81,7 @@ class Member:
     def begin(self) -> None:
         """A session, as a process that was started again has."""
         party = Party(self.name, self.identity, self.roster, OPEN, self.journal, os.urandom)
-        self.session: Any = Session(party, Toy())
+        self.session: Any = Session(party, self.workload)
         self.talk = Conversation(self, self.session.hello)
 
     @property
