@@ -80,6 +80,7 @@ class CurveLink:
         self._socket.curve_secretkey = z85.encode(identity.curve.private_bytes_raw())
         self._socket.maxmsgsize = chunks.LIMIT
         self._socket.rcvhwm = self._socket.sndhwm = chunks.QUEUE
+        self._socket.immediate = True  # what a lost connection did not carry is not for the next
         self._coming = chunks.Assembler()
         self._quota = Quota(BURST, time.monotonic())
         self._socket.heartbeat_ivl, self._socket.heartbeat_timeout = 2000, 10000

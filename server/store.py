@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 
 from secure_fedprompt.host.files import lock, write_durably, write_tensors, written
 from secure_fedprompt.protocol.averaging import prompt_bytes
-from secure_fedprompt.protocol.codec import decode_fields, encode_fields
+from secure_fedprompt.protocol.codec import VERSION, decode_fields, encode_fields
 from secure_fedprompt.protocol.errors import ConfigError, DiskError, PromptFileError
 from secure_fedprompt.protocol.expand import Purpose, digest
 from secure_fedprompt.protocol.layout import TensorSpec, slices
@@ -179,9 +179,16 @@ class Store:
         return written(f"run folder {self.folder}", "free the disk, then start again to go on")
 
     def _keep_settings(self, settings: ServerSettings) -> None:
-        path, now = self.folder / "server.json", msgspec.to_builtins(settings)
+        path = self.folder / "server.json"
+        now = {**msgspec.to_builtins(settings), "wire": VERSION}
         if path.exists():
             before = json.loads(path.read_text())
+            if before.get("wire") != VERSION:
+                raise ConfigError(
+                    f"run folder {self.folder} was begun by another release (wire version "
+                    f"{before.get('wire', 'not noted')}, this is {VERSION}): finish it with that "
+                    "one, or use another run_dir"
+                )
             for name in sorted(set(now) - _FREE):
                 if before.get(name) != now[name]:
                     raise ConfigError(

@@ -120,7 +120,11 @@ def reconnected(log: Log, at: int, peer: str, way: str) -> None:
     log.entries.insert(at, dataclasses.replace(hello, way=way, peer=peer, place=None))
 
 
-def test_a_lost_connection_explains_what_was_in_flight_and_no_more(good: dict[str, Path]) -> None:
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_lost_connection_explains_what_was_in_flight_and_no_more(
+    good: dict[str, Path], asked: bool
+) -> None:
+    """Also where the server had to ask for the greeting of the next one."""
     log, other = read(good, "server", VICTIM)
     gone = next(e for e in other.entries if e.kind == "Adverts")
     at = other.entries.index(gone)
@@ -132,6 +136,10 @@ def test_a_lost_connection_explains_what_was_in_flight_and_no_more(good: dict[st
     )
     reconnected(log, place + 1, VICTIM, "in")
     reconnected(other, at, "server", "out")
+    if asked:
+        rejoin = dataclasses.replace(gone, kind="Rejoin", run="", round=0, digest="0", place=None)
+        log.entries.insert(place + 1, dataclasses.replace(rejoin, way="out", peer=VICTIM))
+        other.entries.insert(at + 1, rejoin)
     result = summary.audit(log, [other], "", None)
     assert not failures(result)
     assert any(text in f.text and f.level is Level.WARN for f in result.findings)
@@ -178,7 +186,7 @@ def forged(folder: Path, records: list[dict[str, Any]], mode: str = "full") -> L
     members = [
         {"name": x.name, "role": x.role, "identity": x.identity.hex()} for x in known.members
     ]
-    about = {"format": "secure-fedprompt/audit/2", "name": "server", "role": "server",
+    about = {"format": "secure-fedprompt/audit/2/12", "name": "server", "role": "server",
              "mode": mode, "roster": members}  # fmt: skip
     chain, lines = bytes(32), []
     for n, record in enumerate([{"kind": "open", "cut": 0, **about}, *records, {"kind": "close"}]):

@@ -108,7 +108,8 @@ def _cross_check(sender: Log, receiver: Log, run: str) -> Iterator[Finding]:
         yield failed("cross-check", where, "frames of a run arrived in another order than sent")
         return
     heard = _passed(sender, run, "in", receiver.name)
-    last = {connection: i for i, (connection, _) in enumerate(sent) if i in rows}
+    # A Rejoin asks for the greeting that a new connection lacks: it is not of the one before.
+    last = {c: i for i, (c, e) in enumerate(sent) if i in rows and e.kind != "Rejoin"}
     lost = [(i, c, e) for i, (c, e) in enumerate(sent) if i not in rows]
     hidden = [e for i, c, e in lost if i < last.get(c, -1)]
     answered = [

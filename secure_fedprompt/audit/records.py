@@ -98,6 +98,7 @@ def parse(text: bytes) -> Record | None:
         return None
     if isinstance(record, Open | Segment) and record.format != FORMAT:
         raise ConfigError(
-            f"the audit log is of format {record.format[:64]!a}; this program reads {FORMAT!r}"
+            f"the audit log is of format {record.format[:64]!a}; this release reads {FORMAT!r}: "
+            "audit it with the release that wrote it"
         )
     return record

@@ -32,14 +32,14 @@ from typing import Any, BinaryIO
 
 from secure_fedprompt.host.files import lock, written
 from secure_fedprompt.protocol import messages as m
-from secure_fedprompt.protocol.codec import encode_fields
+from secure_fedprompt.protocol.codec import VERSION, encode_fields
 from secure_fedprompt.protocol.errors import ConfigError
 from secure_fedprompt.protocol.expand import Purpose
 from secure_fedprompt.protocol.keys import Identity, Member
 from secure_fedprompt.protocol.roster import Roster
 from secure_fedprompt.protocol.transport import Frame
 
-FORMAT = "secure-fedprompt/audit/2"
+FORMAT = f"secure-fedprompt/audit/2/{VERSION}"  # of records, and of frames
 START = bytes(32)
 MALFORMED = "malformed"
 Record = dict[str, Any]
@@ -257,14 +257,21 @@ class Recorder:
         for number, line in enumerate(lines, start=1):
             self._begun = self._begun or len(line) + 1
             text, _, chain = line.partition(b"\t")
+            form = FORMAT
             try:
                 record = json.loads(text)
                 if record["kind"] == "segment":
                     self.chain = bytes.fromhex(record["previous"])
+                form = str(record.get("format", FORMAT))
                 self.chain, self.records = link(self.chain, text), int(record["n"]) + 1
                 damaged = self.chain.hex().encode() != chain
             except (ValueError, KeyError, TypeError, RecursionError):
                 damaged = True
+            if form != FORMAT:
+                raise ConfigError(
+                    f"audit log {self.folder} was begun by another release (format {form[:64]!a}, "
+                    f"this is {FORMAT!r}): move the folder away and keep it, then start again"
+                )
             if damaged:
                 raise ConfigError(
                     f"audit log {_paths(self.folder, self._segment)[0]} is damaged at line "
