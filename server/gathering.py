@@ -40,6 +40,7 @@ from secure_fedprompt.server.rounds.base import Round
 from secure_fedprompt.server.serve import Outbox
 from secure_fedprompt.server.settings import ServerSettings, check_roster, check_settings, fewest_of
 
+ASKS = 5  # times that a client is asked for a starting prompt
 SAME_HELLO = 5.0  # seconds within which two greetings of one process count as one
 
 
@@ -86,7 +87,7 @@ class Gathering(ABC):
         self.initial_from, self.initial_until = "", 0.0
         self.opening = True  # wait for everybody, also after a restart
         self.rejoin: dict[str, float] = {}
-        self.asked: set[str] = set()  # for the starting prompt
+        self.asked = Counter[str]()  # for the starting prompt, and how often
         self.larger, self.declined = 0, ""  # a cohort that clients may accept, and why
         self.started_from = ""  # whose starting prompt it is
         self.short_since: float | None = None  # too few clients are there for a round
@@ -264,12 +265,16 @@ class Gathering(ABC):
         state = self.state
         out: Outbox = []
         if state.prompt is None and not self.initial_from:
-            if not (candidates := set(self.clients) - self.asked):
+            candidates = [name for name in self.clients if self.asked[name] < ASKS]
+            if not candidates:
                 if self.opening and now < self.gather_until:
                     return out
+                if len(self.clients) < self.needed:
+                    return self._too_few(len(self.clients), now)
                 return self._fail(RunFailedError("no client sent a usable starting prompt"))
-            self.initial_from = min(candidates)
-            self.asked.add(self.initial_from)
+            # Who was asked and lost its connection is asked again, after all the others.
+            self.initial_from = min(candidates, key=lambda name: (self.asked[name], name))
+            self.asked[self.initial_from] += 1
             self.initial_until = now + self.settings.training_seconds
             out.append((self.initial_from, self._welcome(self.initial_from, need_initial=True)))
         out += self._welcome_all()
@@ -324,7 +329,7 @@ class Gathering(ABC):
         state, present = self.state, self.everybody()
         state.run, state.server_nonce, state.commitments, state.opened = b"", b"", (), {}
         state.tensors, state.prompt, state.start = (), None, None
-        self.asked, self.initial_from, self.opening = set(), "", True
+        self.asked, self.initial_from, self.opening = Counter(), "", True
         self.gather_until = now + self.settings.gather_seconds
         self.clients, self.helpers = {}, {}
         self.store.save(state)

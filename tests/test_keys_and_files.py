@@ -6,6 +6,8 @@ import contextlib
 import json
 import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -243,3 +245,16 @@ def test_policies_that_mean_nothing_are_refused(flag: str, value: str) -> None:
     key = flag.removeprefix("--policy-").replace("-", "_")
     with pytest.raises(errors.ConfigError, match=rf"policy\.{key} = "):
         command.load(ClientSettings, flags(ClientSettings, [flag, value]))
+
+
+def test_a_process_with_a_key_leaves_no_dump_and_shows_no_memory(tmp_path: Path) -> None:
+    cli.make_key("alice", "client", tmp_path)
+    ask = (
+        "import ctypes, resource, sys; from secure_fedprompt.host.files import read_identity\n"
+        "resource.setrlimit(resource.RLIMIT_CORE, (resource.getrlimit(resource.RLIMIT_CORE)[1],) * 2)\n"
+        "read_identity(sys.argv[1])\n"
+        "print(resource.getrlimit(resource.RLIMIT_CORE)[0], ctypes.CDLL(None).prctl(3, 0, 0, 0, 0))"
+    )
+    words = [sys.executable, "-c", ask, str(tmp_path / "alice.pem")]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["0", "0" if sys.platform == "linux" else "-1"]

@@ -134,7 +134,8 @@ def check(world: Mortal) -> None:
     for name in names(N):
         opened = Counter[int]()
         run = world.run.state.run.hex()
-        for learning_round in world.journals[name]._runs[run].opened:
+        known = world.journals[name]._runs.get(run)
+        for learning_round in known.opened if known is not None else ():
             opened[learning_round] += 1
         assert max(opened.values(), default=0) <= 1
         counted = Counter(u.learning_round for u in world.ledgers[name].uploads if u.run == run)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import sqlite3
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,16 +23,29 @@ from secure_fedprompt.protocol.errors import (
 from secure_fedprompt.protocol.keys import Identity, Member, fingerprint
 from secure_fedprompt.protocol.roster import Roster, member_to_toml
 
+PR_SET_DUMPABLE = 4  # linux/prctl.h
+
+
+def leave_no_dump() -> None:
+    """No core dump of this process; on Linux, no look into its memory by others of its user."""
+    with contextlib.suppress(ImportError, OSError, ValueError, AttributeError):
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
+
 
 def read_identity(path: str) -> Identity:
-    """A key file.
+    """A key file. From here on the process has secrets in memory, and leaves no core dump.
 
     Raises:
         KeyFileError: missing, open to others, or malformed.
     """
+    leave_no_dump()
     try:
         with open(path, "rb") as file:
-            return Identity.from_pem(file.read(), path, Path(path).stat().st_mode)
+            return Identity.from_pem(file.read(), path, os.fstat(file.fileno()).st_mode)
     except FileNotFoundError:
         raise KeyFileError(
             f"key = {path!r}: no such file; make one with 'secure-fedprompt keygen --name NAME'"
