@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import uuid
 from collections.abc import Callable, Iterable
 
@@ -20,7 +21,6 @@ from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp import strategy as strategies
-from flwr.supercore.task_identity import TaskIdentity
 
 from secure_fedprompt.flower import SecureGrid, secure, site, wire
 from secure_fedprompt.host.files import make_key
@@ -41,7 +41,10 @@ class LabGrid(Grid):
     """
 
     def __init__(self, apps: dict[int, ClientApp], configs: dict[int, dict] | None = None) -> None:
-        TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1
+        with contextlib.suppress(ImportError):  # before Flower 1.38
+            from flwr.supercore.task_identity import TaskIdentity
+
+            TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1
         self.apps = apps
         self.contexts = {
             node: Context(1, node, (configs or {}).get(node, {}), RecordDict(), {"lr": 0.1})

@@ -21,7 +21,7 @@ from collections.abc import Callable
 
 import msgspec
 import numpy as np
-from flwr.app import DEFAULT_TTL, ConfigRecord, Context, Error, Message, Metadata, RecordDict
+from flwr.app import ConfigRecord, Context, Error, Message, Metadata, RecordDict
 
 from secure_fedprompt.flower import site as sites
 from secure_fedprompt.flower import wire
@@ -42,6 +42,7 @@ from secure_fedprompt.protocol.errors import (
 from secure_fedprompt.protocol.transport import Frame, Link
 
 App = Callable[[Message, Context], Message]
+TTL = 43_200.0  # seconds that a message lives, as Flower gives it
 REFUSED = 1000  # code of our errors, beyond Flower's own
 LOG = logging.getLogger("flwr")
 _MAX_WEIGHT = 1e9
@@ -173,7 +174,7 @@ def _asked(form: Form, base: Prompt, learning_round: int, context: Context) -> M
     metadata = Metadata(
         run_id=context.run_id, message_id=f"round-{learning_round}", src_node_id=1,
         dst_node_id=context.node_id, reply_to_message_id="", group_id=str(learning_round),
-        created_at=time.time(), ttl=DEFAULT_TTL, message_type=form.kind,
+        created_at=time.time(), ttl=TTL, message_type=form.kind,
     )  # fmt: skip
     return Message(content, metadata=metadata)
 
