@@ -401,9 +401,10 @@ class Store:
         }
 
     def close(self) -> None:
+        if self._held < 0:
+            return
         with contextlib.suppress(DiskError):  # nothing but counts of bytes
             self.flush_traffic()
         self._db.close()
-        if self._held >= 0:
-            os.close(self._held)
-            self._held = -1
+        os.close(self._held)
+        self._held = -1

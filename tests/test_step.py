@@ -204,6 +204,8 @@ def moved(method: Method, batch: Batch, place: Callable[[Tensor], Tensor]) -> tu
 @pytest.mark.parametrize("name", TRAINED)
 def test_the_forward_pass_runs_on_fake_cuda_tensors(name: str, bundled: Backbone) -> None:
     """Without a card: gradients on fake CUDA tensors need a real one, shapes and devices do not."""
+    if torch.__version__ < (2, 9):
+        pytest.skip("fake CUDA tensors need a driver in this PyTorch")
     mode = FakeTensorMode()
 
     def place(x: Tensor) -> Tensor:
