@@ -87,7 +87,7 @@ def test_an_audit_of_private_training(fault: str) -> None:
     with faulty(fault):
         least, flagged = audit_images(claim, 500, 160, SURE)
     assert flagged is bool(fault)
-    assert 0.85 < least / claim.sigma < 1.1  # an audit that finds much less is of no use
+    assert 0.85 < least / claim.sigma < 1.2  # an audit that finds much less is of no use
 
 
 @pytest.mark.parametrize(

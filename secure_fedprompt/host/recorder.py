@@ -25,6 +25,7 @@ import json
 import os
 import re
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
@@ -42,6 +43,7 @@ from secure_fedprompt.protocol.transport import Frame
 FORMAT = f"secure-fedprompt/audit/2/{VERSION}"  # of records, and of frames
 START = bytes(32)
 MALFORMED = "malformed"
+RECENT = 4096  # frames that are kept once if they come again
 Record = dict[str, Any]
 
 
@@ -105,7 +107,7 @@ class Recorder:
         self._identity, self.name = identity, member.name
         self.server = roster.with_role("server")[0].name
         self.records, self.chain, self._segment = 0, START, 0
-        self._places: dict[str, int] = {}  # frames that this segment holds already
+        self._places: OrderedDict[str, int] = OrderedDict()  # frames that this segment holds
         self._last: tuple[Any, str] = (None, "")  # a broadcast frame and its digest
         self._planned: tuple[tuple[bytes, int], set[bytes]] = (b"", 0), set()  # plans of a round
         self._termed = b""  # digest of the last terms
@@ -203,6 +205,8 @@ class Recorder:
         if found not in self._places:
             assert self._frames is not None
             self._places[found] = self._frames.tell()
+            if len(self._places) > RECENT:  # a broadcast goes to all at once
+                self._places.popitem(last=False)
             self._frames.write(frame)
             self._frames.flush()
         return self._places[found]
@@ -234,7 +238,7 @@ class Recorder:
     def _open_files(self) -> None:
         lines, frames = _paths(self.folder, self._segment)
         self._lines, self._frames = _append(lines), _append(frames)
-        self._places = {}
+        self._places = OrderedDict()
 
     def _close_files(self) -> None:
         with ExitStack() as stack:  # both, whatever the first one says
