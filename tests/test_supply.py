@@ -19,7 +19,7 @@ def wanted(texts: list[str]) -> list[Requirement]:
     found = list[Requirement]()
     for each in map(Requirement, texts):
         if each.name == PROJECT["name"]:
-            found += [more for extra in each.extras for more in wanted(EXTRAS[extra])]
+            found += [more for extra in sorted(each.extras) for more in wanted(EXTRAS[extra])]
         else:
             found.append(each)
     return found

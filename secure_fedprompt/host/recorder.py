@@ -43,7 +43,7 @@ from secure_fedprompt.protocol.transport import Frame
 FORMAT = f"secure-fedprompt/audit/2/{VERSION}"  # of records, and of frames
 START = bytes(32)
 MALFORMED = "malformed"
-RECENT = 4096  # frames that are kept once if they come again
+RECENT = 512  # frames that are kept once if they come again
 Record = dict[str, Any]
 
 
