@@ -7,6 +7,7 @@ import os
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from recorded_logs import made, put
 from rounds import make_plan, names
 from test_killed_anywhere import SERVER, SETTINGS, Mortal, check
 
+from secure_fedprompt import client, prompt_file
 from secure_fedprompt.audit.log import Log
 from secure_fedprompt.clients import file_journal, record_file
 from secure_fedprompt.clients.file_journal import FileJournal
@@ -207,6 +209,30 @@ def test_a_journal_that_could_not_be_written_goes_on_later(
     with pytest.raises(errors.ReplayError):
         again.begin_round(plan)
     again.close()
+
+
+def test_a_final_prompt_that_cannot_be_written_is_held_and_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[Path] = []
+
+    def write(path: Path, learner: object) -> None:
+        tried.append(path)
+        if len(tried) < 3:
+            raise errors.DiskError("prompt cannot be written")
+
+    monkeypatch.setattr(prompt_file, "write_prompt", write)
+    monkeypatch.setattr(client, "AGAIN", 0.0)
+    session: Any = SimpleNamespace(
+        final=b"", run=bytes(16), learner=SimpleNamespace(finish=lambda final, run: None)
+    )
+    told: list[str] = []
+    log: Any = SimpleNamespace(error=lambda event, words: told.append(event))
+    assert client.save(session, tmp_path, log, 60.0) == tried[0]
+    assert (len(tried), told) == (3, ["disk"])
+    tried.clear()
+    with pytest.raises(errors.DiskError):  # patience is over
+        client.save(session, tmp_path, log, -1.0)
 
 
 class Full:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import zmq
 from rounds import identity, names, roster
+from sockets import PATIENCE, collect
 from zmq.utils import z85
 
 from secure_fedprompt.clients import link
@@ -23,7 +24,6 @@ from secure_fedprompt.protocol.transport import Frame
 from secure_fedprompt.server import door, hub
 from secure_fedprompt.server.hub import CurveHub
 
-PATIENCE = 20.0
 ALIVE = Frame.of(m.Alive())
 
 
@@ -57,14 +57,6 @@ def linked(stack: ExitStack, server: CurveHub, name: str) -> CurveLink:
     (got,) = collect(server, 1)
     assert got == (name, m.Alive())
     return made
-
-
-def collect(server: CurveHub, count: int) -> list[tuple[str, m.Message]]:
-    got: list[tuple[str, m.Message]] = []
-    deadline = time.monotonic() + PATIENCE
-    while len(got) < count and time.monotonic() < deadline:
-        got += [(name, frame.heard()) for name, frame in server.poll(0.05)]
-    return got
 
 
 def test_the_oldest_of_too_many_strangers_must_leave(stack: ExitStack, server: CurveHub) -> None:

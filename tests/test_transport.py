@@ -23,6 +23,7 @@ from rounds import (
     plain_sum,
     roster,
 )
+from sockets import PATIENCE, collect
 from zmq.utils import z85
 
 from secure_fedprompt.clients.link import CurveLink
@@ -41,8 +42,6 @@ from secure_fedprompt.server.rounds.start import make_round
 from secure_fedprompt.server.routes import Heard, Routes
 from secure_fedprompt.server.serve import hear, post
 
-PATIENCE = 20.0
-
 
 @pytest.fixture
 def hub() -> Iterator[CurveHub]:
@@ -60,14 +59,6 @@ def connect(hub: CurveHub) -> Iterator[Callable[..., CurveLink]]:
             return stack.enter_context(closing(CurveLink(hub.address, key, who, patience)))
 
         yield make
-
-
-def collect(hub: CurveHub, count: int) -> list[tuple[str, m.Message]]:
-    got: list[tuple[str, m.Message]] = []
-    deadline = time.monotonic() + PATIENCE
-    while len(got) < count and time.monotonic() < deadline:
-        got += [(name, frame.heard()) for name, frame in hub.poll(0.05)]
-    return got
 
 
 def heard(link: CurveLink) -> m.Message:
