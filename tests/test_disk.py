@@ -201,6 +201,7 @@ def test_a_journal_that_could_not_be_written_goes_on_later(
     with pytest.raises(errors.DiskError, match="journal cannot be written"):
         journal.begin_round(plan)
     assert calls
+    assert not (tmp_path / "journal.jsonl").read_bytes()
     monkeypatch.setattr(record_file.os, "fsync", real)
     journal.begin_round(plan)  # nothing was added
     journal.close()

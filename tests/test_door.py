@@ -17,7 +17,7 @@ from zmq.utils import z85
 
 from secure_fedprompt.clients import link
 from secure_fedprompt.clients.link import CurveLink
-from secure_fedprompt.protocol import errors
+from secure_fedprompt.protocol import chunks, errors
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.keys import Identity
 from secure_fedprompt.protocol.transport import Frame
@@ -134,6 +134,17 @@ def test_who_floods_is_dropped_by_name_and_the_others_go_on(
     until(lambda: hostile.send(ALIVE) or ("c001", m.Alive()) in collect(server, 1))
 
 
+def test_what_a_flood_has_filled_is_given_back(stack: ExitStack, server: CurveHub) -> None:
+    """A frame without an end; and what nobody reads yet waits with its sender."""
+    hostile = linked(stack, server, "c001")
+    hostile._socket.send(b"\1" + bytes(1000))
+    for _ in range(30):
+        hostile._socket.send(b"\0" + bytes(1000))
+    assert collect(server, 1) == [("c001", m.Leave("FloodError", hub.FLOOD))]
+    assert server._coming["c001"]._parts is None
+    assert server._socket.rcvhwm * chunks.LIMIT < 5 << 20
+
+
 def test_a_server_that_floods_is_left(
     stack: ExitStack, server: CurveHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -158,4 +169,5 @@ def test_refused_keys_are_told_of_now_and_then(monkeypatch: pytest.MonkeyPatch) 
     assert told == [0] * hub.DENIALS
     clock[0] += hub.DENIALS_IN
     assert not admission.callback("", key)
-    assert told[hub.DENIALS :] == [500 - hub.DENIALS]
+    assert not admission.callback("", key)
+    assert told[hub.DENIALS :] == [500 - hub.DENIALS, 0]

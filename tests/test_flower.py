@@ -539,3 +539,11 @@ def test_a_tape_that_is_damaged_is_begun_anew(sites, tmp_path, damage):
     assert "carol" in rows[0]["dropped"]
     assert "carol" in rows[1]["cohort"]
     assert read_roster(keys["roster"])
+
+
+@pytest.mark.parametrize(("ago", "left"), [(4.0, 6.0), (60.0, 0.0), (-1e6, 10.0), (1e6, 0.0)])
+def test_a_clock_that_jumps_delays_no_upload_for_ever(
+    ago: float, left: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mod.time, "time", lambda: 1e9)
+    assert mod._left(10.0, 1e9 - ago) == left

@@ -73,6 +73,8 @@ def test_it_grows_with_what_is_sent_and_no_faster() -> None:
     assert 800_000 < need(make_plan(10, tensors=tensors)) < 1_800_000
     assert 800_000 < need(make_plan(400, tensors=tensors)) < 3_500_000
     assert 4_000_000 < need(make_encrypted_plan(10, "bfv", tensors=tensors)) < 10_000_000
+    granted = 15_100 * 100  # bytes of a cohort key for a hundred, measured
+    assert need(make_encrypted_plan(100, "bfv")) > 2 * granted
 
 
 def test_a_flood_ends_and_time_gives_little_back() -> None:
@@ -102,6 +104,19 @@ def test_what_the_peer_says_gives_it_nothing() -> None:
     for number in (5, 4, 1):  # once for each round, in order
         quota.said(m.Withdraw(plan.run, number, "PolicyError", ""))
         assert not quota.spend(1, 0.0)
+
+
+def test_terms_that_every_connection_brings_are_counted_once() -> None:
+    quota, terms = Quota(BURST, 0.0), m.Terms.__new__(m.Terms)
+    frame = bytes(BURST // 4)
+    for _ in range(20):
+        assert quota.spend(len(frame), 0.0)
+        quota.came(terms, frame)
+    taken = 0
+    while quota.spend(len(frame), 0.0):  # others are not
+        taken += 1
+        quota.came(terms, frame[:-1] + bytes((taken,)))
+    assert taken == 3
 
 
 def test_what_earlier_rounds_left_does_not_pile_up() -> None:

@@ -14,6 +14,7 @@ from recorded_logs import RUN, lines_of, made, put, rewrite, upload
 from rounds import make_plan
 
 from secure_fedprompt.audit.log import Log
+from secure_fedprompt.host import recorder
 from secure_fedprompt.host.recorder import Recorder
 from secure_fedprompt.protocol import errors
 from secure_fedprompt.protocol import messages as m
@@ -257,3 +258,18 @@ def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
         errors.ConfigError, match=r"audit log .* free the disk, or set audit = 'off'"
     ):
         made(tmp_path / "audit")
+
+
+def test_what_is_remembered_of_kept_frames_is_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recorder, "RECENT", 5)
+    log = made(tmp_path / "log")
+    put(log, *(upload(i) for i in (*range(1, 20), 19, 1)))
+    assert len(log._places) == 5
+    log.close()
+    read = Log.read(tmp_path / "log")
+    assert (len(read.entries), read.faults) == (21, [])
+    assert (tmp_path / "log" / "frames-0000.bin").stat().st_size == 20 * len(
+        m.CATALOGUE.encode(upload(1))
+    )

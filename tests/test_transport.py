@@ -253,6 +253,10 @@ def test_a_link_that_comes_back_counts_a_new_connection() -> None:
     with closing(link):
         link.connect()
         first.close()
+        deadline = time.monotonic() + PATIENCE
+        while link._down_since is None and time.monotonic() < deadline:
+            link.receive(0.1)
+        link.send(Frame.of(m.Leave("Stopped", "")))  # said to nobody: not for the next one either
         with closing(CurveHub(address, identity("server"), roster(4))) as second:
             deadline = time.monotonic() + PATIENCE
             while link.connections < 2 and time.monotonic() < deadline:

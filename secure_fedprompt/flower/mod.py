@@ -209,9 +209,14 @@ def _train(
             )  # fmt: skip
         frames = player.trained(delta, 1.0 if work.plan.uniform else weight)
     hold = max(hold_seconds, terms.upload_after)
-    left = hold - (time.time() - kept.planned)  # in another process perhaps; clocks can jump
-    time.sleep(min(max(0.0, left), hold, terms.training_seconds))
+    time.sleep(min(_left(hold, kept.planned), terms.training_seconds))
     return frames
+
+
+def _left(hold: float, planned: float) -> float:
+    """Seconds until an upload may leave; the clock of a plan that another process perhaps had can
+    have jumped since."""
+    return min(max(0.0, hold - (time.time() - planned)), hold)
 
 
 def _change(form: Form, reply: Message, base: Prompt) -> tuple[Prompt, float]:
