@@ -101,7 +101,7 @@ class Lossy(RuleBasedStateMachine):
 
 
 Lossy.TestCase.settings = settings(
-    max_examples=int(os.environ.get("LOSSY", "8")), stateful_step_count=12, deadline=None,
+    max_examples=int(os.environ.get("LOSSY", "4")), stateful_step_count=12, deadline=None,
     phases=(Phase.explicit, Phase.reuse, Phase.generate),  # to shrink takes minutes
     suppress_health_check=list(HealthCheck), derandomize="LOSSY" not in os.environ,
 )  # fmt: skip

@@ -82,7 +82,7 @@ def test_a_step_is_pytorchs_own_sgd(name: str, bundled: Backbone) -> None:
         assert torch.allclose(one, other, rtol=0, atol=1e-14)
 
 
-QUICK = {("promptfl", "double"), ("fedotp", "double"), ("fedmgp", "double")}
+QUICK = {("promptfl", "double"), ("fedotp", "double")}
 GRAPHS = [
     pytest.param(name, precision, marks=() if (name, precision) in QUICK else pytest.mark.slow)
     for name in TRAINED for precision in ("double", "bf16")
