@@ -353,7 +353,10 @@ class Catalogue:
             raise TruncatedError(f"frame of {len(frame)} bytes has no header")
         version, code = frame[0], frame[1]
         if version != VERSION:
-            raise UnknownVersionError(f"frame of version {version}; this program speaks {VERSION}")
+            raise UnknownVersionError(
+                f"frame of wire version {version}, this program speaks {VERSION}: install the same "
+                "release of secure-fedprompt at both ends"
+            )
         if code not in self.types:
             raise UnknownTypeError(f"message type {code} is not in the catalogue")
         return decode_fields(self.types[code], memoryview(frame)[2:])

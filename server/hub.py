@@ -26,6 +26,7 @@ from secure_fedprompt.protocol.errors import (
     PortInUseError,
     SecureFedPromptError,
     TrailingBytesError,
+    UnknownVersionError,
 )
 from secure_fedprompt.protocol.keys import Identity, fingerprint
 from secure_fedprompt.protocol.quota import RECORD, Quota
@@ -165,7 +166,10 @@ class CurveHub:
                 yield name, Frame(parts[1].buffer, None, refusal)
                 continue
             if data is not None:
-                yield name, Frame.read(data)
+                frame = Frame.read(data)
+                if isinstance(frame.error, UnknownVersionError):
+                    self._tell(name, frame.error)  # in our version, which alone says what is wrong
+                yield name, frame
 
     def reaches(self, name: str) -> bool:
         return self._routes.of(name) is not None

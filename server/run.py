@@ -23,6 +23,7 @@ from secure_fedprompt.protocol.errors import (
     ProtocolError,
     RunFailedError,
     SecureFedPromptError,
+    UnknownVersionError,
 )
 from secure_fedprompt.protocol.expand import Purpose
 from secure_fedprompt.protocol.keys import verify
@@ -67,6 +68,7 @@ class Run(Gathering):
         self.unhelpful: set[str] = set()  # who failed as helpers
         self.stranded_until = 0.0  # wait for somebody who can open the prompt
         self._stored: Pending | None = None
+        self._strangers = set[str]()  # members whose program is another release
         self._resume()
 
     def _resume(self) -> None:
@@ -115,11 +117,14 @@ class Run(Gathering):
 
     def _take(self, sender: str, message: m.Message, now: float) -> Outbox:
         if isinstance(message, m.Hello):
+            self._strangers.discard(sender)
             return self._hello(sender, message, now)
         if isinstance(message, m.Probe):
             return [(sender, probed(self.state, self.settings, self.roster, sender, message))]
         client = self.clients.get(sender) or self.helpers.get(sender)
         if client is None:
+            if isinstance(message, m.Leave):
+                self._note_stranger(sender, message)
             return self._call(sender, now) if isinstance(message, m.Alive) else []
         client.seen = now
         match message:
@@ -143,6 +148,12 @@ class Run(Gathering):
         out = self.current.on(sender, message, now)
         self._register(self.current)
         return self._after(out, now)
+
+    def _note_stranger(self, sender: str, leave: m.Leave) -> None:
+        """Name a member whose program is another release once, however much it sends."""
+        if leave.error == UnknownVersionError.__name__ and sender not in self._strangers:
+            self._strangers.add(sender)
+            self.store.event("left", f"{sender}: {_why(leave)}")
 
     def _register(self, current: Round) -> None:
         """Note a granted key before any client is told of it."""

@@ -13,6 +13,8 @@ from rounds import names
 
 from secure_fedprompt.protocol import errors
 from secure_fedprompt.protocol import messages as m
+from secure_fedprompt.protocol.codec import VERSION
+from secure_fedprompt.protocol.transport import Frame
 from secure_fedprompt.server.gathering import ASKS
 
 
@@ -179,3 +181,19 @@ def test_greetings_of_one_process_are_counted_once(tmp_path: Path) -> None:
     assert "c002" not in world.run.current.waiting
     assert len(world.run.on("c009", m.Alive(), world.clock)) == 1
     assert not world.run.on("c009", m.Alive(), world.clock)  # one Rejoin is enough
+
+
+def test_another_release_is_named_before_it_takes_part(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    world.join("c001")
+    frame = Frame.read(bytes((VERSION + 1,)) + Frame.of(m.Alive()).data[1:])
+    for left in (frame.heard(), frame.heard(), m.Leave("Stopped", "")):  # it was never there
+        assert world.run.on("c002", left, 0.0) == []
+    said = [text for _, text in world.events if "c002" in text]
+    assert len(said) == 1
+    assert f"frame of wire version {VERSION + 1}, this program speaks {VERSION}" in said[0]
+    world.join("c002")
+    world.run.on("c002", world.sessions["c002"].hello(), 0.0)
+    world.run.on("c002", m.Leave("Stopped", ""), 0.0)
+    world.run.on("c002", frame.heard(), 0.0)
+    assert len([text for _, text in world.events if "c002: Unknown" in text]) == 2

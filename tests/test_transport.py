@@ -151,6 +151,25 @@ def test_malformed_frames_are_reported_with_their_sender(
     assert collect(hub, 1) == [("c003", m.Alive())]
 
 
+def test_another_release_is_answered_so_that_it_can_tell(
+    hub: CurveHub, connect: Callable[..., CurveLink]
+) -> None:
+    """Whatever it understands: our version is in the first byte."""
+    link = connect(identity("c003"))
+    link.connect()
+    link._socket.send(b"\3" + bytes((VERSION + 1,)) + Frame.of(m.Alive()).data[1:])
+    ((sender, message),) = collect(hub, 1)
+    assert sender == "c003"
+    assert isinstance(message, m.Leave)
+    assert message.error == "UnknownVersionError"
+    told = link.receive(PATIENCE)
+    assert told is not None
+    assert told.data[0] == VERSION
+    theirs = Frame.read(bytes((VERSION + 1,)) + bytes(told.data[1:]))  # as the other one sees it
+    with pytest.raises(errors.UnknownVersionError, match="same release of secure-fedprompt"):
+        theirs.opened()
+
+
 def test_large_frames_cross_in_chunks_both_ways(
     hub: CurveHub, connect: Callable[..., CurveLink]
 ) -> None:
