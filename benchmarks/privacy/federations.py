@@ -13,10 +13,10 @@ import json
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -39,6 +39,7 @@ from secure_fedprompt.clients.training import LocalTrainer, client_seed
 from secure_fedprompt.commands.simulate import simulate_run
 from secure_fedprompt.protocol import fixedpoint
 from secure_fedprompt.protocol import messages as m
+from secure_fedprompt.protocol.averaging import Prompt, averaged
 from secure_fedprompt.protocol.layout import slices, total_size
 from secure_fedprompt.protocol.plan import RoundPlan
 from secure_fedprompt.protocol.settings import MethodSettings
@@ -47,6 +48,7 @@ from secure_fedprompt.server.store import Store
 
 Array = NDArray[np.float64]
 Index = NDArray[np.int64]
+T = TypeVar("T", bound=LocalTrainer)
 NO_DP = PrivacySettings()
 CONTEXT: dict[str, Any] = {
     "method": "promptfl",
@@ -110,21 +112,42 @@ class Pool:
         Yields:
             what the server could record.
         """
-        server = ServerSettings(seed=seed, audit="full", **settings)
         rows = np.arange(0) if tests is None else tests
+        trainers = [
+            self.trainer(LocalTrainer, share, rows, seed, (k, len(shares)), dp[k] if dp else NO_DP)
+            for k, share in enumerate(shares)
+        ]
+        with self.run(settings, trainers, seed) as view:
+            yield view
+
+    def trainer(
+        self,
+        kind: type[T],
+        share: Index,
+        tests: Index,
+        seed: int,
+        seat: tuple[int, int],
+        dp: PrivacySettings = NO_DP,
+    ) -> T:
+        """The client in this seat, with these rows of training and test images."""
+        return kind(
+            self.backbone, self.sets[0].subset(share), self.sets[1].subset(tests),
+            client_seed(seed, f"client{seat[0]:03d}"),
+            features=(self.features[0].subset(share), self.features[1].subset(tests)),
+            seat=seat, dp=dp,
+        )  # fmt: skip
+
+    @contextlib.contextmanager
+    def run(
+        self, settings: dict[str, Any], trainers: Sequence[LocalTrainer], seed: int
+    ) -> Iterator[View]:
+        """A whole run of these clients: ``federation``, where they are not all alike."""
+        server = ServerSettings(seed=seed, audit="full", **settings)
+        named = {f"client{k:03d}": trainer for k, trainer in enumerate(trainers)}
         with tempfile.TemporaryDirectory() as folder:
-            trainers = {
-                f"client{k:03d}": LocalTrainer(
-                    self.backbone, self.sets[0].subset(share), self.sets[1].subset(rows),
-                    client_seed(seed, f"client{k:03d}"),
-                    features=(self.features[0].subset(share), self.features[1].subset(rows)),
-                    seat=(k, len(shares)), dp=dp[k] if dp else NO_DP,
-                )
-                for k, share in enumerate(shares)
-            }  # fmt: skip
             store = Store(Path(folder), server)
             try:
-                simulate_run(server, store, trainers)
+                simulate_run(server, store, named)
             finally:
                 store.close()
             yield View(Log.read(Path(folder)), server.method_settings())
@@ -136,6 +159,7 @@ class View:
 
     log: Log
     settings: MethodSettings
+    _made: dict[int, Prompt] = field(default_factory=dict)
 
     @cached_property
     def plans(self) -> dict[int, tuple[RoundPlan, bytes]]:
@@ -158,11 +182,30 @@ class View:
         }
 
     def prompt(self, learning_round: int) -> Array:
-        """The global prompt at the start of a round, or at the end of the run, in the clear."""
-        if learning_round in self.plans:
-            return np.frombuffer(self.plans[learning_round][1], "<f4").astype(np.float64)
-        last = next(x for _, x in self.log.messages() if isinstance(x, m.Finish))
-        return np.frombuffer(last.vector, "<f4").astype(np.float64)
+        """The global prompt at the start of a round, or at the end of the run, in the clear: as it
+        was sent, or as it follows from the sum that was."""
+        sent = self.plans[learning_round][1] if learning_round in self.plans else self.final
+        if sent:
+            return np.frombuffer(sent, "<f4").astype(np.float64)
+        if learning_round not in self._made:
+            plan, _ = self.plans[learning_round - 1]
+            total = dict(zip((f.name for f in plan.layout), self._parts(plan), strict=True))
+            base = self.prompt(learning_round - 1).astype(np.float32)
+            self._made[learning_round] = averaged(base, plan.layout, total)
+        return self._made[learning_round].astype(np.float64)
+
+    def _parts(self, plan: RoundPlan) -> list[Array]:
+        """The sum of a round as the server sent it to whom it is about."""
+        vector = next(x.vector for _, x in self.log.messages()
+                      if isinstance(x, m.OpenedSum) and x.round == plan.round)  # fmt: skip
+        words = np.zeros(total_size(plan.layout), np.uint32)
+        fixedpoint.add_wire(plan.layout, vector, words)
+        values = fixedpoint.decode(plan.layout, fixedpoint.to_integers(plan.layout, words))
+        return [values[part] for _, part in slices(plan.layout)]
+
+    @cached_property
+    def final(self) -> bytes:
+        return bytes(next(x for _, x in self.log.messages() if isinstance(x, m.Finish)).vector)
 
     def average(self, learning_round: int) -> Array:
         """What the round moved the global prompt by: the sum that the server learns, divided."""
@@ -172,7 +215,7 @@ class View:
         """A client's update as its upload shows it: exact in the clear, else what the bytes say
         when read as if nothing protected them."""
         plan, _ = self.plans[learning_round]
-        size = sum(field.size for field in plan.layout if field.update)
+        size = sum(f.size for f in plan.layout if f.update)
         message = self.uploads[learning_round, client]
         match message:
             case m.PlainUpload():
@@ -256,6 +299,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 def save(args: argparse.Namespace, rows: list[dict[str, Any]], **more: Any) -> None:
     """Figures with what they were measured on."""
     if args.json:
-        shown = {k: Path(v).name if k in ("model", "dataset") else v for k, v in vars(args).items()}
+        paths = ("model", "dataset", "json")  # whose folders are this machine's
+        shown = {k: Path(v).name if k in paths else v for k, v in vars(args).items()}
         content = {"machine": machine.describe(), "settings": shown, **more, "rows": rows}
         args.json.write_text(json.dumps(content, indent=1, default=str) + "\n")

@@ -103,6 +103,25 @@ def bars(json_path: Path | None, rows: Rows, name: str, figures: dict[str, str])
     _write(plt, figure, json_path)
 
 
+def pictures(json_path: Path, lines: dict[str, list[Any]]) -> None:
+    """Rows of pictures, (3, H, H) tensors each, every picture stretched to its own range."""
+    plt = _pyplot()
+    count = max(map(len, lines.values()))
+    figure, panels = plt.subplots(
+        len(lines), count, figsize=(1.1 * count + 2, 1.15 * len(lines)), squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    for line, (name, shown) in zip(panels, lines.items(), strict=True):
+        for panel, picture in zip(line, shown, strict=False):
+            low, high = picture.min(), picture.max()
+            panel.imshow(((picture - low) / (high - low)).permute(1, 2, 0).numpy())
+        for panel in line:
+            panel.set_xticks([])
+            panel.set_yticks([])
+        line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
+    _write(plt, figure, json_path)
+
+
 def _write(plt: Any, figure: Any, json_path: Path) -> None:
     figure.savefig(json_path.with_suffix(".svg"), metadata={"Date": None})
     plt.close(figure)
