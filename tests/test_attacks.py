@@ -182,6 +182,12 @@ def test_an_image_is_found_from_its_gradient_alone(pool: Any) -> None:
     found = adversary.search(seen, labels[:1], 2, 300)
     right = adversary.centred(truth[:1], labels[:1]) @ adversary.centred(found, labels[:1]).T
     assert float(right) > 0.5
+    every, of = pool.features[0].images, pool.features[0].labels
+    everybody = np.arange(len(of))
+    exact = images.scored(adversary, truth, rows, everybody, every, of)
+    blind = images.scored(adversary, adversary.guessed(labels), rows, everybody, every, of)
+    assert exact == pytest.approx((1, 1), abs=1e-5)
+    assert blind[0] < 0.9
 
 
 def test_a_gentle_epoch_sends_the_gradient(pool: Any) -> None:

@@ -33,7 +33,19 @@ import numpy as np
 import plots
 import torch
 import torch.nn.functional as F
-from federations import CONTEXT, NO_DP, Array, Index, Pool, View, bootstrap, parser, private, save
+from federations import (
+    CONTEXT,
+    NO_DP,
+    Array,
+    Index,
+    Pool,
+    View,
+    bootstrap,
+    parser,
+    private,
+    save,
+    worded,
+)
 from inference import gradients, projections
 
 from secure_fedprompt.clients.methods import promptfl
@@ -187,16 +199,13 @@ def main() -> int:
                 pairs = (np.array([run[what] for run in runs]) for runs in (games, shadows))
                 found.setdefault(what, []).append(judged(*pairs))
         for what, pairs in found.items():
-            row = {"view": what, "attack": f"start {name}", **bootstrap(pairs)}
+            row = {"view": f"start {name}: {what}", "attack": "projection", **bootstrap(pairs)}
             rows.append(row)
-            print("  ".join([f"{row['attack']:28} {what:30}", *(
-                f"{k} {v['value']:.3f} [{v['low']:.3f}, {v['high']:.3f}]"
-                for k, v in row.items() if isinstance(v, dict)
-            )]), flush=True)  # fmt: skip
+            print(f"{row['view']:54}  {worded(row)}", flush=True)
         count = args.targets * (args.games + args.shadows)
         print(f"  {(time.monotonic() - begin) / count:.1f} s a federation", flush=True)
         save(args, rows)
-    plots.intervals(args.json, rows, "attack", "view", {"auc": ("AUC", 0.5)})
+    plots.intervals(args.json, rows, "view", "attack", {"auc": ("AUC", 0.5)})
     return 0
 
 

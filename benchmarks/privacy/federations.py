@@ -184,7 +184,7 @@ class View:
     def prompt(self, learning_round: int) -> Array:
         """The global prompt at the start of a round, or at the end of the run, in the clear: as it
         was sent, or as it follows from the sum that was."""
-        sent = self.plans[learning_round][1] if learning_round in self.plans else self.final
+        sent = self.plans[learning_round][1] if learning_round in self.plans else self._final
         if sent:
             return np.frombuffer(sent, "<f4").astype(np.float64)
         if learning_round not in self._made:
@@ -204,7 +204,7 @@ class View:
         return [values[part] for _, part in slices(plan.layout)]
 
     @cached_property
-    def final(self) -> bytes:
+    def _final(self) -> bytes:
         return bytes(next(x for _, x in self.log.messages() if isinstance(x, m.Finish)).vector)
 
     def average(self, learning_round: int) -> Array:
@@ -279,6 +279,15 @@ def bootstrap(rows: Sequence[tuple[Array, Array]], seed: int = 0) -> dict[str, d
         name: {"value": whole[i], "low": float(low[i]), "high": float(high[i])}
         for i, name in enumerate(("auc", "tpr_at_1_fpr"))
     }
+
+
+def worded(row: dict[str, Any]) -> str:
+    """The figures of a row with their intervals, for the screen."""
+    return "  ".join(
+        f"{key} {value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
+        for key, value in row.items()
+        if isinstance(value, dict)
+    )
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:

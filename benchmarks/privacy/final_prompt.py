@@ -39,6 +39,7 @@ from federations import (
     parser,
     private,
     save,
+    worded,
 )
 from torch import Tensor, nn
 
@@ -205,10 +206,7 @@ def main() -> int:
             pairs = [split(s, t.member) for s, t in zip(scores, whose, strict=True)]
             row = {"view": case.name, "attack": attack, **bootstrap(pairs)}
             rows.append(row)
-            print("  ".join([f"{case.name:40} {attack:26}", *(
-                f"{k} {v['value']:.3f} [{v['low']:.3f}, {v['high']:.3f}]"
-                for k, v in row.items() if isinstance(v, dict)
-            )]), flush=True)  # fmt: skip
+            print(f"{case.name:40} {attack:26}  {worded(row)}", flush=True)
         count = args.shadows + args.runs
         print(f"  {(time.monotonic() - begin) / count:.1f} s a federation", flush=True)
         save(args, rows)

@@ -32,7 +32,7 @@ import numpy as np
 import plots
 import torch
 import torch.nn.functional as F
-from federations import CONTEXT, Array, Index, Pool, parser, save
+from federations import CONTEXT, Array, Index, Pool, parser, save, worded
 from inference import interval
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
@@ -199,10 +199,8 @@ def main() -> int:
         row: dict[str, Any] = {"view": case.name, "attack": "gradient matching"}
         row |= {key: interval(values[:, i]) for i, key in enumerate(FIGURES)}
         rows.append(row)
-        print(f"{case.name:42} " + "  ".join(
-            f"{k} {v['value']:.3f} [{v['low']:.3f}, {v['high']:.3f}]"
-            for k, v in row.items() if isinstance(v, dict)
-        ) + f"  {(time.monotonic() - begin) / args.runs:.1f} s", flush=True)  # fmt: skip
+        seconds = (time.monotonic() - begin) / args.runs
+        print(f"{case.name:46} {worded(row)}  {seconds:.1f} s", flush=True)
         save(args, rows)
     plots.intervals(args.json, rows, "view", "attack", {
         "cosine": ("cosine with the true feature", 0.0), "found": ("image found in its class", 0.0),

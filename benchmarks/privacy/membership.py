@@ -40,6 +40,7 @@ from federations import (
     parser,
     private,
     save,
+    worded,
 )
 from inference import gradients, likelihood_ratios, projections
 
@@ -134,10 +135,7 @@ def main() -> int:
                 pairs = [(s[m], s[~m]) for s, m in zip(scores, member, strict=True)]
                 row = {"view": shown, "attack": attack, **bootstrap(pairs)}
                 rows.append(row)
-                print("  ".join([f"{shown:52} {attack:10}", *(
-                    f"{k} {v['value']:.3f} [{v['low']:.3f}, {v['high']:.3f}]"
-                    for k, v in row.items() if isinstance(v, dict)
-                )]), flush=True)  # fmt: skip
+                print(f"{shown:52} {attack:10}  {worded(row)}", flush=True)
         print(f"  {(time.monotonic() - begin) / args.models:.1f} s a federation", flush=True)
         save(args, rows)
     plots.intervals(args.json, rows, "view", "attack", {

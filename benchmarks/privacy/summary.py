@@ -27,9 +27,6 @@ def rows_of(name: str, data: str) -> Rows:
     if not path.exists():
         return []
     rows: Rows = json.loads(path.read_text())["rows"]
-    for row in rows:
-        if name == "crafted":  # a start is half of the case, not an attack
-            row["view"], row["attack"] = f"{row['attack']}: {row['view']}", "projection"
     return [row for row in rows if row["attack"] != SKIPPED]
 
 
