@@ -31,10 +31,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import machine
 import numpy as np
 import torch
 
+from secure_fedprompt.bench import machine
 from secure_fedprompt.clients import metrics
 from secure_fedprompt.clients.backbone import Backbone
 from secure_fedprompt.clients.data import partitions

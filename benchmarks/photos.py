@@ -20,9 +20,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-import machine
-
 from secure_fedprompt import show
+from secure_fedprompt.bench import machine
 from secure_fedprompt.clients.backbone import Backbone
 from secure_fedprompt.clients.data.loading import load_shares
 from secure_fedprompt.clients.features import Features
@@ -92,7 +91,8 @@ def main() -> int:
         "--only", metavar="A,B", default="",
         help="protections to run; rows of the others are kept from the last result",
     )  # fmt: skip
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--json", type=Path, help="figures; a table goes beside it as .md",
+                        default=Path(__file__).parent / "results" / "photos.json")  # fmt: skip
     args = parser.parse_args()
     base = zero_shot(args.model, args.dataset)
     rows: list[dict[str, Any]] = []
@@ -121,15 +121,14 @@ def main() -> int:
 
 
 def write(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    args.out.mkdir(exist_ok=True)
+    args.json.parent.mkdir(exist_ok=True)
     protocol = {
         "clients": CLIENTS, "rounds": ROUNDS, "shots": SHOTS, "n_ctx": 16, "init": "random",
         "lr": args.lr, "epochs": args.epochs, "batch": 32, "killed_after_round": KILL_AFTER,
         "dataset": Path(args.dataset).name, "model": Path(args.model).name,
     }  # fmt: skip
-    before = args.out / "photos.json"
-    if args.only and before.exists():
-        old = json.loads(before.read_text())
+    if args.only and args.json.exists():
+        old = json.loads(args.json.read_text())
         assert old["protocol"] == protocol, "the last result is of another protocol"
         cells = {(r["split"], r["protection"], r["killed"]): r for r in [*old["rows"], *rows]}
         rows = [
@@ -139,7 +138,7 @@ def write(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
             if (split, protection, int(kill)) in cells
         ]
     content = {"machine": machine.describe(), "protocol": protocol, "rows": rows}
-    (args.out / "photos.json").write_text(json.dumps(content, indent=1) + "\n")
+    args.json.write_text(json.dumps(content, indent=1) + "\n")
     lines = [
         "# Real photos: PromptFL as processes", "",
         ", ".join(f"{k} {v}" for k, v in protocol.items()), "",
@@ -157,7 +156,7 @@ def write(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
         )
     lines += ["", "The last number of clients is the final evaluation's. After a kill the accuracy"]
     lines += ["is over the remaining clients' test images.", "", "One seed, one run per cell."]
-    (args.out / "photos.md").write_text("\n".join(lines) + "\n")
+    args.json.with_suffix(".md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 
 

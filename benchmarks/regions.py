@@ -3,7 +3,7 @@
     python benchmarks/regions.py
     python benchmarks/regions.py --regions 4 --clients 250 --json out.json
 
-Every region is a round on a k-regular graph with a server of its own, as in ``scale.py``. The
+Every region is a round on a k-regular graph with a server of its own, as in ``bench.scale``. The
 regions' servers are then the clients of one more round, on the complete graph: what each uploads
 is the ring vector that it opened, under masks that only the sum of all regions takes off. The
 total is held against the inputs, every client's. Seconds are of the wall; regions run one after
@@ -20,12 +20,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-import bench_masking
-import machine
-import metered
 import numpy as np
-import scale
 
+from secure_fedprompt.bench import machine, masking, metered, scale
 from secure_fedprompt.clients.rounds.base import Awaiting
 from secure_fedprompt.clients.rounds.start import start
 from secure_fedprompt.clients.sum_key import SumKey
@@ -43,7 +40,7 @@ from secure_fedprompt.server.serve import Outbox, post
 def region(count: int, everybody: int, dim: int, workers: int) -> tuple[np.ndarray, dict[str, Any]]:
     """A round of one region; the words of its sum, and what it took."""
     keys, key = metered.federation(count), SumKey.make(os.urandom)
-    plan = bench_masking.make_plan(count, dim, 32, "regular", keys[1], key, sized_for=everybody)
+    plan = masking.make_plan(count, dim, 32, "regular", keys[1], key, sized_for=everybody)
     gone = frozenset(list(keys[0])[count - count // 10 :])
     crowd = scale.Workers(keys, key.to_bytes(), dim, gone, workers)
     server = MaskedRound(plan, b"", keys[1], Deadlines(1, 1))
@@ -69,9 +66,7 @@ class Joined(MaskedRound):
 def joined(parts: list[np.ndarray], everybody: int, dim: int) -> tuple[np.ndarray, dict[str, Any]]:
     """The regions' sums, summed under masks; the integers, and what it took."""
     keys, key = metered.federation(len(parts)), SumKey.make(os.urandom)
-    plan = bench_masking.make_plan(
-        len(parts), dim, 32, "complete", keys[1], key, sized_for=everybody
-    )
+    plan = masking.make_plan(len(parts), dim, 32, "complete", keys[1], key, sized_for=everybody)
     parties = metered.parties_of(keys)
     for party in parties.values():
         party.keyring.sums = key
@@ -125,10 +120,10 @@ def main() -> int:
               f"k = {row['degree']}, {row['seconds']:.1f} s", flush=True)  # fmt: skip
     integers, top = joined(parts, everybody, args.dim)
     survivors = sum(row["survivors"] for row in rows)
-    layout = bench_masking.layout_of(everybody, args.dim, 32)
+    layout = masking.layout_of(everybody, args.dim, 32)
     step = 2.0 ** -layout[0].frac
     found = integers[: args.dim] * step
-    wrong = float(np.abs(found - survivors * scale.update_of(args.dim)).max())
+    wrong = float(np.abs(found - survivors * masking.update_of(args.dim)).max())
     assert wrong <= survivors * step, wrong
     plain = np.zeros_like(parts[0])
     for words in parts:

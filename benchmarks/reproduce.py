@@ -23,10 +23,10 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import machine
 import methods
 import numpy as np
 
+from secure_fedprompt.bench import machine
 from secure_fedprompt.clients.backbone import Backbone
 from secure_fedprompt.clients.data import partitions
 from secure_fedprompt.clients.data.images import open_image

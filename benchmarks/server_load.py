@@ -28,9 +28,9 @@ import tomllib
 from pathlib import Path
 from typing import Any, Self
 
-import machine
 import numpy as np
 
+from secure_fedprompt.bench import machine
 from secure_fedprompt.clients.conversation import Conversation
 from secure_fedprompt.clients.journal import MemoryJournal
 from secure_fedprompt.clients.link import CurveLink
@@ -45,6 +45,7 @@ from secure_fedprompt.protocol.errors import SecureFedPromptError
 from secure_fedprompt.protocol.keys import Identity, Member
 from secure_fedprompt.protocol.layout import TensorSpec
 from secure_fedprompt.protocol.policy import Policy
+from secure_fedprompt.protocol.quota import Quota
 from secure_fedprompt.protocol.roster import Roster
 from secure_fedprompt.protocol.settings import MethodSettings
 from secure_fedprompt.protocol.transport import Frame
@@ -181,6 +182,8 @@ def hub_rate(senders: int, count: int = 60_000) -> dict[str, Any]:
     ))  # fmt: skip
     bound_handles(len(roster.members))
     hub = CurveHub("tcp://127.0.0.1:*", keys["server"], roster)
+    for name in keys:
+        hub._quotas[name] = Quota(1 << 40, time.monotonic())  # no member may send so many
     counts = dict[str, int]()
 
     def counted(peer: str, way: str, kind: str, size: int) -> None:
@@ -201,6 +204,8 @@ def hub_rate(senders: int, count: int = 60_000) -> dict[str, Any]:
         got += some
     wall = time.perf_counter() - began - 1.0
     hub.close()
+    assert got == sum(counts.values())
+    assert got > senders * count // 2, f"{got} of {senders * count} frames came"
     return {"senders": senders, "frames": got, "per_second": got / wall,
             "cpu_us": 1e6 * busy / got}  # fmt: skip
 

@@ -2,12 +2,17 @@
 
     python benchmarks/soak.py --rounds 500 --kill-every 8 --json soak.json --plot soak.svg
     python benchmarks/soak.py --rounds 60 --protection bfv --spare ""    # nobody is spared
+    python benchmarks/soak.py --rounds 60 --selection secure --spare ""  # FedMGP, helper and all
+    python benchmarks/soak.py --walk server,bob --frames 200             # at every frame in turn
 
 Server and clients are processes on loopback, with the bundled CLIP on generated pictures. Every so
 often one of them, drawn at random, is killed and started again with the same files. After each
 round memory, file handles and threads of those who are spared are read from /proc, and the sizes of
 the server's folder. In the end: each learning round once, no number twice, all logs in agreement.
 "grown" compares the last tenth of the rounds with the tenth after the first half.
+
+With ``--walk`` nobody is drawn: those who are named kill themselves before their first frame, then
+after it, before the second one, and so on (``mortal.py``), and are started again each time.
 """
 
 from __future__ import annotations
@@ -15,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import signal
 import statistics
 import subprocess
 import sys
@@ -23,9 +29,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-import machine
 from server_load import usage
 
+from secure_fedprompt.bench import machine
 from secure_fedprompt.commands import demo_files
 
 WATCHED = ("kb", "handles", "threads")
@@ -37,17 +43,23 @@ class Soak:
     Attributes:
         kills: how often who was.
         seen: after each round, what those who are spared hold.
+        walked: by name, at how many places it has killed itself.
     """
 
     def __init__(self, folder: Path, args: argparse.Namespace) -> None:
-        self.folder, self.spared = folder, set(args.spare.split(",")) - {""}
+        self.folder = folder
+        self.spared = set(args.spare.split(",")) - {"", *args.walk.split(",")}
+        selecting = {"selection": "secure", "helper": demo_files.HELPER}
+        secure = args.selection == "secure"
         self.commands = demo_files.write_files(
-            folder, "promptfl", args.clients, args.rounds, args.protection, 0,
-            for_server={"metrics": "off", "alive_seconds": 8.0, "gather_seconds": 20.0,
-                        "patience": 600.0, "audit": "headers"},
+            folder, "fedmgp" if secure else "promptfl", args.clients, args.rounds, args.protection,
+            0, for_server={"metrics": "off", "alive_seconds": 8.0, "gather_seconds": 20.0,
+                           "patience": 600.0, "audit": "headers", **(selecting if secure else {})},
             for_clients={"shots": 1, "local_metrics": False, "patience": 600.0},
         )  # fmt: skip
         self.kills: dict[str, int] = {}
+        self.walked = dict.fromkeys(filter(None, args.walk.split(",")), 0)
+        self.frames = args.frames
         self.seen: list[dict[str, Any]] = []
         self.running: dict[str, subprocess.Popen[bytes]] = {}
         for words in self.commands:
@@ -55,6 +67,9 @@ class Soak:
 
     def start(self, words: list[str]) -> None:
         name = Path(words[4]).parent.name
+        if name in self.walked and self.walked[name] < 2 * self.frames:
+            n = str(self.walked[name] + 1)
+            words = [words[0], str(Path(__file__).with_name("mortal.py")), n, *words[2:]]
         with (self.folder / f"{name}.log").open("ab") as log:
             self.running[name] = subprocess.Popen(words, stdout=log, stderr=log)
 
@@ -63,9 +78,20 @@ class Soak:
         if self.running[name].poll() is not None:
             return  # it has ended in order
         self.running[name].kill()
+        self.again(name)
+
+    def again(self, name: str) -> None:
+        """Start what was killed."""
         self.running[name].wait()
         self.kills[name] = self.kills.get(name, 0) + 1
         self.start(next(w for w in self.commands if Path(w[4]).parent.name == name))
+
+    def walk(self) -> None:
+        """Start those that killed themselves, to do so one place further on."""
+        for name in self.walked:
+            if self.running[name].poll() == -signal.SIGKILL:
+                self.walked[name] += 1
+                self.again(name)
 
     def sample(self, rounds: int) -> None:
         run = self.folder / "server" / "run"
@@ -79,14 +105,15 @@ class Soak:
 
     def run(self, args: argparse.Namespace) -> None:
         rng, done, due = random.Random(args.seed), 0, time.monotonic() + args.kill_every
-        while self.running["server"].poll() is None:
+        while self.running["server"].poll() in (None, -signal.SIGKILL):
+            self.walk()
             rounds = (self.folder / "server.log").read_text().count("clients in,")
             if rounds > done:
                 done = rounds
                 self.sample(done)
                 if not done % 25:
                     print(f"{done} rounds, {sum(self.kills.values())} kills", flush=True)
-            if time.monotonic() > due and done < args.rounds - 5:
+            if not self.walked and time.monotonic() > due and done < args.rounds - 5:
                 due = time.monotonic() + rng.expovariate(1 / args.kill_every)
                 self.kill(rng)
             time.sleep(0.05)
@@ -116,7 +143,8 @@ def judged(soak: Soak, args: argparse.Namespace) -> dict[str, Any]:
     last = soak.seen[-1]
     return {
         "protection": args.protection, "clients": args.clients, "rounds": len(done),
-        "attempts": len(rows), "kills": soak.kills, "audit_exit": audit.returncode,
+        "selection": args.selection, "attempts": len(rows), "kills": soak.kills,
+        "walked": soak.walked, "audit_exit": audit.returncode,
         "audit_said": audit.stdout.strip().splitlines()[-1:] if audit.stdout else [],
         "grown": {name: {w: grown(soak.seen, name, w) for w in WATCHED} for name in spared},
         "database_bytes_per_round": last["database"] / last["rounds"],
@@ -158,6 +186,10 @@ def main() -> int:
     parser.add_argument("--clients", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=500)
     parser.add_argument("--protection", default="masks")
+    parser.add_argument("--selection", choices=("client", "secure"), default="client",
+                        help="secure: FedMGP, with a helper's process")  # fmt: skip
+    parser.add_argument("--walk", default="", help="who is killed at every frame; names")
+    parser.add_argument("--frames", type=int, default=60, help="of each walk, at most")
     parser.add_argument("--kill-every", type=float, default=8.0, help="seconds, on average")
     parser.add_argument(
         "--spare", default="server,alice", help="are not killed, and watched; names with commas"

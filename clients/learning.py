@@ -71,13 +71,14 @@ class LocalLearner:
         clipped: update values beyond the plan's clip in the last round.
         norms: L2 norms of the updates so far.
         sigma: noise multiplier of the run. spent: epsilon so far, once somebody has asked for it.
+        seconds: that the last round's work took, once somebody has counted them.
     """
 
     def __init__(self, client: LocalTrainer, settings: MethodSettings, method: Method) -> None:
         self.client, self.settings, self.method = client, settings, method
         self.kept = Kept(client.keep)
         self.figures, self.clipped, self.norms = Figures(), 0, list[float]()
-        self.sigma = self.spent = 0.0
+        self.sigma = self.spent = self.seconds = 0.0
         self._initial = self._flattened(method.state())
         self._before: tuple[tuple[bytes, int], Arrays] | None = None  # private part, round's start
         self._zero_shot_hits: int | None = None

@@ -34,6 +34,7 @@ COMMANDS = {
     "export": ("secure_fedprompt.commands.runs", "rounds of run folders as CSV or Parquet"),
     "watch": ("secure_fedprompt.commands.watch", "live view of a running server"),
     "simulate": ("secure_fedprompt.commands.simulate", "many clients in one process"),
+    "bench": ("secure_fedprompt.commands.bench", "measure what the documentation claims"),
     "evaluate": (
         "secure_fedprompt.commands.evaluate",
         "accuracy of a trained prompt on a data set",

@@ -324,7 +324,10 @@ def loop(
 def trained(learner: LocalLearner, work: Work, log: Log) -> Update | Keys:
     """Train, and count what was spent: an accountant takes longer than frames may wait."""
     narration.begun(log, work)
+    begin = time.monotonic()
     result, client = learner.run(work), learner.client
+    before = learner.seconds if work.choice is not None else 0.0  # work for the keys
+    learner.seconds = before + time.monotonic() - begin
     if client.dp.kind == "sample":
         learner.spent = epsilon(client.ledger.history, client.dp.delta, client.dp.accountant)
     return result

@@ -58,9 +58,11 @@ def sent(log: Log, session: Session[LocalLearner], work: Work, weight: float) ->
     counts = "counts" if dp.kind == "none" else "zeros in the place of counts (dp)"
     what = f"update of norm {learner.norms[-1]:.2g}" if plan.training else counts
     weighs = "" if plan.uniform else f" for {weight:g} images"
-    words = f"{round_of(plan)}: {what}{weighs} sent {shield}"
+    took = learner.seconds
+    words = f"{round_of(plan)}: {what}{weighs} sent {shield}, after {took:.1f} s of local work"
     at = plan.learning_round
-    log.info("sent", words, learning_round=at, protection=plan.protection, weight=weight)
+    log.info("sent", words, learning_round=at, protection=plan.protection, weight=weight,
+             local_seconds=round(took, 4))  # fmt: skip
     if said := _figures(learner.figures):
         log.info("local", f"  {said}", learning_round=at, **asdict(learner.figures))
     if dp.kind == "sample" and plan.training:

@@ -78,7 +78,7 @@ def test_every_link_leads_somewhere(page: Path) -> None:
         path, _, anchor = target.partition("#")
         found = (page.parent / path).resolve() if path else page
         assert found.exists(), f"{page.name}: {target}"
-        if anchor:
+        if anchor and not path.endswith(".json"):  # those of figures: test_bench.py
             headings = re.findall(r"^#+ (.*)$", found.read_text(), re.MULTILINE)
             names = [re.sub(r"[^a-z0-9 -]", "", h.lower()).replace(" ", "-") for h in headings]
             assert anchor in names, f"{page.name}: {target}"

@@ -24,9 +24,8 @@ from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import machine
-
 from secure_fedprompt.audit.log import Log
+from secure_fedprompt.bench import machine
 from secure_fedprompt.clients.accounting import noise_for, steps_of
 from secure_fedprompt.clients.backbone import Backbone
 from secure_fedprompt.clients.data import partitions

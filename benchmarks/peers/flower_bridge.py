@@ -1,29 +1,21 @@
-"""A round of Flower's simulation: in the clear, under our masks, and under its own SecAgg+.
+"""Rounds of Flower's simulation, for the chapter "flower": in the clear, under our masks, and under
+its own SecAgg+.
 
-    python benchmarks/bench_flower.py --clients 10 --values 100000 --rounds 5 --json flower.json
+    python flower_bridge.py '{"clients": 10, "values": 100000, "kind": "masks"}' ROUNDS
 
-The same numpy app in each (every client adds a number to an array), the same grid, the same Ray
-workers; SecAgg+ runs on Flower's legacy API, the only one that has it. Seconds are a round's from
-the strategy's point of view, bytes those of all messages and replies as Flower serialises them.
-Training takes no time, so this is what protection and Flower cost. Each kind has its own process.
+``kind`` is clear, masks or secagg+. One Ray worker a core; every client adds a number to an array.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
 from typing import Any
 
 import numpy as np
-from machine import describe, spread
-
-KINDS = ("clear", "masks", "secagg+")
 
 
 class Counting:
@@ -62,7 +54,7 @@ class Counting:
         return found
 
 
-def modern(kind: str, clients: int, values: int, rounds: int) -> dict[str, Any]:
+def modern(kind: str, clients: int, values: int, rounds: int) -> dict[str, list[float]]:
     """Flower's message API, in the clear or masked."""
     from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
     from flwr.clientapp import ClientApp
@@ -116,7 +108,7 @@ def modern(kind: str, clients: int, values: int, rounds: int) -> dict[str, Any]:
     return figures(seconds, counted)
 
 
-def legacy(clients: int, values: int, rounds: int) -> dict[str, Any]:
+def legacy(clients: int, values: int, rounds: int) -> dict[str, list[float]]:
     """SecAgg+ as its documentation says: shares for all, a threshold of two thirds."""
     from flwr.client import NumPyClient
     from flwr.client.mod import secaggplus_mod
@@ -165,58 +157,22 @@ def legacy(clients: int, values: int, rounds: int) -> dict[str, Any]:
     return figures(seconds, counted)
 
 
-def figures(seconds: list[float], counted: list[tuple[int, int]]) -> dict[str, Any]:
+def figures(seconds: list[float], counted: list[tuple[int, int]]) -> dict[str, list[float]]:
     """Of the rounds after the first, in which nodes are met."""
     steps = [(b[0] - a[0], b[1] - a[1]) for a, b in itertools.pairwise(counted)]
     return {
-        "first_round_s": seconds[0],
-        "round_s": spread(seconds[1:]),
-        "messages": spread([step[0] for step in steps])["median"],
-        "bytes": spread([step[1] for step in steps])["median"],
+        "first_round_s": seconds[:1],
+        "seconds": seconds[1:],
+        "messages": [float(step[0]) for step in steps],
+        "megabytes": [step[1] / 1e6 for step in steps],
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--clients", type=int, default=10)
-    parser.add_argument("--values", type=int, default=100_000)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", default="")
-    parser.add_argument("--kind", choices=KINDS, default="", help="only this, as one JSON line")
-    args = parser.parse_args()
-    os.environ |= {"FLWR_TELEMETRY_ENABLED": "0", "RAY_USAGE_STATS_ENABLED": "0"}
-    sizes = args.clients, args.values, args.rounds
-    if args.kind:
-        found = legacy(*sizes) if args.kind == "secagg+" else modern(args.kind, *sizes)
-        print("\n" + json.dumps(found))
-        return
-    rows = {}
-    for kind in KINDS:
-        given = (f"--{name}={value}" for name, value in
-                 zip(("clients", "values", "rounds"), sizes, strict=True))  # fmt: skip
-        done = subprocess.run(
-            [sys.executable, __file__, f"--kind={kind}", *given],
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        if done.returncode:
-            raise SystemExit(f"{kind} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
-        rows[kind] = json.loads(done.stdout.strip().splitlines()[-1])
-        row = rows[kind]
-        print(
-            f"{kind:8} {row['round_s']['median']:6.2f} s a round ({row['round_s']['min']:.2f} to "
-            f"{row['round_s']['max']:.2f}), the first {row['first_round_s']:.2f}; "
-            f"{row['messages']:.0f} messages, {row['bytes'] / 1e6:.2f} MB"
-        )
-    import flwr
-
-    about = {"clients": args.clients, "values": args.values, "rounds": args.rounds}
-    result = {"machine": {**describe(), "flwr": flwr.__version__}, **about, "kinds": rows}
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump(result, file, indent=1)
-            file.write("\n")
+    case, rounds = json.loads(sys.argv[1]), int(sys.argv[2]) + 1
+    size = case["clients"], case["values"], rounds
+    found = legacy(*size) if case["kind"] == "secagg+" else modern(case["kind"], *size)
+    print("\n" + json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
-"""One round of Flower's SecAgg+ with all parties in one process, for ``scale.py --flower``.
+"""One round of Flower's SecAgg+ with all parties in one process, for the chapter "scale".
 
-    python flower_secagg.py CLIENTS VALUES DROPOUT SHARES THRESHOLD
+    python flower_secagg.py '{"clients": 100, "values": 8192, "dropped": 0.1, "shares": 43,
+                             "threshold": 23}' REPEAT
 
 Runs in an environment of its own. Its workflow is the server, its mod each client (both belong to
 its legacy API), and records pass between them as the bytes that its transport would carry; there is
 no network and no process of its own around them. Dropped clients answer with an error from the
-upload on. Prints one JSON object: CPU seconds of the server and of all clients, wall seconds, and a
-client's bytes besides its vector. The sum is checked against the inputs.
+upload on. Prints samples: CPU seconds of the server and of all clients, wall seconds, a client's
+bytes beside its vector. The sum is checked against the inputs.
 """
 
 from __future__ import annotations
@@ -96,8 +97,11 @@ def context(node_id: int) -> Context:
 def main() -> None:
     logging.disable(logging.CRITICAL)
     TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1
-    clients, values, dropout, shares, threshold = (f(x) for f, x in zip(
-        (int, int, float, int, int), sys.argv[1:], strict=True))  # fmt: skip
+    case = json.loads(sys.argv[1])
+    clients, values, shares, threshold = (
+        case[key] for key in ("clients", "values", "shares", "threshold")
+    )
+    dropout = case["dropped"]
     grid, manager = Grid(clients, values, dropout), SimpleClientManager()
     for node_id in grid.contexts:
         manager.register(Proxy(node_id))
@@ -118,8 +122,8 @@ def main() -> None:
     assert error < 1e-3, error
     besides = np.median([grid.bytes[BASE + i] for i in there]) - 8 * 2 * values
     print(json.dumps({
-        "wall_s": wall, "server_cpu_s": cpu - grid.clients_s, "clients_cpu_s": grid.clients_s,
-        "client_bytes_besides": besides, "error": float(error),
+        "wall_s": [wall], "server_cpu_s": [cpu - grid.clients_s],
+        "clients_cpu_s": [grid.clients_s], "cpu_s": [cpu], "bytes_besides": [float(besides)],
     }))  # fmt: skip
 
 

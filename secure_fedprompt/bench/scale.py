@@ -1,67 +1,51 @@
 """A masked round of thousands of clients on one machine: seconds, memory, and how both grow.
 
-    python benchmarks/scale.py                                  # 250 to 4,000 clients
-    python benchmarks/scale.py --clients 1000 --clients 10000 --json out.json
-    python benchmarks/scale.py --clients 1000 --corruption 0.33
-    python benchmarks/scale.py --clients 100 --dim 8192 --dim 65536 --peer-python venv/bin/python
-
 All parties are there, with the machines, keys, signatures and frames of the real programs: the
-server in this process, the clients in ``--workers`` others. Seconds are of the wall, from the plan
-to the checked sum. A process decodes a broadcast once, and checks no signature twice; what a client
-costs by itself is measured on some that go through what they were sent once more, afterwards, in
-new processes of their own.
-Sockets, training and the disk are not in it. Dropped clients vanish before their upload, and the
-sum is held against the inputs. Ends with the exponent of n that fits the seconds best.
+server in one process, the clients in two others. Seconds are of the wall, from the plan to the
+checked sum. A process decodes a broadcast once, and checks no signature twice; what a client costs
+by itself is measured on some that go through what they were sent once more, afterwards, in new
+processes of their own. Sockets, training and the disk are not in it. Dropped clients vanish before
+their upload, and the sum is held against the inputs.
 
-``--peer-python`` is the Python of an environment that has Flower (``pip install
-"flwr[simulation]"``): its SecAgg+ then runs with as many neighbours and the same threshold, all of
-it in one process (``flower_secagg.py``). It has no signatures, no checked sums and 32-bit seeds.
+Flower: its SecAgg+ with as many neighbours and the same threshold, records as its transport would
+carry them, all of it in one process without network; its legacy API, the only one that has it. It
+has no signatures, no list that clients agree on and no checked sum, and mask seeds of 32 bits.
 """
 
 from __future__ import annotations
 
-import argparse
-import itertools
-import json
 import multiprocessing as mp
 import os
-import resource
-import subprocess
-import sys
 import time
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
 
-import bench_masking
-import machine
-import metered
 import numpy as np
 
+from secure_fedprompt.bench import masking, metered
+from secure_fedprompt.bench.chapter import Case, Chapter, Column, Curve, Samples
 from secure_fedprompt.clients.sum_key import SumKey
 from secure_fedprompt.protocol import keys as signatures
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol import rolls
 from secure_fedprompt.protocol.expand import Stream
 from secure_fedprompt.protocol.layout import Values
-from secure_fedprompt.protocol.masking import neighbourhoods
+from secure_fedprompt.protocol.masking import choose_degree, neighbourhoods
 from secure_fedprompt.protocol.plan import RoundPlan
 from secure_fedprompt.protocol.shamir import Entropy
 from secure_fedprompt.server.rounds.base import Deadlines, Stage
 from secure_fedprompt.server.rounds.masks import MaskedRound
 
-CPU = "server_cpu_s", "clients_cpu_s"
+WORKERS = 2
+SPAWN = mp.get_context("spawn")  # the driver begins with nothing of ours in its memory
+FORK = mp.get_context("fork")  # and hands what it has to the clients' processes
 FRAMES = 128  # in one message to a worker
 ALONE = 5  # clients that are measured by themselves, with random bytes that come again
 COUNTED = ("seen", "correct", "loss")
 Frames = list[tuple[str, bytes]]
-
-
-def update_of(dim: int) -> np.ndarray:
-    return np.random.default_rng(0).normal(0, 0.05, dim)
 
 
 @dataclass
@@ -77,15 +61,16 @@ class Report:
 
 
 def megabytes() -> float:
-    """The most that this process has used."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    """The most that this process has used. (``getrusage`` would count its parent's as well.)"""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
 
 
 def crowd_of(
     keys: metered.Keys, secret: bytes, dim: int, gone: frozenset[str], entropy: Entropy
 ) -> metered.Crowd:
     """Clients that hold the sum key and know their roster, as after a round or more."""
-    values: Values = {"ctx": update_of(dim), **dict.fromkeys(COUNTED, np.float64(64))}
+    values: Values = {"ctx": masking.update_of(dim), **dict.fromkeys(COUNTED, np.float64(64))}
     parties, shared = metered.parties_of(keys, entropy), SumKey(secret)
     assert keys[1].clients == keys[1].by_name.keys()
     for party in parties.values():
@@ -101,10 +86,13 @@ def work(
     signatures.remember_signatures()
     alone = next(iter(keys[0])) if len(keys[0]) == 1 else ""
     crowd = crowd_of(keys, secret, dim, gone, again(alone) if alone else os.urandom)
+    pipe.send("ready")
     while (frames := pipe.recv()) is not None:
         pipe.send([(name, out) for name, frame in frames for out in crowd.take(name, frame)])
     meter = crowd.meter
-    wrong = np.abs(meter.sum["ctx"] - survivors * update_of(dim)).max() if meter.opened else 0.0
+    wrong = (
+        np.abs(meter.sum["ctx"] - survivors * masking.update_of(dim)).max() if meter.opened else 0.0
+    )
     cpu = {name: meter.total(name) for name in keys[0]}
     pipe.send(Report(cpu, meter.up, meter.down, meter.opened, float(wrong), megabytes()))
 
@@ -147,17 +135,19 @@ class Workers:
         self.of = {name: i for i, group in enumerate(groups) for name in group}
         self.pipes = list[Connection]()
         for group in groups:
-            ours, theirs = mp.Pipe()
+            ours, theirs = FORK.Pipe()
             own = {name: keys[0][name] for name in group}, keys[1]
             args = theirs, own, secret, dim, gone, len(names) - len(gone)
-            mp.Process(target=work, args=args, daemon=True).start()
+            FORK.Process(target=work, args=args, daemon=True).start()
             self.pipes.append(ours)
+        for pipe in self.pipes:
+            assert pipe.recv() == "ready"
 
     def alone(self, name: str) -> list[float]:
         """CPU seconds of a client that is told the same once more, in a new process."""
-        ours, theirs = mp.Pipe()
+        ours, theirs = FORK.Pipe()
         args = theirs, name, self._keys, self._secret, self._dim, self.told[name]
-        mp.Process(target=replay, args=args, daemon=True).start()
+        FORK.Process(target=replay, args=args, daemon=True).start()
         found: list[float] = ours.recv()
         return found
 
@@ -187,10 +177,10 @@ class Workers:
                 begin = time.process_time()
                 post(server.tick(server.deadline))
                 spent += time.process_time() - begin
-            for pipe in wait(list(busy)) if busy else ():
-                assert isinstance(pipe, Connection)
-                replies: Frames = pipe.recv()
-                busy.discard(pipe)
+            for ready in wait(list(busy)) if busy else ():
+                assert isinstance(ready, Connection)
+                replies: Frames = ready.recv()
+                busy.discard(ready)
                 begin = time.process_time()
                 for name, frame in replies:
                     post(server.on(name, m.CATALOGUE.decode(frame), 0.0))
@@ -202,110 +192,113 @@ class Workers:
         return [pipe.recv() for pipe in self.pipes]
 
 
-def one_round(
-    keys: metered.Keys, dim: int, dropout: float, corruption: float, workers: int
-) -> dict[str, Any]:
-    """A round of everybody."""
+def drive(pipe: Connection, case: Case) -> None:
+    """A round of everybody, as the server's process."""
+    keys = metered.federation(case["clients"])
     identities, roster = keys
-    n = len(identities)
-    key = SumKey.make(os.urandom)
-    plan = bench_masking.make_plan(n, dim, 32, "regular", roster, key, corruption)
-    gone = frozenset(list(identities)[n - round(dropout * n) :])
-    crowd = Workers(keys, key.to_bytes(), dim, gone, workers)
+    n, dim, key = len(identities), case["values"], SumKey.make(os.urandom)
+    plan = masking.make_plan(n, dim, 32, "regular", roster, key, case["corruption"])
+    gone = frozenset(list(identities)[n - round(case["dropped"] * n) :])
+    crowd = Workers(keys, key.to_bytes(), dim, gone, WORKERS)
     server = MaskedRound(plan, b"", roster, Deadlines(1, 1))
     begin = time.perf_counter()
     cpu = crowd.run(server)
     wall = time.perf_counter() - begin
     assert server.stage is Stage.DONE, server.reason
     reports = crowd.reports()
-    return {**checked(plan, reports, n - len(gone)), **alone_of(plan, crowd, reports),
-            "clients": n, "dim": dim, "dropout": dropout, "corruption": corruption,
-            "degree": plan.degree, "threshold": plan.threshold, "workers": workers,
-            "wall_s": wall, "server_cpu_s": cpu,
-            "megabytes": megabytes() + sum(r.megabytes for r in reports)}  # fmt: skip
+    pipe.send({
+        "wall_s": [wall], "server_cpu_s": [cpu],
+        "clients_cpu_s": [checked(plan, reports, n - len(gone))],
+        "cpu_s": [cpu + sum(sum(r.cpu.values()) for r in reports)],
+        **alone_of(plan, crowd, reports),
+        "megabytes": [megabytes() + sum(r.megabytes for r in reports)],
+        "neighbours": [plan.degree], "threshold": [plan.threshold],
+    })  # fmt: skip
 
 
-def checked(plan: RoundPlan, reports: list[Report], survivors: int) -> dict[str, Any]:
-    """Everybody opened the sum, and it is the sum."""
-    step = 2.0 ** -plan.layout[0].frac
-    assert sum(r.opened for r in reports) == survivors
-    assert all(r.wrong <= survivors * step for r in reports)
-    return {"clients_cpu_s": sum(sum(r.cpu.values()) for r in reports)}
-
-
-def alone_of(plan: RoundPlan, crowd: Workers, reports: list[Report]) -> dict[str, Any]:
-    """What a client costs that remembers nothing, vectors apart: one up, one down."""
-    vector = 4 * sum(field.size for field in plan.layout)
-    own = [(name, reports[crowd.of[name]]) for name in crowd.told]
-    other = [report.up[name] + report.down[name] - 2 * vector for name, report in own]
-    seconds = [found for name in crowd.told for found in crowd.alone(name)]
-    return {
-        "client_cpu_s": machine.spread(seconds),
-        "client_bytes_besides": float(np.median(other)),
-    }
-
-
-def theirs(python: str, row: Mapping[str, Any]) -> dict[str, Any]:
-    """Flower's figures for the same case."""
-    script = Path(__file__).parent / "flower_secagg.py"
-    case = row["clients"], row["dim"], row["dropout"], row["degree"] + 1, row["threshold"]
-    words = [python, str(script), *map(str, case)]
-    quiet = {**os.environ, "FLWR_TELEMETRY_ENABLED": "0"}
-    done = subprocess.run(words, capture_output=True, text=True, check=False, env=quiet)
-    if done.returncode:
-        raise RuntimeError(done.stderr[-2000:])
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+def measure(case: Case, repeat: int) -> Samples:
+    """One round; several of a client by itself."""
+    ours, theirs = SPAWN.Pipe()
+    driver = SPAWN.Process(target=drive, args=(theirs, case))
+    driver.start()
+    theirs.close()
+    try:
+        found: Samples = ours.recv()
+    except EOFError:
+        raise RuntimeError("the driver of the round ended without figures") from None
+    finally:
+        driver.join()
     return found
 
 
-def exponent(rows: list[Mapping[str, Any]]) -> float:
-    """Of n, in the seconds of the wall."""
-    logs = np.log([[row["clients"], row["wall_s"]] for row in rows])
-    return float(np.polyfit(logs[:, 0], logs[:, 1], 1)[0])
+def checked(plan: RoundPlan, reports: list[Report], survivors: int) -> float:
+    """The clients' CPU seconds; everybody opened the sum, and it is the sum."""
+    step = 2.0 ** -plan.layout[0].frac
+    assert sum(r.opened for r in reports) == survivors
+    assert all(r.wrong <= survivors * step for r in reports)
+    return sum(sum(r.cpu.values()) for r in reports)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--clients", type=int, action="append", help="may be given several times")
-    parser.add_argument("--dim", type=int, action="append", help="also")
-    parser.add_argument("--dropout", type=float, action="append", help="also")
-    parser.add_argument("--corruption", type=float, default=0.1)
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--peer-python", metavar="PATH", help="runs Flower's SecAgg+ as well")
-    parser.add_argument("--peer-most", type=int, default=1000, help="with so many clients at most")
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
-    print(json.dumps(machine.describe()))
-    print("     n   k   t   wall s  server s  clients s  MB    alone: ms   bytes besides vectors")
-    rows: list[dict[str, Any]] = []
-    clients = args.clients or (250, 500, 1000, 2000, 4000)
-    for n, dim, dropout in itertools.product(clients, args.dim or (8192,), args.dropout or (0.1,)):
-        row = one_round(metered.federation(n), dim, dropout, args.corruption, args.workers)
-        rows.append(row)
-        if args.peer_python and n <= args.peer_most:
-            row["flower"] = theirs(args.peer_python, row)
-        alone = row["client_cpu_s"]
-        print(f"{n:6} {row['degree']:3} {row['threshold']:3} {row['wall_s']:8.2f} "
-              f"{row['server_cpu_s']:8.2f} {row['clients_cpu_s']:9.1f} {row['megabytes']:6.0f} "
-              f"{1e3 * alone['median']:7.1f} ({1e3 * alone['min']:.0f}-{1e3 * alone['max']:.0f})"
-              f"{row['client_bytes_besides']:9,.0f}", flush=True)  # fmt: skip
-        if "flower" in row:
-            peer = row["flower"]
-            ratio = sum(map(peer.get, CPU)) / sum(map(row.get, CPU))
-            print(f"{'':7}Flower {peer['wall_s']:9.2f} {peer['server_cpu_s']:8.2f} "
-                  f"{peer['clients_cpu_s']:9.1f}   CPU of all parties: {ratio:.1f} times ours",
-                  flush=True)  # fmt: skip
-        if args.json:
-            content = {"machine": machine.describe(), "rows": rows}
-            if len({row["clients"] for row in rows}) > 1:
-                content["exponent"] = exponent(rows)
-            args.json.write_text(json.dumps(content, indent=1) + "\n")
-    if len(clients) > 1:
-        print(f"seconds grow as n^{exponent(rows):.2f}")
-    return 0
+def alone_of(plan: RoundPlan, crowd: Workers, reports: list[Report]) -> dict[str, list[float]]:
+    """What a client costs that remembers nothing, vectors apart: one up, one down."""
+    vector = 4 * sum(field.size for field in plan.layout)
+    own = [(name, reports[crowd.of[name]]) for name in crowd.told]
+    return {
+        "client_ms": [1e3 * found for name in crowd.told for found in crowd.alone(name)],
+        "bytes_besides": [float(r.up[name] + r.down[name] - 2 * vector) for name, r in own],
+    }
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def cases(quick: bool) -> list[Case]:
+    keys = ("clients", "values", "dropped", "corruption")
+    table = [(100, 8_192, 0.1, 0.1), (250, 8_192, 0.1, 0.1), (500, 8_192, 0.1, 0.1)]
+    if not quick:
+        table += [(n, 8_192, 0.1, 0.1) for n in (1_000, 2_000, 5_000, 10_000)]
+        table += [(1_000, 8_192, 0.1, 0.33)]
+        table += [(100, d, 0.1, 0.1) for d in (65_536, 524_288)]
+        table += [(100, 8_192, share, 0.1) for share in (0.0, 0.2)]
+    return [dict(zip(keys, row, strict=True)) for row in sorted(table)]
+
+
+def flower_runs(case: Case) -> bool:
+    return bool(case["clients"] <= 250 and case["corruption"] == 0.1 and case["dropped"] <= 0.1)
+
+
+def shares_of(case: Case) -> tuple[int, int]:
+    """Neighbours and threshold of our round, for whoever runs the same."""
+    return choose_degree(case["clients"], dropout=0.1, corruption=case["corruption"])
+
+
+def limit(case: Case, known: Mapping[str, float]) -> float:
+    """Of all clients, in seconds: two agreements and a signature to check for each neighbour, a
+    signature for each of the broadcast lists to check, masks for neighbours and one's own."""
+    n, (k, _) = case["clients"], shares_of(case)
+    each = 2 * known["x25519_us"] + known["ed25519_verify_us"]
+    mask = 4 * case["values"] / known["aes_bytes_per_us"]
+    return float(n * (1 - case["dropped"]) * (k * each + (k + 1) * mask)) / 1e6
+
+
+FAMILY = {"values": 8_192, "dropped": 0.1, "corruption": 0.1}
+CHAPTER = Chapter(
+    name="scale",
+    title="Thousands of clients on a k-regular graph",
+    about=__doc__,
+    keys={"clients": "clients", "values": "values", "dropped": "dropped",
+          "corruption": "colluding"},
+    columns=(
+        Column("wall_s", "seconds"), Column("server_cpu_s", "server CPU, s"),
+        Column("clients_cpu_s", "clients' CPU, s"), Column("cpu_s", "all CPU, s"),
+        Column("client_ms", "a client alone, ms CPU"),
+        Column("bytes_besides", "its bytes beside vectors", 4), Column("megabytes", "MB"),
+        Column("neighbours", "k", 3, less=None), Column("threshold", "t", 3, less=None),
+    ),
+    cases=cases,
+    measure=measure,
+    repeat=1,
+    curves=(
+        Curve("round by n", "clients", "wall_s", FAMILY),
+        Curve("clients by n", "clients", "clients_cpu_s", FAMILY, limit),
+        Curve("server by n", "clients", "server_cpu_s", FAMILY),
+    ),
+    peers={"flower": flower_runs},
+)  # fmt: skip

@@ -1,0 +1,1 @@
+"""The benchmark book: ``secure-fedprompt bench``. A chapter is a module here."""

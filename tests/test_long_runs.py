@@ -1,0 +1,69 @@
+"""Time: a day without anybody, a thousand rounds."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from federation import World
+from rounds import names
+
+from secure_fedprompt.protocol import messages as m
+
+DAY = 86_400.0
+
+
+def everybody(world: World, count: int) -> World:
+    for name in names(world.n)[:count]:
+        world.join(name)
+    return world
+
+
+def in_round(number: int) -> object:
+    """Stops a pump at the first plan of a learning round."""
+    return lambda w, message: isinstance(message, m.Plan) and message.plan.learning_round == number
+
+
+def test_who_comes_back_after_a_day_goes_on(tmp_path: Path) -> None:
+    """One is lost in the second round, in the fourth everybody is; a day later all are back, each
+    with what its disk has kept."""
+    world = World(tmp_path, 4, rounds=6, metrics="off", patience=2 * DAY, alive_seconds=30.0,
+                  max_attempts=0)  # fmt: skip
+    world.latest = 10 * DAY
+    everybody(world, 4).pump(in_round(2))
+    world.lost.add("c003")
+    world.lose("c003")
+    world.pump(in_round(4))
+    for name in names(4):
+        world.lost.add(name)
+        world.lose(name)
+    world.forget("c000")
+    world.clock += DAY
+    assert not world.run.over
+    everybody(world, 4).pump()
+    assert world.run.error is None, world.run.error
+    rows = [row for row in world.store.summary()["rounds"] if row["outcome"] == "done"]
+    assert [row["learning_round"] for row in rows] == list(range(1, 7))
+    there = ["c003" in set(row["cohort"]) - set(row["dropped"]) for row in rows]
+    assert there == [True, False, False, True, True, True]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("LONG" not in os.environ, reason="minutes: LONG=1")
+def test_a_thousand_rounds(tmp_path: Path) -> None:
+    """Round numbers, journals and the store go on; what a round takes of the disk stays the same."""
+    world = World(tmp_path, 4, rounds=1000, metrics="off")
+    world.latest = 1e9
+    everybody(world, 4).pump(in_round(500))
+    half = size(tmp_path)
+    world.pump()
+    assert world.run.error is None, world.run.error
+    assert not world.errors
+    done = [row["learning_round"] for row in world.store.summary()["rounds"]]
+    assert done == list(range(1, 1001))
+    assert size(tmp_path) - half < 1.1 * half
+
+
+def size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
