@@ -23,7 +23,7 @@ CHAPTER = Chapter(
     keys={"clients": "nodes", "values": "values"},
     columns=(
         Column("seconds", "seconds"), Column("megabytes", "MB"),
-        Column("messages", "messages", 4), Column("first_round_s", "first round, s"),
+        Column("messages", "messages", 2), Column("first_round_s", "first round, s"),
     ),
     cases=lambda quick: [] if quick else [{"clients": 10, "values": 100_000}],
     measure=None,

@@ -290,7 +290,7 @@ CHAPTER = Chapter(
         Column("clients_cpu_s", "clients' CPU, s"), Column("cpu_s", "all CPU, s"),
         Column("client_ms", "a client alone, ms CPU"),
         Column("bytes_besides", "its bytes beside vectors", 4), Column("megabytes", "MB"),
-        Column("neighbours", "k", 3, less=None), Column("threshold", "t", 3, less=None),
+        Column("neighbours", "k", 2, less=None), Column("threshold", "t", 2, less=None),
     ),
     cases=cases,
     measure=measure,

@@ -162,8 +162,8 @@ CHAPTER = Chapter(
     keys={"work": "work", "size": "comparisons or clients", "groups": "m"},
     columns=(
         Column("ms", "ms"), Column("thousand_a_second", "thousand a second", 3, less=False),
-        Column("kb", "kB", 4), Column("bytes_each", "bytes each", 5),
-        Column("base_ms", "base transfers, ms"), Column("base_bytes", "their bytes", 5),
+        Column("kb", "kB", 4), Column("bytes_each", "bytes each", 4),
+        Column("base_ms", "base transfers, ms"), Column("base_bytes", "their bytes", 4),
     ),
     cases=cases,
     measure=measure,

@@ -92,8 +92,10 @@ def run(args: argparse.Namespace) -> int:
     work = runner.Runner(args.out, args.quick, args.repeat, args.peers, args.again, say)
     failed = work.run(names)
     failed += scripts.Running(args.out, args.photos, args.again, say).run(asked)
-    page = finish(names, args.out)
+    page, drawn = finish(names, args.out)
     say(f"figures in {args.out}, all tables in {page}")
+    if not drawn:
+        say("curves were not drawn: that takes matplotlib (pip install matplotlib)")
     if args.write:
         for path in write_pages(args.out):
             say(f"written: {path}")
@@ -141,12 +143,12 @@ def _before(folder: Path | None, names: list[str]) -> dict[str, dict[str, Any]]:
     return {name: book.read(path) if path.exists() else {} for name, path in paths.items()}
 
 
-def finish(names: list[str], out: Path) -> Path:
-    """Fits, curves, and a page of all tables; returns its path."""
+def finish(names: list[str], out: Path) -> tuple[Path, bool]:
+    """Fits, curves, and a page of all tables; its path, and whether all curves are drawn."""
     from secure_fedprompt.bench import book, curves, pages, primitives
 
     known: Mapping[str, float] = {}
-    parts = ["# Figures\n"]
+    parts, complete = ["# Figures\n"], True
     path = out / "primitives.json"
     if path.exists():
         known = primitives.known(book.read(path)["rows"])
@@ -159,6 +161,7 @@ def finish(names: list[str], out: Path) -> Path:
         record.content["fits"] = [one for one in found if one]
         record.write()
         drawn = curves.draw(made, record.content, out / f"{name}.svg")
+        complete &= drawn or not record.content["fits"]
         parts += [f"## {made.title}\n", f"```\n{made.about.strip()}\n```\n",
                   pages.table(made, record.rows)]  # fmt: skip
         parts += [f"- {one['curve']}: {one['y']} grows as {one['x']}^{one['exponent']:.2f} "
@@ -174,7 +177,7 @@ def finish(names: list[str], out: Path) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     page = out / "book.md"
     page.write_text("\n".join(parts))
-    return page
+    return page, complete
 
 
 def write_pages(out: Path) -> list[Path]:
