@@ -4,25 +4,36 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from federation import World
 from rounds import names
 
 from secure_fedprompt.protocol import messages as m
+from secure_fedprompt.protocol.transport import Frame
 
 DAY = 86_400.0
 
 
-def everybody(world: World, count: int) -> World:
-    for name in names(world.n)[:count]:
+def everybody(world: World) -> World:
+    for name in names(world.n):
         world.join(name)
     return world
 
 
-def in_round(number: int) -> object:
-    """Stops a pump at the first plan of a learning round."""
-    return lambda w, message: isinstance(message, m.Plan) and message.plan.learning_round == number
+def up_to(world: World, learning_round: int) -> None:
+    """Run until the first plan of this round is under way."""
+    last: list[tuple[str, str, m.Message]] = []
+
+    def seen(*frame: Any) -> Any:
+        last[:] = [frame]
+        return frame[2]
+
+    world.tamper = seen
+    world.pump(lambda w, x: isinstance(x, m.Plan) and x.plan.learning_round == learning_round)
+    sender, recipient, message = last[0]
+    world.queue.appendleft((sender, recipient, Frame.of(message)))  # where the pump stopped
 
 
 def test_who_comes_back_after_a_day_goes_on(tmp_path: Path) -> None:
@@ -31,18 +42,20 @@ def test_who_comes_back_after_a_day_goes_on(tmp_path: Path) -> None:
     world = World(tmp_path, 4, rounds=6, metrics="off", patience=2 * DAY, alive_seconds=30.0,
                   max_attempts=0)  # fmt: skip
     world.latest = 10 * DAY
-    everybody(world, 4).pump(in_round(2))
+    everybody(world)
+    up_to(world, 2)
     world.lost.add("c003")
     world.lose("c003")
-    world.pump(in_round(4))
+    up_to(world, 4)
     for name in names(4):
         world.lost.add(name)
         world.lose(name)
-    world.forget("c000")
+        world.forget(name)
     world.clock += DAY
     assert not world.run.over
-    everybody(world, 4).pump()
+    everybody(world).pump()
     assert world.run.error is None, world.run.error
+    assert not world.errors
     rows = [row for row in world.store.summary()["rounds"] if row["outcome"] == "done"]
     assert [row["learning_round"] for row in rows] == list(range(1, 7))
     there = ["c003" in set(row["cohort"]) - set(row["dropped"]) for row in rows]
@@ -55,7 +68,7 @@ def test_a_thousand_rounds(tmp_path: Path) -> None:
     """Round numbers, journals and the store go on; what a round takes of the disk stays the same."""
     world = World(tmp_path, 4, rounds=1000, metrics="off")
     world.latest = 1e9
-    everybody(world, 4).pump(in_round(500))
+    up_to(everybody(world), 501)
     half = size(tmp_path)
     world.pump()
     assert world.run.error is None, world.run.error
