@@ -17,7 +17,8 @@ from PIL import Image
 from secure_fedprompt.clients import metrics
 from secure_fedprompt.clients.data import generated, partitions, sets
 from secure_fedprompt.clients.data.loading import load_part, load_sets
-from secure_fedprompt.clients.settings import DataSettings
+from secure_fedprompt.clients.settings import ClientSettings, DataSettings
+from secure_fedprompt.commands.simulate import make_trainers
 from secure_fedprompt.protocol.errors import DataError
 
 
@@ -396,3 +397,11 @@ def test_figures() -> None:
     assert np.isclose(metrics.harmonic_mean(0.6, 0.3), 0.4)
     assert metrics.harmonic_mean(0, 0) == 0
     assert np.isclose(metrics.combined_mean(0.8, 0.6, 0.3), 0.6)
+
+
+def test_a_share_without_images_is_told_before_anything_is_loaded() -> None:
+    images = sets.generated_sets(3, ["sketch"], 2, 2, 0)
+    shares = [partitions.Part(np.arange(n), np.arange(n)) for n in (6, 0)]
+    settings = ClientSettings(dataset="generated")
+    with pytest.raises(DataError, match=r"1 of 2 clients have no training image, client001 first"):
+        make_trainers(settings, None, (*images, shares))

@@ -35,7 +35,7 @@ from secure_fedprompt.host.recorder import recorder
 from secure_fedprompt.memory import Network
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.averaging import Prompt
-from secure_fedprompt.protocol.errors import ConfigError, SecureFedPromptError, UpdateError
+from secure_fedprompt.protocol.errors import ConfigError, DataError, SecureFedPromptError, UpdateError
 from secure_fedprompt.protocol.keys import Identity, Member, remember_signatures
 from secure_fedprompt.protocol.policy import Policy
 from secure_fedprompt.protocol.protections import PROTECTIONS
@@ -150,6 +150,9 @@ def make_trainers(
 
     Args:
         dealt: images and who holds which, in the place of what the settings say.
+
+    Raises:
+        DataError: a client has no training image.
     """
     import torch
 
@@ -159,6 +162,12 @@ def make_trainers(
     if settings.threads:
         torch.set_num_threads(settings.threads)
     train, test, shares = dealt or load_shares(settings)
+    if without := [k for k, share in enumerate(shares) if not len(share.train)]:
+        raise DataError(
+            f"{len(without)} of {len(shares)} clients have no training image, client"
+            f"{without[0]:03d} first: fewer clients (--parts), or more images of each class "
+            "(--shots, --per-class)"
+        )
     backbone = Backbone.load(
         settings.model, settings.pretrained, settings.device, settings.precision
     )
