@@ -35,7 +35,12 @@ from secure_fedprompt.host.recorder import recorder
 from secure_fedprompt.memory import Network
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.averaging import Prompt
-from secure_fedprompt.protocol.errors import ConfigError, DataError, SecureFedPromptError, UpdateError
+from secure_fedprompt.protocol.errors import (
+    ConfigError,
+    DataError,
+    SecureFedPromptError,
+    UpdateError,
+)
 from secure_fedprompt.protocol.keys import Identity, Member, remember_signatures
 from secure_fedprompt.protocol.policy import Policy
 from secure_fedprompt.protocol.protections import PROTECTIONS
