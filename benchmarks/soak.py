@@ -117,8 +117,13 @@ class Soak:
                 due = time.monotonic() + rng.expovariate(1 / args.kill_every)
                 self.kill(rng)
             time.sleep(0.05)
-        for process in self.running.values():
-            process.wait(60)
+        for name, process in self.running.items():
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                if name not in self.walked:  # else the run ended while it was dead
+                    raise
+                process.kill()
 
 
 def grown(seen: list[dict[str, Any]], name: str, what: str) -> float:

@@ -18,6 +18,7 @@ from rounds import identity
 
 from secure_fedprompt.audit import summary, uniformity
 from secure_fedprompt.audit.findings import Level
+from secure_fedprompt.audit.terms import _bent
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.expand import Purpose
 from secure_fedprompt.protocol.plan import RoundPlan
@@ -193,6 +194,23 @@ def test_a_plan_that_bends_the_terms_shows_at_every_client(
     (log,) = read({VICTIM: tmp_path / VICTIM}, VICTIM)
     alone = summary.audit(log, [], "", None)
     assert any(check == "terms" and says in text for check, text in failures(alone))
+
+
+@pytest.mark.parametrize(
+    ("regular", "allowed", "attempt", "bent"),
+    [(0, 200, 11, False), (0, 200, 200, False), (0, 255, 201, True), (0, 7, 8, True),
+     (1, 10, 10, False), (1, 200, 11, True)],
+)  # fmt: skip
+def test_a_round_may_be_tried_as_often_as_clients_allow(
+    tmp_path: Path, regular: int, allowed: int, attempt: int, bent: bool
+) -> None:
+    """And no more, whatever terms say that somebody signed."""
+    _, folders = federate(tmp_path, **QUIET)
+    (log,) = read(folders, "server")
+    (run,) = log.runs
+    plan = dataclasses.replace(log.plans[run, 1], attempt=attempt)
+    terms = dataclasses.replace(log.terms[run][0][1], regular=regular, attempts=allowed)
+    assert (f"attempt {attempt}" in list(_bent(plan, terms))) is bent
 
 
 def test_bounds_of_counters_are_held_against_the_terms(tmp_path: Path) -> None:

@@ -22,7 +22,8 @@ from secure_fedprompt.protocol.plan import RoundPlan
 from secure_fedprompt.protocol.terms import RunTerms
 
 Decoded = list[tuple[Entry, m.Message]]
-MOST_ATTEMPTS = 10
+MOST_ATTEMPTS = 200  # at one learning round
+MOST_GRAPHS = 10  # on a regular graph, of which each attempt has another
 LOSS = 20.0  # a test image's loss counts as so much at most
 OPENING = ("Reveal", "Opened", "PlainUpload")  # what opens a sum, or is one
 
@@ -151,7 +152,8 @@ def _bent(plan: RoundPlan, terms: RunTerms) -> Iterator[str]:
         yield f"a cohort of {len(plan.cohort)}"
     if plan.learning_round > terms.rounds + (terms.metrics != "off"):
         yield f"learning round {plan.learning_round} of {terms.rounds}"
-    if not 1 <= plan.attempt <= min(MOST_ATTEMPTS, terms.attempts):
+    most = MOST_GRAPHS if terms.regular else MOST_ATTEMPTS
+    if not 1 <= plan.attempt <= min(most, terms.attempts):
         yield f"attempt {plan.attempt}"
     if terms.protection in ("masks", "bfv", "ckks") and plan.maker not in terms.makers:
         yield f"key maker {plan.maker}"
