@@ -95,8 +95,10 @@ def _check_head(
 def _cross_check(sender: Log, receiver: Log, run: str) -> Iterator[Finding]:
     """Frames from one end to the other: nothing may arrive that was not sent, nor out of order,
     and what did not arrive must have been in flight when a connection ended."""
-    sent = _passed(sender, run, "out", receiver.name)
-    got = _passed(receiver, run, "in", sender.name)
+    sent, own = _passed(sender, run, "out", receiver.name)
+    came, used = _passed(receiver, run, "in", sender.name)
+    # Whoever was killed may have greeted, or been greeted, on a connection that carried no more.
+    got = [(c, e) for c, e in came if c in used or e.run]
     known = Counter(_content(e) for _, e in sent)
     for content, extra in (Counter(_content(e) for _, e in got) - known).items():
         entry = next(e for _, e in got if _content(e) == content)
@@ -107,10 +109,10 @@ def _cross_check(sender: Log, receiver: Log, run: str) -> Iterator[Finding]:
         where = f"{sender.name} to {receiver.name}"
         yield failed("cross-check", where, "frames of a run arrived in another order than sent")
         return
-    heard = _passed(sender, run, "in", receiver.name)
+    heard, _ = _passed(sender, run, "in", receiver.name)
     # A Rejoin asks for the greeting that a new connection lacks: it is not of the one before.
     last = {c: i for i, (c, e) in enumerate(sent) if i in rows and e.kind != "Rejoin"}
-    lost = [(i, c, e) for i, (c, e) in enumerate(sent) if i not in rows]
+    lost = [(i, c, e) for i, (c, e) in enumerate(sent) if i not in rows and (c in own or e.run)]
     hidden = [e for i, c, e in lost if i < last.get(c, -1)]
     answered = [
         e for i, c, e in lost
@@ -145,12 +147,14 @@ def _content(entry: Entry) -> tuple[str, str, int, int]:
 
 
 # What says nothing, and what passes between the server and 'check', which keeps no log.
+Numbered = list[tuple[int, Entry]]  # frames with their connections
+MOST_STEPS = 2_000_000  # looking for a story: a second or two
 UNLOGGED = ("Alive", "Probe", "Probed")
 
 
-def _passed(log: Log, run: str, way: str, peer: str) -> list[tuple[int, Entry]]:
-    """Frames of a run to or from a peer, and of no run on the same connections, with the number of
-    their connection.
+def _passed(log: Log, run: str, way: str, peer: str) -> tuple[Numbered, set[int]]:
+    """Frames of a run to or from a peer, and those of no run, with the number of their connection;
+    and the connections that carried the run.
 
     Every connection begins with the client's Hello.
     """
@@ -165,11 +169,17 @@ def _passed(log: Log, run: str, way: str, peer: str) -> list[tuple[int, Entry]]:
             used.add(connection)
         if entry.way == way and entry.run in ("", run) and entry.kind not in UNLOGGED:
             found.append((connection, entry))
-    return [(number, entry) for number, entry in found if number in used or entry.run]
+    return found, used
 
 
-def _aligned(sent: list[tuple[int, Entry]], got: list[tuple[int, Entry]]) -> set[int] | None:
-    """Places of the sent frames that arrived, or None if they came in another order."""
+def _aligned(sent: Numbered, got: Numbered) -> set[int] | None:
+    """Places of the sent frames that arrived, or None if they came in another order.
+
+    Frames may be alike, as greetings are: if there is a story in which each connection lost nothing
+    but its end, it is taken.
+    """
+    if (rows := _prefixes(sent, got)) is not None:
+        return rows
     places = defaultdict[tuple[str, str, int, int], list[int]](list)
     for i, (_, entry) in enumerate(sent):
         places[_content(entry)].append(i)
@@ -182,3 +192,38 @@ def _aligned(sent: list[tuple[int, Entry]], got: list[tuple[int, Entry]]) -> set
         elif _content(entry) in places:
             return None
     return rows
+
+
+def _prefixes(sent: Numbered, got: Numbered) -> set[int] | None:
+    """Places of the sent frames that arrived if that is a beginning of each connection, one after
+    the other; None if there is no such story. As much as possible of a connection is tried first.
+    """
+    parts: list[list[int]] = []
+    for i, (connection, entry) in enumerate(sent):
+        if not i or connection != sent[i - 1][0] or entry.kind == "Rejoin":
+            parts.append([])
+        parts[-1].append(i)
+    said, heard = ([_content(e) for _, e in frames] for frames in (sent, got))
+    taken, starts, dead, at = list[int](), list[int](), set[tuple[int, int]](), 0
+    for _ in range(MOST_STEPS):
+        number = len(taken)
+        if number == len(parts) and at == len(heard):
+            return {i for part, count in zip(parts, taken, strict=True) for i in part[:count]}
+        if number < len(parts) and (number, at) not in dead:
+            part, same = parts[number], 0
+            most = min(len(part), len(heard) - at)
+            while same < most and said[part[same]] == heard[at + same]:
+                same += 1
+            starts.append(at)
+            taken.append(same)
+            at += same
+            continue
+        while taken and not taken[-1]:
+            taken.pop()
+            at = starts.pop()
+            dead.add((len(taken), at))
+        if not taken:
+            return None
+        taken[-1] -= 1
+        at -= 1
+    return None
