@@ -49,7 +49,9 @@ class Soak:
     def __init__(self, folder: Path, args: argparse.Namespace) -> None:
         self.folder = folder
         self.spared = set(args.spare.split(",")) - {"", *args.walk.split(",")}
-        selecting = {"selection": "secure", "helper": demo_files.HELPER}
+        selecting = {
+            "selection": "secure", "selection_scope": "client", "helper": demo_files.HELPER,
+        }  # fmt: skip
         secure = args.selection == "secure"
         self.commands = demo_files.write_files(
             folder, "fedmgp" if secure else "promptfl", args.clients, args.rounds, args.protection,
