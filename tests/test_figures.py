@@ -128,11 +128,10 @@ def test_tables_in_the_order_of_a_file(name: str) -> None:
 
 @pytest.mark.parametrize("name", STRICT)
 def test_no_measured_number_stands_without_its_row(name: str) -> None:
-    """But for code, tables from figures on record, and lines that say where they are from."""
+    """But for code, and tables from figures on record."""
     text = (ROOT / name).read_text()
     text = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
     text = re.sub(pages.BEGIN.pattern + r".*?" + re.escape(pages.END), "", text, flags=re.DOTALL)
-    text = re.sub(r"<!-- unmeasured -->.*?<!-- end -->", "", text, flags=re.DOTALL)
     text = re.sub(r"`[^`]*`", "", text)
     text = re.sub(r"!?\[[^\]\[]*\]\([^)]*\)", "", text)
     found = [(line, match[0]) for line in text.splitlines() for match in UNIT.finditer(line)]

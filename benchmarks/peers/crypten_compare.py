@@ -14,20 +14,19 @@ here exports anything, so an empty one stands in for it.
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
-import socket
 import sys
-import tempfile
 import time
 import types
 from pathlib import Path
 
+import pairs
 
-def party(rank: int, port: int, size: int, repeat: int, out: str) -> None:
+
+def party(rank: int, ports: list[int], size: int, repeat: int, out: str) -> None:
     os.environ |= {
         "WORLD_SIZE": "2", "RANK": str(rank), "BACKEND": "gloo",
-        "RENDEZVOUS": f"tcp://127.0.0.1:{port}",
+        "RENDEZVOUS": f"tcp://127.0.0.1:{ports[0]}",
     }  # fmt: skip
     import torch
 
@@ -50,26 +49,5 @@ def party(rank: int, port: int, size: int, repeat: int, out: str) -> None:
         Path(out).write_text(json.dumps(seconds[1:]))
 
 
-def main() -> None:
-    size, repeat = json.loads(sys.argv[1])["size"], int(sys.argv[2])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "seconds.json"
-        both = [
-            multiprocessing.Process(target=party, args=(rank, port, size, repeat, str(out)))
-            for rank in (0, 1)
-        ]
-        for one in both:
-            one.start()
-        for one in both:
-            one.join(600)
-        seconds = json.loads(out.read_text())
-    print(json.dumps({
-        "ms": [1e3 * s for s in seconds], "thousand_a_second": [size / s / 1e3 for s in seconds],
-    }))  # fmt: skip
-
-
 if __name__ == "__main__":
-    main()
+    pairs.measured(party)

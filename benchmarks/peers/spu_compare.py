@@ -9,14 +9,11 @@ words in, shares of the result out. Prints samples of milliseconds, after one th
 from __future__ import annotations
 
 import json
-import multiprocessing
-import socket
-import sys
-import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
+import pairs
 
 
 def party(rank: int, ports: list[int], size: int, repeat: int, out: str) -> None:
@@ -48,31 +45,5 @@ def party(rank: int, ports: list[int], size: int, repeat: int, out: str) -> None
         Path(out).write_text(json.dumps(seconds[1:]))
 
 
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
-
-
-def main() -> None:
-    size, repeat = json.loads(sys.argv[1])["size"], int(sys.argv[2])
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "seconds.json"
-        args = free_ports(2), size, repeat, str(out)
-        both = [multiprocessing.Process(target=party, args=(rank, *args)) for rank in (0, 1)]
-        for one in both:
-            one.start()
-        for one in both:
-            one.join(600)
-        seconds = json.loads(out.read_text())
-    print(json.dumps({
-        "ms": [1e3 * s for s in seconds], "thousand_a_second": [size / s / 1e3 for s in seconds],
-    }))  # fmt: skip
-
-
 if __name__ == "__main__":
-    main()
+    pairs.measured(party)

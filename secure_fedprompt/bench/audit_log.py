@@ -7,42 +7,19 @@ round in which clients train for ten seconds.
 
 from __future__ import annotations
 
-import os
 import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
-
 from secure_fedprompt.bench import masking, metered
 from secure_fedprompt.bench.chapter import Case, Chapter, Column, Samples
-from secure_fedprompt.clients.sum_key import SumKey
 from secure_fedprompt.host.recorder import Recorder
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.keys import Identity, Member
-from secure_fedprompt.protocol.layout import Values
 from secure_fedprompt.protocol.roster import Roster
 from secure_fedprompt.protocol.transport import Frame
-from secure_fedprompt.server.rounds.base import Deadlines
-from secure_fedprompt.server.rounds.masks import MaskedRound
 
 ROUND = 10.0  # seconds
-Seen = list[tuple[str, str, bytes]]
-
-
-def one_round(case: Case, keys: metered.Keys) -> tuple[Seen, float]:
-    """The frames of a round, as (sender, recipient, frame), and the server's CPU seconds in it."""
-    key, seen = SumKey.make(os.urandom), Seen()
-    parties = metered.parties_of(keys)
-    for party in parties.values():
-        party.keyring.sums = key
-    update = masking.update_of(case["values"])
-    values: Values = {"ctx": update, **{k: np.float64(64) for k in ("seen", "correct", "loss")}}
-    plan = masking.make_plan(case["clients"], case["values"], 32, "complete", keys[1], key)
-    server = MaskedRound(plan, b"", keys[1], Deadlines(1, 1))
-    meter = metered.run(server, parties, values, 64.0,
-                        passed=lambda *frame: seen.append(frame))  # fmt: skip
-    return seen, meter.total("")
 
 
 def measure(case: Case, repeat: int) -> Samples:
@@ -50,9 +27,11 @@ def measure(case: Case, repeat: int) -> Samples:
     keys, own = metered.federation(case["clients"]), Identity.generate()
     member = Member.of(own, "server", "server")
     roster = Roster.of((*keys[1].members, member))
+    whole = {**case, "dropped": 0.0, "ring_bits": 32, "graph": "complete"}
     rows = list[dict[str, float]]()
     for _ in range(repeat + 1):
-        seen, protocol = one_round(case, keys)
+        seen = list[tuple[str, str, bytes]]()
+        figures = masking.one_round(whole, keys, lambda *frame: seen.append(frame))  # noqa: B023
         frames = [Frame.read(frame) for _, _, frame in seen]  # done anyway
         with tempfile.TemporaryDirectory() as folder:
             log = Recorder(Path(folder), case["mode"], 1 << 31, own, member, roster)
@@ -69,7 +48,7 @@ def measure(case: Case, repeat: int) -> Samples:
             size = sum(path.stat().st_size for path in Path(folder).iterdir())
         rows.append({
             "log_ms": 1e3 * spent, "us_per_frame": 1e6 * spent / len(seen),
-            "percent_of_protocol": 100 * spent / protocol,
+            "percent_of_protocol": 1e5 * spent / figures["server_ms"],
             "percent_of_round": 100 * spent / ROUND, "kb_on_disk": size / 1e3,
         })  # fmt: skip
     return {name: [row[name] for row in rows[1:]] for name in rows[0]}

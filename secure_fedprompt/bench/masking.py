@@ -72,8 +72,10 @@ def update_of(dim: int) -> Vector:
     return np.random.default_rng(0).normal(0, 0.05, dim)
 
 
-def one_round(case: Case, keys: metered.Keys) -> dict[str, float]:
-    """Run a round; returns the figures of one repetition."""
+def one_round(
+    case: Case, keys: metered.Keys, passed: metered.Passed = lambda *frame: None
+) -> dict[str, float]:
+    """Run a round; returns the figures of one repetition. ``passed`` sees every frame."""
     n, dim = case["clients"], case["values"]
     key = SumKey.make(os.urandom)
     plan = make_plan(n, dim, case["ring_bits"], case["graph"], keys[1], key)
@@ -85,7 +87,8 @@ def one_round(case: Case, keys: metered.Keys) -> dict[str, float]:
     weight = 1.0 if plan.uniform else 64.0
     gone = frozenset(list(parties)[: round(case["dropped"] * n)])
     server = MaskedRound(plan, b"", keys[1], Deadlines(1, 1))
-    meter = metered.run(server, parties, values, weight, gone, prompt=np.zeros(dim, np.float32))
+    prompt = np.zeros(dim, np.float32)
+    meter = metered.run(server, parties, values, weight, gone, passed, prompt)
     assert server.result is not None
     survivors = [name for name in parties if name not in gone]
     step = 2.0 ** -plan.layout[0].frac

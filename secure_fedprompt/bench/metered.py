@@ -28,6 +28,7 @@ from secure_fedprompt.server.rounds.base import Round, Stage
 T = TypeVar("T")
 POLICY = Policy(protections=("masks", "bfv", "ckks"), graphs=("complete", "regular"), colluders=0)
 Keys = tuple[dict[str, Identity], Roster]
+Passed = Callable[[str, str, bytes], None]  # sees sender, recipient and frame
 
 
 def federation(n: int) -> Keys:
@@ -128,7 +129,7 @@ def run(
     values: Values,
     weight: float,
     gone: frozenset[str] = frozenset(),
-    passed: Callable[[str, str, bytes], None] = lambda sender, recipient, frame: None,
+    passed: Passed = lambda sender, recipient, frame: None,
     prompt: Prompt | None = None,
 ) -> Meter:
     """Drive a round to its end; clients in ``gone`` vanish before their upload.

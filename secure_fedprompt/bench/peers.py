@@ -34,7 +34,7 @@ class Peer:
         label: as tables name it.
         requires: what pip installs; the first one's version is kept with the figures.
         script: in ``benchmarks/peers``.
-        does_not: what it leaves out of what ours does.
+        lacks: what it leaves out of what ours does.
         needs: what a case lacks for it, computed from the case.
         environment: shared by peers of the same packages; its own name otherwise.
     """
@@ -42,7 +42,7 @@ class Peer:
     label: str
     requires: tuple[str, ...]
     script: str
-    does_not: str
+    lacks: str
     needs: Callable[[Case], Case] = lambda case: {}
     environment: str = ""
 
@@ -55,18 +55,18 @@ def _flower_shares(case: Case) -> Case:
 
 
 _BRIDGE = ("flwr[simulation]==1.42.0", ITSELF)
-_FLOWER = "no signatures, no checked sum, image counts in the clear, mask seeds of 32 bits"
+_FLOWER = "signatures, checked sums, hidden image counts, mask seeds beyond 32 bits"
 PEERS = {
     "flower": Peer("Flower SecAgg+", ("flwr==1.42.0",), "flower_secagg.py", _FLOWER,
                    _flower_shares),
     "nvflare": Peer("NVFlare HE", ("nvflare[HE]==2.9.0",), "nvflare_he.py",
-                    "no signatures, no checked sum, every client's key opens every upload"),
+                    "signatures, checked sums"),
     "spu": Peer("SPU CHEETAH", ("spu==0.9.5", "jax<0.5", "setuptools<80"), "spu_compare.py",
-                "no selection of its own here: comparisons only"),
+                "selections: comparisons only"),
     "crypten": Peer("CrypTen", ("crypten==0.4.1", "torch", "setuptools<80"), "crypten_compare.py",
-                    "trusts a dealer with all randomness"),
+                    "doing without a dealer, who is trusted with all randomness"),
     "opacus": Peer("Opacus", ("opacus", "open_clip_torch", "torch", "torchvision"),
-                   "opacus_gradients.py", "all 77 text tokens, no cached prefix",
+                   "opacus_gradients.py", "shorter text: all 77 tokens, no cached prefix",
                    lambda case: {"model": str(book.CHECKOUT / "secure_fedprompt/bundled_clip")}),
     "bridge": Peer("our bridge", _BRIDGE, "flower_bridge.py", "", lambda case: {"kind": "masks"},
                    "flower-simulated"),

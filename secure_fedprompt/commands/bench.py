@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
         help="what some of them want: data sets and CLIPs, by the names that --list shows",
     )  # fmt: skip
     parser.add_argument("--write", action="store_true",
-                        help="bring the repository's pages up to date with --out")  # fmt: skip
+                        help="bring the repository's pages up to date")  # fmt: skip
     args = parser.parse_args(argv)
     return command.guard(lambda: run(args), args)
 
@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
     work = runner.Runner(args.out, args.quick, args.repeat, args.peers, args.again, say)
     failed = work.run(names)
     failed += scripts.Running(args.out, args.photos, args.again, say).run(asked)
-    page, drawn = finish(names, args.out)
+    page, drawn = finish(args.out)
     say(f"figures in {args.out}, all tables in {page}")
     if not drawn:
         say("curves were not drawn: that takes matplotlib (pip install matplotlib)")
@@ -143,20 +143,18 @@ def _before(folder: Path | None, names: list[str]) -> dict[str, dict[str, Any]]:
     return {name: book.read(path) if path.exists() else {} for name, path in paths.items()}
 
 
-def finish(names: list[str], out: Path) -> tuple[Path, bool]:
-    """Fits, curves, and a page of all tables; its path, and whether all curves are drawn."""
-    from secure_fedprompt.bench import book, curves, pages, primitives
+def finish(out: Path) -> tuple[Path, bool]:
+    """Fits, curves, and a page of all that is on record; its path, and whether all is drawn."""
+    from secure_fedprompt.bench import book, curves, pages, peers, primitives
 
     known: Mapping[str, float] = {}
     parts, complete = ["# Figures\n"], True
     path = out / "primitives.json"
     if path.exists():
         known = primitives.known(book.read(path)["rows"])
-    for name in names:
+    for name in [name for name in book.MODULES if (out / f"{name}.json").exists()]:
         made = book.chapter(name)
         record = book.Record(out, made)
-        if not record.rows:
-            continue
         found = [curves.fit(curve, record.rows, known) for curve in made.curves]
         record.content["fits"] = [one for one in found if one]
         record.write()
@@ -167,6 +165,8 @@ def finish(names: list[str], out: Path) -> tuple[Path, bool]:
         parts += [f"- {one['curve']}: {one['y']} grows as {one['x']}^{one['exponent']:.2f} "
                   f"(± {one['error']:.2f})" for one in record.content["fits"]]  # fmt: skip
         parts += [f"\n![curves]({name}.svg)\n"] if drawn else [""]
+        others = [peers.PEERS[by] for by in sorted({r["by"] for r in record.rows} - {book.OURS})]
+        parts += [f"{peer.label} leaves out: {peer.lacks}.\n" for peer in others if peer.lacks]
         about = record.content["machines"].values()
         parts += [f"Measured on: {x['processor']}, {x['cores']} cores, Python {x['python']}.\n"
                   for x in about]  # fmt: skip
@@ -184,15 +184,16 @@ def write_pages(out: Path) -> list[Path]:
     """Bring tables of the repository's pages up to date; those that changed.
 
     Raises:
-        ConfigError: this is no clone.
+        ConfigError: this is no clone, or its pages' links lead to other figures.
     """
     from secure_fedprompt.bench import book, pages
 
     folder = book.benchmarks()
     if folder is None:
         raise ConfigError("--write: the pages are in the repository, not in the package")
-    if out.resolve() == folder / "results":
-        subprocess.run([sys.executable, str(folder / "privacy" / "summary.py")], check=True)
+    if out.resolve() != folder / "results":
+        raise ConfigError(f"--write: --out {out} is not {folder / 'results'}, where links lead")
+    subprocess.run([sys.executable, str(folder / "privacy" / "summary.py")], check=True)
     changed = []
     for path in [book.CHECKOUT / "README.md", *sorted((book.CHECKOUT / "docs").rglob("*.md"))]:
         text = path.read_text()
