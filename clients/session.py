@@ -6,6 +6,7 @@ plan and the global prompt; the caller trains and hands the result to ``trained`
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +15,7 @@ from secure_fedprompt.clients.helper import Helper
 from secure_fedprompt.clients.joining import Joining
 from secure_fedprompt.clients.party import Replies, refusal
 from secure_fedprompt.clients.rounds.base import Awaiting, Opening, State
-from secure_fedprompt.clients.rounds.encrypted import Reported, Sent
+from secure_fedprompt.clients.rounds.encrypted import Reported, Sent, restored
 from secure_fedprompt.clients.rounds.selecting import share_keys
 from secure_fedprompt.clients.rounds.start import start
 from secure_fedprompt.clients.rounds.unmasking import Agreed, InSum
@@ -32,6 +33,7 @@ from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.averaging import Prompt, averaged, metrics_of, prompt_bytes
 from secure_fedprompt.protocol.errors import (
     AdvertMismatchError,
+    CodecError,
     FieldError,
     HomomorphicError,
     MismatchError,
@@ -315,16 +317,29 @@ class Session(Joining[L_co]):
         """Help to finish an opening that a lost connection or a crash interrupted."""
         state = self.round or self._parked
         data = self.party.journal.opening(self.run) if self.run else None
-        if data and not isinstance(state, Sent):
-            encrypted_ = self.terms is not None and self.terms.facts.encrypted
-            kept = (Reported if encrypted_ else Agreed).from_bytes(self.party, data)
-            state = kept if message.is_of(kept.plan) else state
+        if data and self.terms is not None and not isinstance(state, Sent):
+            read = restored if self.terms.facts.encrypted else Agreed.from_bytes
+            with contextlib.suppress(CodecError):  # another release's: others have to do without us
+                kept = read(self.party, data)
+                if message.is_of(kept.plan) and self._remembers(kept):
+                    state = kept
         if state is None or not message.is_of(state.plan) or type(message) not in state.takes:
             return []
-        state, replies = state.on(message)
-        self.round, self._entered, self._parked = state, state.plan, None
+        self._entered = state.plan  # what this refuses concerns a round
+        self.round, replies = state.on(message)
+        self._parked = None
         self._resumed = True  # the request may have crossed our greeting, and come once more
         return self._ready(replies)
+
+    def _remembers(self, kept: State) -> bool:
+        """Whether this process knows what a state from the disk needs to be gone on with: to judge
+        a sum, the prompts near the one that it is of."""
+        if not isinstance(kept, Sent):
+            return True
+        base = self.party.journal.base(kept.plan)
+        if base is not None:
+            self._prompt(kept.plan, prompt_bytes(base))
+        return base is not None
 
     def _conclude(self, *, done: bool) -> None:
         """Keep what was opened if its round counts, else forget it."""

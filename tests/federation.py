@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -82,6 +82,7 @@ class World:
         self.lost, self.errors = set[str](), dict[str, Exception]()
         self.toys: dict[str, Any] = {n: Toy(i / 10, 10.0 + i) for i, n in enumerate(names(n))}
         self.sessions: dict[str, Any] = {}
+        self.starts = Counter[str]()
         self.journals = {name: MemoryJournal() for name in (*names(n), *helpers)}
         self.ledgers = {name: Ledger() for name in self.journals}
         self.network = Network(self.tap, self.wait)
@@ -140,7 +141,8 @@ class World:
         )
 
     def join(self, name: str, **hello: Any) -> None:
-        entropy = entropy_from(f"{name} {self.clock}")
+        self.starts[name] += 1
+        entropy = entropy_from(f"{name} {self.clock} {self.starts[name]}")
         party = Party(
             name, identity(name), self.roster, self.policy, self.journals[name], entropy,
             ledger=self.ledgers.setdefault(name, Ledger()),

@@ -36,7 +36,10 @@ class Mortal(World):
 
     Attributes:
         frames: that were delivered. sent: uploads by client and round.
+        absent: a client that is gone from the second round on, if any: the rest are a quorum.
     """
+
+    absent = ""
 
     def __init__(self, folder: Path, **changes: Any) -> None:
         self.place, self.frames, self.kill = folder, 0, (-1, "", "")
@@ -72,6 +75,8 @@ class Mortal(World):
         if isinstance(message, m.Alive):
             return super().tap(sender, recipient, frame)
         self.frames += 1
+        if isinstance(message, m.Plan) and message.plan.round == 2 and recipient == self.absent:
+            self.lost.add(self.absent)
         at, who, when = self.kill
         kept = super().tap(sender, recipient, frame)
         if isinstance(message, UPLOADS):
@@ -142,27 +147,28 @@ def check(world: Mortal) -> None:
         assert set(counted) <= {1, 2, 3}
     for (name, number), uploads in world.sent.items():
         assert len(set(uploads)) == 1, f"{name} masked two vectors alike in round {number}"
-    for name in world.lost:
+    for name in world.lost - {world.absent}:
         assert name in world.errors, f"{name} is gone, and nobody knows why"
 
 
-def length(folder: Path, kind: str) -> int:
+def length(folder: Path, kind: str, absent: str) -> int:
     """Frames of a run in which nobody is killed."""
     world = Mortal(folder, **SETTINGS[kind])
+    world.absent = absent
     world.pump()
     check(world)
     world.close()
     return world.frames
 
 
-def walk(tmp_path: Path, kind: str, step: int, offset: int = 0) -> int:
+def walk(tmp_path: Path, kind: str, step: int, offset: int = 0, absent: str = "") -> int:
     """Kill each party at every ``step``-th of its frames; how often it was done."""
-    frames, tried = length(tmp_path / "whole", kind), 0
+    frames, tried = length(tmp_path / "whole", kind, absent), 0
     for at in range(1 + offset, frames, step):
         for who in (SERVER, "c001", "c002"):
             for when in ("before", "after"):
                 world = Mortal(tmp_path / f"{at}-{who}-{when}", **SETTINGS[kind])
-                world.kill = (at, who, when)
+                world.kill, world.absent = (at, who, when), absent
                 try:
                     world.pump()
                     check(world)
@@ -177,12 +183,17 @@ def walk(tmp_path: Path, kind: str, step: int, offset: int = 0) -> int:
     return tried
 
 
-def test_killed_here_and_there(tmp_path: Path) -> None:
-    assert walk(tmp_path, "masks", 97, 3) >= 6
+@pytest.mark.parametrize(("kind", "step", "absent"), [("masks", 97, ""), ("bfv", 29, "c004")])
+def test_killed_here_and_there(tmp_path: Path, kind: str, step: int, absent: str) -> None:
+    assert walk(tmp_path, kind, step, 3, absent) >= 6
+
+
+EVERY = [(kind, absent) for kind in SETTINGS for absent in ("", "c004")]
+SOME = [("masks", ""), ("selection", "")]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", SETTINGS if "KILL_STEP" in os.environ else ["masks", "selection"])
-def test_killed_at_many_messages(tmp_path: Path, kind: str) -> None:
-    """At every one with KILL_STEP=1, which takes minutes."""
-    assert walk(tmp_path, kind, int(os.environ.get("KILL_STEP", "31"))) >= 30
+@pytest.mark.parametrize(("kind", "absent"), EVERY if "KILL_STEP" in os.environ else SOME)
+def test_killed_at_many_messages(tmp_path: Path, kind: str, absent: str) -> None:
+    """At every one with KILL_STEP=1, which takes half an hour."""
+    assert walk(tmp_path, kind, int(os.environ.get("KILL_STEP", "31")), absent=absent) >= 30

@@ -199,6 +199,62 @@ def test_who_is_left_with_the_key_can_finish_an_opening(tmp_path: Path, left: in
     assert len({s.final.tobytes() for s in world.sessions.values()}) == 1
 
 
+@pytest.mark.parametrize("protection", ["bfv", "ckks"])
+@pytest.mark.parametrize("when", ["before it signs", "after it has signed"])
+def test_a_client_that_has_lost_the_key_signs_the_sum_that_others_open(
+    tmp_path: Path, when: str, protection: str
+) -> None:
+    """One is gone, and without the signature of the one that is killed there is no quorum."""
+    world = world_of(tmp_path, protection=protection, rounds=3)
+    world.pump(nth(m.CipherUpload, 2, 4))  # that of c004 is lost
+    world.lose("c004")
+    world.lost.add("c004")
+    world.pump(nth(m.CipherSum, 2, 1))  # that of c001 is lost
+    if when == "after it has signed":
+        (sum_,) = [m_ for to, m_ in sums_under_way(world) if to == "c002"]
+        world.sessions["c002"].on(sum_)
+    world.join("c002")
+    world.reconnect("c001")
+    world.pump()
+    assert world.run.error is None, world.run.error
+    rounds = world.store.summary()["rounds"]
+    assert [(r["learning_round"], r["outcome"]) for r in rounds] == [
+        (number, "done") for number in (1, 2, 3, 4)
+    ]
+    assert [s.verified for s in world.sessions.values()] == [True] * 3 + [False]
+
+
+def test_a_restarted_client_signs_no_sum_that_singles_somebody_out(tmp_path: Path) -> None:
+    """Of a prompt as near to this one another list has been signed before: it is known again."""
+    world = world_of(tmp_path, n=5, protection="bfv")
+    world.pump(nth(m.CipherSum, 1, 1))
+    plan, journal = world.run.current.plan, world.journals["c002"]  # type: ignore[union-attr]
+    near = dataclasses.replace(plan, run=b"r" * 16, base_digest=b"n" * 32)
+    base = journal.base(plan)
+    assert base is not None
+    journal.begin_round(near)
+    journal.note_base(near, [base], 0.0, journal._bounds)
+    journal.record_survivors(near, names(4), b"")
+    journal._near, journal._bounds = (), b""  # a new process
+    world.join("c002")
+    left: list[m.Withdraw] = []
+
+    def until(w: World, message: m.Message) -> bool:
+        if isinstance(message, m.Withdraw):
+            left.append(message)
+        return bool(left)
+
+    world.pump(until)
+    (withdrawn,) = left
+    assert withdrawn.error == "IsolationError"
+    assert "would single out c005" in withdrawn.reason
+
+
+def sums_under_way(world: World) -> list[tuple[str, m.CipherSum]]:
+    found = [(to, frame.opened()) for _, to, frame in world.queue]
+    return [(to, message) for to, message in found if isinstance(message, m.CipherSum)]
+
+
 def test_no_second_sum_of_a_learning_round_is_opened(tmp_path: Path) -> None:
     plan, parties = make_plan(5), make_parties(5)
     assert run_round(plan, parties, make_updates(plan)).round.stage is Stage.DONE

@@ -18,7 +18,8 @@ from rounds import identity, make_encrypted_plan, make_parties, make_updates, na
 
 from secure_fedprompt import client
 from secure_fedprompt.clients.file_journal import FileJournal
-from secure_fedprompt.clients.rounds.encrypted import Opening, Sent, Signing
+from secure_fedprompt.clients.journal import MemoryJournal
+from secure_fedprompt.clients.rounds.encrypted import Opening, Sent, Signing, restored
 from secure_fedprompt.clients.rounds.start import start
 from secure_fedprompt.clients.session import Session
 from secure_fedprompt.host.log import Log
@@ -187,7 +188,7 @@ def signing(count: int = 4) -> tuple[RoundPlan, Signing, list[m.SumSigned], dict
     run_round(plan, parties, make_updates(plan, 1), tap=tap)
     key = parties["c002"].keyring.cohort
     assert key is not None
-    return plan, Signing(parties["c002"], plan, key, sums[0], sums[0].body(plan)), signed, parties
+    return plan, Signing(parties["c002"], plan, key, sums[0].body(plan), sums[0]), signed, parties
 
 
 def test_a_sum_is_decrypted_for_a_quorum_of_its_members_alone() -> None:
@@ -210,7 +211,7 @@ def test_a_sum_is_decrypted_for_a_quorum_of_its_members_alone() -> None:
         state.on(elsewhere)
     same, replies = state.on(state.sum)
     assert same is state
-    assert replies == [state.signed()]  # the same, again
+    assert replies == state.sign()[1]  # the same, again
     opened, _ = state.on(dataclasses.replace(state.sum, signers=request.signers))
     assert isinstance(opened, Opening)
     assert isinstance(state.on(request)[0], Opening)
@@ -225,6 +226,47 @@ def test_who_signed_a_sum_signs_no_other_of_its_prompt() -> None:
         again = dataclasses.replace(plan, round=plan.round + 1, attempt=plan.attempt + 1)
         with pytest.raises(errors.OpenedError, match="a second one could be subtracted"):
             start(party, again)
+
+
+def test_a_client_killed_after_it_signed_signs_no_other_sum_and_opens_none() -> None:
+    plan, state, (request, *_), parties = signing()
+    assert state.sum is not None
+    kept = parties["c002"].journal.opening(plan.run)
+    assert kept == state.to_bytes()
+    again = restored(parties["c002"], kept)
+    for changed in ({"tag": bytes(16)}, {"survivors": names(3)},
+                    {"ciphertexts": state.sum.ciphertexts[::-1] * 2}):  # fmt: skip
+        with pytest.raises(errors.SurvivorError, match="a second sum"):
+            again.on(dataclasses.replace(state.sum, **changed))
+    assert again.on(request) == (again, [])
+    shown, replies = again.on(state.sum)
+    assert replies == state.sign()[1]
+    assert shown.on(request) == (shown, [])
+    assert again.on(dataclasses.replace(state.sum, signers=request.signers))[1] == []
+
+
+def test_a_client_killed_before_it_signed_signs_one_sum() -> None:
+    plan, signed_, (request, *_), parties = signing()
+    sum_ = signed_.sum
+    assert sum_ is not None
+    party = dataclasses.replace(parties["c003"], journal=MemoryJournal())  # nothing was shown yet
+    party.journal.begin_round(plan)
+    kept = Sent(party, plan, None).to_bytes()
+    for signers, error in (((), errors.ThresholdError),
+                           (request.signers[:1] * 3, errors.SurvivorError)):  # fmt: skip
+        state, replies = restored(party, kept).on(sum_)
+        assert [type(reply) for reply in replies] == [m.Consistent]
+        with pytest.raises(error):
+            state.on(m.SumSigned(plan.run, plan.round, signers))
+    opening = party.journal.opening(plan.run)
+    assert opening is not None
+    with pytest.raises(errors.SurvivorError, match="a second sum"):
+        restored(party, opening).on(dataclasses.replace(sum_, tag=bytes(16)))
+    again = dataclasses.replace(plan, round=plan.round + 1, attempt=plan.attempt + 1)
+    with pytest.raises(errors.OpenedError, match="a second one could be subtracted"):
+        start(party, again)
+    with pytest.raises(errors.OpenedError, match="was opened in round"):  # nor of another attempt
+        Sent(party, dataclasses.replace(plan, round=9), None).on(dataclasses.replace(sum_, round=9))
 
 
 def test_who_comes_back_to_a_signed_sum_opens_it_and_no_other() -> None:

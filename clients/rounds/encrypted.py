@@ -3,13 +3,14 @@
     begin -> [Granting | Receiving ->] EncryptedAwaiting -> Sent -> Signing -> Decrypted -> Reported
 
 ``keying`` has the states in brackets. Everybody decrypts the sum and computes the next global
-prompt, which the server keeps only in a sealed form.
+prompt, which the server keeps only in a sealed form. From ``Sent`` on the journal has the state: a
+client that is killed there has lost the key, and can still sign the sum that others open.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar
 
 from secure_fedprompt.clients.cohort_key import CohortKey
@@ -26,7 +27,7 @@ from secure_fedprompt.clients.rounds.base import (
 )
 from secure_fedprompt.protocol import client_noise, fixedpoint, homomorphic, layout, sum_tag
 from secure_fedprompt.protocol import messages as m
-from secure_fedprompt.protocol.codec import MAX_FRAME, Digest, UpTo, decode_fields, encode_fields
+from secure_fedprompt.protocol.codec import MAX_FRAME, UpTo, decode_fields, encode_fields
 from secure_fedprompt.protocol.errors import DecryptionError, KeyMismatchError, SurvivorError
 from secure_fedprompt.protocol.expand import Purpose, digest
 from secure_fedprompt.protocol.keys import verify
@@ -80,7 +81,9 @@ class EncryptedAwaiting(Awaiting):
         tag = sum_tag.to_bytes(self.key.tags(plan).tag(party.name, integers))
         reply = m.CipherUpload(plan.run, plan.round, self.key.digest, ciphertexts, tag, m.UNSIGNED)
         reply = m.signed(reply, party.identity, Purpose.UPLOAD, plan)
-        return Sent(party, plan, self.key), [reply]
+        after = Sent(party, plan, self.key)
+        party.journal.keep_opening(plan, after.to_bytes())
+        return after, [reply]
 
 
 def _packing(plan: RoundPlan, key: CohortKey) -> Packing:
@@ -97,63 +100,106 @@ KIND = keying.Kind(
 
 
 @dataclass(frozen=True, repr=False)
-class Sent(State):
-    """The upload is on its way; the sum is awaited."""
+class _Kept:
+    """What the journal keeps of a round from the upload on; what is not there yet is empty."""
 
-    key: CohortKey
+    plan: RoundPlan
+    body: Annotated[bytes | memoryview, UpTo(96)] = b""
+    announced: Annotated[bytes | memoryview, UpTo(32)] = b""
+    box: Annotated[bytes | memoryview, UpTo(MAX_FRAME)] = b""
+
+
+def restored(party: Party, data: bytes) -> Sent | Reported:
+    """The state of a client that was killed in it. Raises CodecError if this release did not keep
+    it."""
+    kept = decode_fields(_Kept, data)
+    if kept.announced:
+        return Reported(party, kept.plan, bytes(kept.announced), bytes(kept.box))
+    if kept.body:
+        return Signing(party, kept.plan, None, bytes(kept.body))
+    return Sent(party, kept.plan, None)
+
+
+@dataclass(frozen=True, repr=False)
+class Sent(State):
+    """The upload is on its way; the sum is awaited.
+
+    Attributes:
+        key: lost with the process that held it.
+    """
+
+    key: CohortKey | None
+
+    def to_bytes(self) -> bytes:
+        """See ``restored``."""
+        return encode_fields(_Kept(self.plan))
 
     def _on_cipher_sum(self, message: m.CipherSum) -> Step:
         plan, party = self.plan, self.party
         if not plan.points.keys() >= set(message.survivors):
             raise SurvivorError("survivor list is from outside the cohort")
         self.check_survivors(message.survivors)
-        party.journal.record_survivors(plan, message.survivors, b"")
-        after = Signing(party, plan, self.key, message, message.body(plan))
+        after = Signing(party, plan, self.key, message.body(plan), message)
+        party.journal.record_survivors(plan, message.survivors, after.to_bytes())
         if message.signers:  # what others signed while we were away
             return after.decrypt(message.signers)
-        party.journal.record_reveal(plan)  # nothing else of this prompt will be signed
-        return after, [after.signed()]
+        return after.sign()
 
     takes: ClassVar[Takes] = {m.CipherSum: _on_cipher_sum}
 
 
 @dataclass(frozen=True, repr=False)
 class Signing(Sent):
-    """The encrypted sum is signed; it is decrypted once a quorum has signed the same ``body``."""
+    """The encrypted sum is signed; it is decrypted once a quorum has signed the same ``body``.
 
-    sum: m.CipherSum
+    Attributes:
+        sum: None in a restarted client, until it is shown again.
+    """
+
     body: bytes
+    sum: m.CipherSum | None = None
+
+    def to_bytes(self) -> bytes:
+        return encode_fields(_Kept(self.plan, self.body))
 
     def _on_other_sum(self, message: m.CipherSum) -> Step:
         """The same one after a reconnection; a second one is not signed."""
         if message.body(self.plan) != self.body:
             raise SurvivorError(f"a second sum in {self}")
-        return self.decrypt(message.signers) if message.signers else (self, [self.signed()])
+        same = self if self.sum else replace(self, sum=message)
+        return same.decrypt(message.signers) if message.signers else same.sign()
 
-    def signed(self) -> m.Consistent:
-        """Our signature on the sum."""
+    def sign(self) -> Step:
+        """Sign this sum: from now on nothing else of this prompt."""
+        plan = self.plan
+        self.party.journal.record_reveal(plan)
         signature = self.party.identity.sign(Purpose.SUM, self.body)
-        return m.Consistent(self.plan.run, self.plan.round, signature)
+        return self, [m.Consistent(plan.run, plan.round, signature)]
 
     def _on_sum_signed(self, message: m.SumSigned) -> Step:
         return self.decrypt(message.signers)
 
     def decrypt(self, signers: Sequence[m.Signed]) -> Step:
-        """Open the sum, and check that it is one.
+        """Open the sum, and check that it is one; without the key that is left to others.
 
         Raises:
             SurvivorError, ThresholdError, SignatureError: no quorum signed it.
             SumError: it is not the sum of what its members sent.
         """
-        plan, party, survivors = self.plan, self.party, self.sum.survivors
+        plan, party, shown = self.plan, self.party, self.sum
+        if shown is None:
+            return self, []  # signed before a restart, and not shown since
+        survivors = shown.survivors
         check_signers(signers, survivors, plan.quorum)
         for signed in signers:
             identity = party.roster.identity_of(signed.name)
             verify(identity, Purpose.SUM, self.body, signed.signature, signed.name)
         party.journal.record_reveal(plan)  # first: whatever comes of it, nothing else is opened
+        if self.key is None:
+            return self, []
         packing = _packing(plan, self.key)
-        ciphertexts = tuple(bytes(data) for data in self.sum.ciphertexts)
-        tag = sum_tag.from_bytes(self.sum.tag)
+        ciphertexts = tuple(bytes(data) for data in shown.ciphertexts)
+        tag = sum_tag.from_bytes(shown.tag)
         integers = packing.unpack(self.key.decrypt(ciphertexts, packing.slots, plan.digest))
         if not self.key.tags(plan).holds(survivors, integers, tag):
             raise self.not_the_sum(survivors)
@@ -206,15 +252,6 @@ class Decrypted(Opening):
 
 
 @dataclass(frozen=True, repr=False)
-class _Kept:
-    """A ``Reported`` on the disk."""
-
-    plan: RoundPlan
-    announced: Digest
-    box: Annotated[bytes | memoryview, UpTo(MAX_FRAME)]
-
-
-@dataclass(frozen=True, repr=False)
 class Reported(State):
     """The sum is open. What is sent about it from here on is always the same.
 
@@ -226,14 +263,8 @@ class Reported(State):
     box: bytes
 
     def to_bytes(self) -> bytes:
-        """What the journal keeps, so that a restarted client can still tell."""
-        return encode_fields(_Kept(self.plan, self.announced, self.box))
-
-    @classmethod
-    def from_bytes(cls, party: Party, data: bytes) -> Reported:
-        """Inverse of ``to_bytes``."""
-        kept = decode_fields(_Kept, data)
-        return cls(party, kept.plan, kept.announced, bytes(kept.box))
+        """See ``restored``."""
+        return encode_fields(_Kept(self.plan, announced=self.announced, box=self.box))
 
     def opened(self) -> m.Opened:
         return m.Opened(self.plan.run, self.plan.round, self.announced)

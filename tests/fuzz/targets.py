@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 
 from secure_fedprompt.audit.log import Log
-from secure_fedprompt.clients.rounds.unmasking import _Kept
+from secure_fedprompt.clients.rounds import encrypted, unmasking
 from secure_fedprompt.flower.mod import _form
 from secure_fedprompt.host.recorder import START, Recorder, link
 from secure_fedprompt.protocol import messages as m
@@ -73,8 +73,10 @@ def roster(data: bytes) -> None:
 @target
 def kept(data: bytes) -> None:
     """What server and clients keep of a round: the first byte says what."""
-    kinds: tuple[type, ...] = (_Kept, Pending, LastSum, RunTerms)
-    kind = kinds[data[0] % len(kinds)] if data else _Kept
+    kinds: tuple[type, ...] = (
+        unmasking._Kept, Pending, LastSum, RunTerms, encrypted._Kept,
+    )  # fmt: skip
+    kind = kinds[data[0] % len(kinds)] if data else kinds[0]
     found = decode_fields(kind, data[1:])
     assert encode_fields(found) == data[1:]
     if isinstance(found, RunTerms):
