@@ -40,6 +40,7 @@
         ├── HomomorphicError                     of the protections bfv and ckks
         │   ├── SecretKeyError                       a context holds a secret key
         │   ├── KeyMismatchError                     another key or context than registered
+        │   ├── KeyLostError                         the key was in the memory of an earlier process
         │   ├── CiphertextError                      wrong count, size or parameter set
         │   └── DecryptionError                      what decrypts is not a sum: wrong key, swapped
         ├── SelectionError                       of the secure selection
@@ -230,6 +231,10 @@ class SecretKeyError(HomomorphicError):
 
 
 class KeyMismatchError(HomomorphicError):
+    pass
+
+
+class KeyLostError(HomomorphicError):
     pass
 
 

@@ -185,16 +185,22 @@ def test_an_opening_waits_for_who_can_finish_it_and_then_says_so(tmp_path: Path)
     assert [r["outcome"] for r in rounds] == ["aborted"]  # nothing else was tried
 
 
-@pytest.mark.parametrize("left", [1, 2])
+@pytest.mark.parametrize("left", [0, 1, 2])
 def test_who_is_left_with_the_key_can_finish_an_opening(tmp_path: Path, left: int) -> None:
-    """Under encryption a restarted client cannot open the sum that it is in: the key is gone."""
+    """Under encryption a restarted client cannot open the sum that it is in: the key is gone. It
+    says so, and is not waited for."""
     world = world_of(tmp_path, protection="bfv", rounds=3)
-    world.pump(nth(m.SumSigned, 2, 1))
+    world.pump(nth(m.SumSigned, 2, left + 1))
     for name in names(4)[left:]:
         world.join(name)
     world.pump()
-    assert world.run.error is None, world.run.error
+    assert world.clock < 15
     rounds = world.store.summary()["rounds"]
+    assert all("KeyLostError" in rounds[1]["faults"][name] for name in names(4)[left:])
+    if not left:
+        assert "their key was in memory only" in str(world.run.error)
+        return
+    assert world.run.error is None, world.run.error
     assert [r["learning_round"] for r in rounds if r["outcome"] == "done"] == [1, 2, 3, 4]
     assert len({s.final.tobytes() for s in world.sessions.values()}) == 1
 

@@ -28,7 +28,12 @@ from secure_fedprompt.clients.rounds.base import (
 from secure_fedprompt.protocol import client_noise, fixedpoint, homomorphic, layout, sum_tag
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.codec import MAX_FRAME, UpTo, decode_fields, encode_fields
-from secure_fedprompt.protocol.errors import DecryptionError, KeyMismatchError, SurvivorError
+from secure_fedprompt.protocol.errors import (
+    DecryptionError,
+    KeyLostError,
+    KeyMismatchError,
+    SurvivorError,
+)
 from secure_fedprompt.protocol.expand import Purpose, digest
 from secure_fedprompt.protocol.keys import verify
 from secure_fedprompt.protocol.layout import Vector
@@ -180,15 +185,15 @@ class Signing(Sent):
         return self.decrypt(message.signers)
 
     def decrypt(self, signers: Sequence[m.Signed]) -> Step:
-        """Open the sum, and check that it is one; without the key that is left to others.
+        """Open the sum, and check that it is one; without the key others must, and are told so.
 
         Raises:
             SurvivorError, ThresholdError, SignatureError: no quorum signed it.
             SumError: it is not the sum of what its members sent.
         """
         plan, party, shown = self.plan, self.party, self.sum
-        if shown is None:
-            return self, []  # signed before a restart, and not shown since
+        if shown is None:  # since a restart
+            return self, [self._lost()]
         survivors = shown.survivors
         check_signers(signers, survivors, plan.quorum)
         for signed in signers:
@@ -196,7 +201,7 @@ class Signing(Sent):
             verify(identity, Purpose.SUM, self.body, signed.signature, signed.name)
         party.journal.record_reveal(plan)  # first: whatever comes of it, nothing else is opened
         if self.key is None:
-            return self, []
+            return self, [self._lost()]
         packing = _packing(plan, self.key)
         ciphertexts = tuple(bytes(data) for data in shown.ciphertexts)
         tag = sum_tag.from_bytes(shown.tag)
@@ -206,6 +211,11 @@ class Signing(Sent):
         check_sum(plan, integers, len(survivors))
         total = layout.unflatten(plan.layout, fixedpoint.decode(plan.layout, integers))
         return Decrypted(party, plan, integers, total, self.key), []
+
+    def _lost(self) -> m.Withdraw:
+        """Nobody need wait for us to open this sum."""
+        text = "this client was started again, and the key is in memory only"
+        return m.Withdraw(self.plan.run, self.plan.round, KeyLostError.__name__, text)
 
     takes: ClassVar[Takes] = {m.SumSigned: _on_sum_signed, m.CipherSum: _on_other_sum}
 

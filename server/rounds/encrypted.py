@@ -59,6 +59,7 @@ class EncryptedRound(KeyedRound):
         self._agreed = NO_KEY
         self._reporters: list[str] = []
         self._reported: set[str] = set()  # who can send the sealed prompt
+        self._keyless: set[str] = set()  # who cannot open the sum any more
 
     def _take_up(self, now: float) -> None:
         self._collect(self.plan.cohort, now)
@@ -95,15 +96,24 @@ class EncryptedRound(KeyedRound):
         self._hope(now)
 
     def _suffices(self, now: float) -> bool:
-        """Also, once a deadline has passed, with fewer clients that all agree: who was started
-        again has lost the key, and will not answer."""
+        """Also with fewer clients that all agree, once a deadline has passed, or all others have
+        said that they lost the key: who was started again has."""
         if super()._suffices(now) or self.stage is not Stage.OPENING:
             return super()._suffices(now)
         opened = {a.sealed for a in self.answers.values() if isinstance(a, m.Opened)}
-        few = len(self.answers) >= 2 or now >= self._open_until
-        return len(opened) == 1 and few and now >= self.deadline
+        late = now >= self.deadline and (len(self.answers) >= 2 or now >= self._open_until)
+        return len(opened) == 1 and (late or self._able <= set(self.answers))
+
+    @property
+    def _able(self) -> set[str]:
+        """Who may still open the sum."""
+        return set(self._survivors) - self._keyless
 
     def _hope(self, now: float) -> Outbox:
+        if not self._able:
+            return self._abort(
+                "all clients of this sum were started again, and their key was in memory only"
+            )
         super()._hope(now)
         self.deadline = min(self._open_until, now + self.deadlines.stage)
         present = sorted(self.waiting - self._gone)  # a lost frame costs nothing to send again
@@ -132,9 +142,11 @@ class EncryptedRound(KeyedRound):
         return Pending(self.plan, names, dropped, key=self.key, ciphertexts=data, tag=tag)
 
     def on(self, sender: str, message: m.Message, now: float) -> Outbox:
-        refused = isinstance(message, m.Withdraw) and message.error == "KeyMismatchError"
-        if refused and self._granted is not None and sender in self._asks:
-            self.refusals.add(sender)
+        if isinstance(message, m.Withdraw) and message.is_of(self.plan):
+            if message.error == "KeyMismatchError" and self._granted and sender in self._asks:
+                self.refusals.add(sender)
+            if message.error == "KeyLostError":
+                self._keyless.add(sender)
         return super().on(sender, message, now)
 
     def _abort(self, reason: str) -> Outbox:
