@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
+import time
 from collections import OrderedDict, deque
 
 import zmq
@@ -17,6 +18,7 @@ from zmq.utils.monitor import recv_monitor_message
 
 STRANGERS = 256  # connections without a word
 EACH = 4  # connections of one member: a lost one, and a copy of its key elsewhere
+SOON = 2.0  # seconds in which a connection is told of here after its first frame was read
 HANDLES = 1024  # of the process beside connections: files, and floods while it is busy
 _GONE = zmq.Event.DISCONNECTED | zmq.Event.CLOSED
 EVENTS = zmq.Event.ACCEPTED | _GONE | zmq.Event.MONITOR_STOPPED
@@ -50,6 +52,7 @@ class Door:
         self._silent: OrderedDict[int, None] = OrderedDict()
         self._speaker: dict[int, str] = {}
         self._lines: dict[str, deque[int]] = {}
+        self._early: dict[int, tuple[str, float]] = {}  # heard before we were told of them, when
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._watch, name="door", daemon=True)
         self._thread.start()
@@ -59,14 +62,18 @@ class Door:
         if self._speaker.get(handle) == name:
             return
         with self._lock:
-            if handle not in self._silent:
-                return  # gone meanwhile
-            del self._silent[handle]
-            self._speaker[handle] = name
-            lines = self._lines.setdefault(name, deque())
-            lines.append(handle)
-            if len(lines) > EACH:
-                _shut(lines[0])
+            if handle in self._silent:
+                del self._silent[handle]
+                self._speaks(handle, name)
+            else:  # gone meanwhile, or not told of yet
+                self._early[handle] = name, time.monotonic()
+
+    def _speaks(self, handle: int, name: str) -> None:
+        self._speaker[handle] = name
+        lines = self._lines.setdefault(name, deque())
+        lines.append(handle)
+        if len(lines) > EACH:
+            _shut(lines[0])
 
     def _watch(self) -> None:
         while True:
@@ -76,12 +83,19 @@ class Door:
                 return
             with self._lock:
                 if kind == zmq.Event.ACCEPTED:
-                    self._forget(handle)
-                    self._silent[handle] = None
-                    if len(self._silent) > self._strangers:
-                        _shut(self._silent.popitem(last=False)[0])
+                    self._come(handle)
                 elif kind & _GONE:
                     self._forget(handle)
+
+    def _come(self, handle: int) -> None:
+        self._forget(handle)
+        name, at = self._early.pop(handle, ("", 0.0))
+        if name and time.monotonic() < at + SOON:
+            self._speaks(handle, name)
+            return
+        self._silent[handle] = None
+        if len(self._silent) > self._strangers:
+            _shut(self._silent.popitem(last=False)[0])
 
     def _forget(self, handle: int) -> None:
         self._silent.pop(handle, None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import struct
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
@@ -86,6 +87,36 @@ def test_the_oldest_of_too_many_strangers_must_leave(stack: ExitStack, server: C
         assert [message for _, message in collect(server, 1)] == [m.Alive()]
         assert one.connections == 1
     del more
+
+
+@pytest.mark.parametrize("soon", [door.SOON, 0.0])
+def test_who_spoke_before_its_connection_was_told_of_is_no_stranger(
+    stack: ExitStack, monkeypatch: pytest.MonkeyPatch, soon: float
+) -> None:
+    """The socket hands out its first frame, and the monitor is late. Long after it, a handle is
+    another connection's."""
+    monkeypatch.setattr(door, "SOON", soon)
+    context = stack.enter_context(zmq.Context())
+    tells, told = (stack.enter_context(context.socket(zmq.PAIR)) for _ in range(2))
+    told.bind("inproc://door")
+    tells.connect("inproc://door")
+    watching = door.Door(told, 3)
+    ends = [stack.enter_context(end) for pair in range(5) for end in socket.socketpair()]
+    handles = [end.fileno() for end in ends[::2]]
+    watching.heard(handles[0], "c001")
+    for kind, handle in (*((zmq.Event.ACCEPTED, h) for h in handles),
+                         (zmq.Event.MONITOR_STOPPED, 0)):  # fmt: skip
+        tells.send_multipart([struct.pack("=HI", kind, handle), b"tcp://127.0.0.1"])
+    watching.close()
+    assert list(watching._silent) == handles[2:]
+    assert watching._speaker == ({handles[0]: "c001"} if soon else {})
+    for end, shut in zip(ends[1::2], (not soon, True, False, False, False), strict=True):
+        end.setblocking(False)
+        if shut:
+            assert not end.recv(1)
+        else:
+            with pytest.raises(BlockingIOError):
+                end.recv(1)
 
 
 def test_a_member_has_few_connections(stack: ExitStack, server: CurveHub) -> None:
