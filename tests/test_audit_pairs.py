@@ -18,8 +18,10 @@ FRAMES = st.lists(st.tuples(st.lists(st.sampled_from("WTP"), max_size=4), st.int
                   max_size=6)  # fmt: skip
 
 
-def entry(n: int, way: str, peer: str, kind: str, run: str = RUN, digest: str = "") -> Entry:
-    return Entry(n, float(n), way, peer, kind, run, 0, 10, digest or kind, None)
+def entry(
+    n: int, way: str, peer: str, kind: str, run: str = RUN, digest: str = "", round: int = 0
+) -> Entry:
+    return Entry(n, float(n), way, peer, kind, run, round, 10, digest or kind, None)
 
 
 @given(FRAMES)
@@ -75,3 +77,15 @@ def test_a_server_that_is_killed_after_its_greeting_hides_nothing() -> None:
     assert levels(server, bob[:2] + bob[3:]) == {Level.WARN}  # another one may be lost as well
     assert Level.FAIL in levels(server, [e for e in bob if e.n not in (3, 5)])  # Terms, unwelcome
     assert Level.FAIL in levels(server, [e for e in bob if e.n != 4])  # a Hello that bob hides
+
+
+def test_the_next_plan_does_not_wait_for_a_signed_head() -> None:
+    """It crossed bob's head of round 1; then the server was killed. An upload is waited for."""
+    for kind, expected in (("LogHead", {Level.WARN}), ("MaskedUpload", {Level.FAIL})):
+        server = [entry(1, "in", "bob", "Hello", ""), entry(2, "out", "bob", "RoundEnd", round=1),
+                  entry(3, "out", "bob", "Plan", round=2)]  # fmt: skip
+        bob = [entry(1, "out", "server", "Hello", ""),
+               entry(2, "in", "server", "RoundEnd", round=1),
+               entry(3, "out", "server", kind, round=1),
+               entry(4, "in", "server", "Plan", round=2)]  # fmt: skip
+        assert levels(server, bob) == expected
