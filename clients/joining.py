@@ -102,6 +102,7 @@ class Joining(Generic[L_co]):
     def _welcome(self, message: m.Welcome) -> Replies:
         if message.run != m.run_id(message.server_nonce, message.commitments):
             raise ReplayError("run id is not the digest of the run's nonces")
+        self.party.journal.check_trust(message.run)
         own = m.Nonce(self.party.name, m.commitment(self.party.name, self._nonce))
         ours = own in message.commitments
         if not (ours or self.party.journal.knows(message.run) or self.party.policy.allow_late_join):

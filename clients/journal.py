@@ -139,12 +139,9 @@ class MemoryJournal:
             OpenedError: this client has opened a sum of this learning round or base.
             SumError: the run's server has sent what is not the sum of the uploads.
         """
+        self.check_trust(plan.run)
         run = self._runs.get(plan.run.hex(), _Run())
         short = plan.run.hex()[:8]
-        if run.distrusted:
-            raise SumError(
-                f"run {short} is over for this client: what came back was no sum; begin a new run"
-            )
         if plan.round <= run.round:
             raise ReplayError(
                 f"round {plan.round} of run {short} is not after round {run.round}, "
@@ -180,6 +177,8 @@ class MemoryJournal:
         self._apply({"event": "round", "run": plan.run.hex(), "round": plan.round,
                      "learning_round": plan.learning_round, "attempt": plan.attempt,
                      "base": plan.base_digest.hex(), "terms": plan.terms.hex()})  # fmt: skip
+        if place[0] > last[0]:
+            self.forget(plan.run)
 
     def note_base(
         self,
@@ -284,15 +283,20 @@ class MemoryJournal:
         """What was kept with the last survivor list of a run, until the learning round is over."""
         return self._get(f"opening-{run.hex()}")
 
+    def revealed(self, plan: RoundPlan) -> bool:
+        """Whether the sum of this very round is being opened."""
+        run = self._runs.get(plan.run.hex(), _Run())
+        return run.opened.get(plan.learning_round) == plan.round
+
     def record_reveal(self, plan: RoundPlan) -> None:
         """Note, before it is sent, that a sum is being opened.
 
         Raises:
             OpenedError: another one of this learning round was.
         """
-        before = self._runs.get(plan.run.hex(), _Run()).opened.get(plan.learning_round)
-        if before == plan.round:
+        if self.revealed(plan):
             return
+        before = self._runs.get(plan.run.hex(), _Run()).opened.get(plan.learning_round)
         if before is not None:
             raise OpenedError(
                 f"a sum of learning round {plan.learning_round} was opened in round {before}"
@@ -338,10 +342,18 @@ class MemoryJournal:
     def distrust(self, run: bytes) -> None:
         """Take part in a run no more: a sum of it was not what clients sent."""
         self._apply({"event": "distrust", "run": run.hex()})
-        self._drop(f"sums-{run.hex()}")
+        self.finish(run)
+
+    def check_trust(self, run: bytes) -> None:
+        """Raises SumError if the run's server has sent what is not the sum of the uploads."""
+        if self._runs.get(run.hex(), _Run()).distrusted:
+            raise SumError(
+                f"run {run.hex()[:8]} is over for this client: what came back was no sum; begin a "
+                "new run"
+            )
 
     def finish(self, run: bytes) -> None:
-        """A run has ended well."""
+        """A run has ended: what it kept on the disk goes."""
         self.forget(run)
         self._drop(f"sums-{run.hex()}")
 

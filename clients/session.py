@@ -156,9 +156,10 @@ class Session(Joining[L_co]):
                     self.round = self.work = self._entered = None
                     self._conclude(done=not message.reason)
                 return []
-            case m.UnmaskRequest() | m.OpenedSum() | m.CipherSum() | m.SealedRequest() if (
-                self.round is None or self._resumed
-            ):
+            case (
+                m.UnmaskRequest() | m.OpenedSum() | m.CipherSum() | m.SumSigned()
+                | m.SealedRequest()
+            ) if self.round is None or self._resumed:  # fmt: skip
                 return self._resume(message)
         if self.round is None:
             return []  # a frame of a round that a reconnection ended
@@ -280,9 +281,6 @@ class Session(Joining[L_co]):
             )
         if plan.learning_round == 1 and plan.base_digest != terms.start:
             raise MismatchError("starting prompt is not the one of the terms")
-        if plan.learning_round > before:
-            self.party.journal.forget(plan.run)
-            self._parked = self._kept = None
         self.work, self._entered, self._sealed = None, plan, plan.encrypted
         self._conclude(done=plan.learning_round > before)  # if its end was lost
         self._raw = raw
@@ -291,6 +289,8 @@ class Session(Joining[L_co]):
         if plan.learning_round == 1:
             self._check_cohort(plan, terms)
         self.round, replies = start(self.party, plan)
+        if plan.learning_round > before:
+            self._parked = self._kept = None
         self.declined = None
         self._greetings, self._planned, self._resumed = 0, True, False
         return self._ready(replies)
@@ -440,9 +440,11 @@ class Session(Joining[L_co]):
             data = cohort.open_prompt(self.run, after, data)
         if len(data) != 4 * size:
             if len(data) == 4 * size + SEAL_BYTES:
+                self.party.journal.finish(self.run)
                 raise RunFailedError(
-                    "the run ended before this client was given its key: ask another client for "
-                    "the prompt"
+                    "the run has ended well, but without the key to its final prompt: this client "
+                    "came, or was started again, after the last time that it was given; copy the "
+                    "prompt from another client"
                 )
             raise FieldError(f"final prompt of {len(data)} bytes, {4 * size} expected")
         final = np.frombuffer(data, "<f4").astype(np.float32)

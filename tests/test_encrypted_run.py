@@ -352,7 +352,9 @@ def test_who_comes_after_the_last_key_is_told_so(tmp_path: Path) -> None:
     with pytest.raises(errors.RunFailedError, match="ended before this client could take part"):
         session.on(final)
     session.on(welcome_again(world))
-    with pytest.raises(errors.RunFailedError, match="before this client was given its key"):
+    with pytest.raises(
+        errors.RunFailedError, match="ended well, but without the key to its final prompt"
+    ):
         session.on(final)
 
 

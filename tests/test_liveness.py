@@ -284,6 +284,7 @@ def test_a_sum_that_too_few_could_open_is_not_begun(tmp_path: Path) -> None:
         world.pump(lambda w, message: not w.queue)
     for name in ("c002", "c003"):
         world.lose(name)
+        world.lost.add(name)
     world.pump(lambda w, message: isinstance(message, m.RoundEnd))
     first = world.store.summary()["rounds"][0]
     assert first["outcome"] == "aborted"

@@ -197,8 +197,8 @@ def test_who_is_left_with_the_key_can_finish_an_opening(tmp_path: Path, left: in
     assert world.clock < 15
     rounds = world.store.summary()["rounds"]
     assert all("KeyLostError" in rounds[1]["faults"][name] for name in names(4)[left:])
-    if not left:
-        assert "their key was in memory only" in str(world.run.error)
+    if left < 2:  # one alone could say anything
+        assert f"{left} of 4 clients could open the sum, 2 must agree" in str(world.run.error)
         return
     assert world.run.error is None, world.run.error
     assert [r["learning_round"] for r in rounds if r["outcome"] == "done"] == [1, 2, 3, 4]
@@ -296,7 +296,9 @@ def test_what_is_kept_is_private_and_goes_when_the_learning_round_ends(tmp_path:
     assert again.vector(plan) == b"words"
     assert again.opening(plan.run) == b"shares"
     assert again.vector(dataclasses.replace(plan, terms=b"t" * 32)) is None
-    again.forget(plan.run)
+    again.begin_round(dataclasses.replace(plan, round=2, attempt=2))
+    assert again.vector(plan) == b"words"
+    again.begin_round(dataclasses.replace(plan, round=3, learning_round=2, base_digest=b"b" * 32))
     assert again.vector(plan) is None
     assert not list((tmp_path / "kept").iterdir())
     again.close()

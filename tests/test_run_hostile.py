@@ -31,10 +31,12 @@ def test_file_journal_survives_a_crash_at_any_byte(tmp_path: Path) -> None:
     journal.record_survivors(plan, ("a", "b"), b"opening")
     journal.record_reveal(plan)
     journal.close()
-    whole = path.read_bytes()
+    whole, kept = path.read_bytes(), {p: p.read_bytes() for p in (tmp_path / "kept").iterdir()}
     ends = [i for i, byte in enumerate(whole) if byte == 10]  # a whole record counts without it
     for cut in range(len(whole) + 1):
         path.write_bytes(whole[:cut])
+        for file, data in kept.items():
+            file.write_bytes(data)
         journal = FileJournal(path)
         complete = sum(end <= cut for end in ends)
         assert journal.knows(run) is (complete >= 1)

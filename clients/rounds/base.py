@@ -74,6 +74,17 @@ class State:
         c = plan.facts.tolerated(bool(plan.degree), plan.members, plan.quorum)
         check_isolation(survivors, self.party.journal.near_lists(plan), c)
 
+    def reveal(self, survivors: tuple[str, ...]) -> None:
+        """Note, before it is done, that this sum is opened with our help. Since its list was signed
+        another of nearly the same prompt may have been opened: it is judged once more.
+
+        Raises:
+            See ``check_survivors``; OpenedError: another sum of this learning round was opened.
+        """
+        if not self.party.journal.revealed(self.plan):
+            self.check_survivors(survivors)
+            self.party.journal.record_reveal(self.plan)
+
     def distrusted(self, what: str) -> SumError:
         """The end of the run for this client: what came back is no sum. The key that it was to be
         checked with is not used again, and no other is taken: see ``journal.begin_round``."""

@@ -145,10 +145,10 @@ class Sent(State):
             raise SurvivorError("survivor list is from outside the cohort")
         self.check_survivors(message.survivors)
         after = Signing(party, plan, self.key, message.body(plan), message)
-        party.journal.record_survivors(plan, message.survivors, after.to_bytes())
         if message.signers:  # what others signed while we were away
-            return after.decrypt(message.signers)
-        return after.sign()
+            after.check(message.signers)
+        party.journal.record_survivors(plan, message.survivors, after.to_bytes())
+        return after.open() if message.signers else after.sign()
 
     takes: ClassVar[Takes] = {m.CipherSum: _on_cipher_sum}
 
@@ -172,34 +172,45 @@ class Signing(Sent):
         if message.body(self.plan) != self.body:
             raise SurvivorError(f"a second sum in {self}")
         same = self if self.sum else replace(self, sum=message)
-        return same.decrypt(message.signers) if message.signers else same.sign()
+        if not message.signers:
+            return same.sign()
+        same.check(message.signers)
+        return same.open()
+
+    @property
+    def _shown(self) -> m.CipherSum:
+        assert self.sum is not None  # but in a restarted client, which has no key
+        return self.sum
 
     def sign(self) -> Step:
         """Sign this sum: from now on nothing else of this prompt."""
         plan = self.plan
-        self.party.journal.record_reveal(plan)
+        self.reveal(self._shown.survivors)
         signature = self.party.identity.sign(Purpose.SUM, self.body)
         return self, [m.Consistent(plan.run, plan.round, signature)]
 
     def _on_sum_signed(self, message: m.SumSigned) -> Step:
-        return self.decrypt(message.signers)
+        if self.sum is None:
+            return self, [self._lost()]
+        self.check(message.signers)
+        return self.open()
 
-    def decrypt(self, signers: Sequence[m.Signed]) -> Step:
-        """Open the sum, and check that it is one; without the key others must, and are told so.
+    def check(self, signers: Sequence[m.Signed]) -> None:
+        """Raises SurvivorError, ThresholdError or SignatureError if no quorum signed this sum."""
+        check_signers(signers, self._shown.survivors, self.plan.quorum)
+        for signed in signers:
+            identity = self.party.roster.identity_of(signed.name)
+            verify(identity, Purpose.SUM, self.body, signed.signature, signed.name)
+
+    def open(self) -> Step:
+        """Decrypt the sum, and check that it is one; without the key others must, and are told so.
 
         Raises:
-            SurvivorError, ThresholdError, SignatureError: no quorum signed it.
             SumError: it is not the sum of what its members sent.
         """
-        plan, party, shown = self.plan, self.party, self.sum
-        if shown is None:  # since a restart
-            return self, [self._lost()]
+        plan, party, shown = self.plan, self.party, self._shown
         survivors = shown.survivors
-        check_signers(signers, survivors, plan.quorum)
-        for signed in signers:
-            identity = party.roster.identity_of(signed.name)
-            verify(identity, Purpose.SUM, self.body, signed.signature, signed.name)
-        party.journal.record_reveal(plan)  # first: whatever comes of it, nothing else is opened
+        self.reveal(survivors)  # first: whatever comes of it, nothing else is opened
         if self.key is None:
             return self, [self._lost()]
         packing = _packing(plan, self.key)

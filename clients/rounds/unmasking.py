@@ -145,7 +145,7 @@ class Agreed(InSum):
         for signed in message.signers:
             identity = party.roster.identity_of(signed.name)
             verify(identity, Purpose.SURVIVORS, self.body, signed.signature, signed.name)
-        party.journal.record_reveal(plan)
+        self.reveal(self.survivors)
         return Revealed(party, plan, self.survivors), [m.Reveal(plan.run, plan.round, self.shares)]
 
     takes: ClassVar[Takes] = {**InSum.takes, m.UnmaskRequest: _on_unmask_request}

@@ -125,6 +125,7 @@ class Round(ABC):
         self.plan.check()
         self._survivors: tuple[str, ...] = ()
         self._gone: set[str] = set()
+        self._accepted: set[tuple[str, type[m.Message]]] = set()
         self._needed, self._open_until = self.plan.quorum, 0.0
         self._short = False  # whether an opening lacks clients, and waits for them to come back
         self._selector = self._make_selector()
@@ -218,6 +219,8 @@ class Round(ABC):
             return []  # the helper's frames are above; what others sent is late
         if sender not in self.waiting:
             return self._unawaited(sender, message)
+        if (sender, type(message)) in self._accepted and type(message) is not self._expected():
+            return []  # asked twice, it answered twice
         try:
             self._accept(sender, message)
         except ProtocolError as error:
@@ -246,10 +249,13 @@ class Round(ABC):
         return self._abort(f"SealError: {what}")
 
     def back(self, name: str, now: float) -> Outbox:
-        """A client came back, with a new connection: an opening asks it again."""
-        if self.stage not in self.asking or name not in self._survivors or name in self.answers:
+        """A client came back, with a new connection: what it has answered counts, and an opening
+        asks it again."""
+        if name not in self._survivors:
             return []
         self._gone.discard(name)
+        if self.stage not in self.asking or name in self.answers:
+            return []
         self.waiting.add(name)
         return [(name, self._request(name))]
 
@@ -323,6 +329,7 @@ class Round(ABC):
             self._selector.share(sender, message)
         else:
             self._check(sender, message)
+        self._accepted.add((sender, type(message)))
         # That an upload came is kept, not the vector.
         self.answers[sender] = m.Alive() if isinstance(message, self.uploads) else message
 

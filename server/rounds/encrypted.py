@@ -80,9 +80,11 @@ class EncryptedRound(KeyedRound):
         return digest(Purpose.COHORT_KEY, data[32:], data[:32]) == self._granted.key
 
     def back(self, name: str, now: float) -> Outbox:
+        if self.stage is Stage.COLLECTING and name in self.answers:
+            self._gone.discard(name)  # it will be asked to sign the sum
         if self.stage is Stage.REPORTING and name in self._reported and name not in self.answers:
             self._gone.discard(name)
-            if self.waiting - self._gone:
+            if self.waiting - self._gone and not self._short:
                 self._reporters.append(name)
                 return []
             self.waiting = {name}
@@ -96,24 +98,25 @@ class EncryptedRound(KeyedRound):
         self._hope(now)
 
     def _suffices(self, now: float) -> bool:
-        """Also with fewer clients that all agree, once a deadline has passed, or all others have
-        said that they lost the key: who was started again has."""
+        """Also, once a deadline has passed, with a few clients that agree; or with all that have
+        not said that they lost the key, as who was started again does."""
         if super()._suffices(now) or self.stage is not Stage.OPENING:
             return super()._suffices(now)
         opened = {a.sealed for a in self.answers.values() if isinstance(a, m.Opened)}
-        late = now >= self.deadline and (len(self.answers) >= 2 or now >= self._open_until)
-        return len(opened) == 1 and (late or self._able <= set(self.answers))
+        few = len(opened) == 1 and len(self.answers) >= self._few and now >= self.deadline
+        return few or self._able <= set(self.answers)
 
     @property
     def _able(self) -> set[str]:
         """Who may still open the sum."""
         return set(self._survivors) - self._keyless
 
+    @property
+    def _few(self) -> int:
+        """How many must agree on what a sum opens to: one alone could say anything."""
+        return max(1, min(2, self.plan.quorum - 1))
+
     def _hope(self, now: float) -> Outbox:
-        if not self._able:
-            return self._abort(
-                "all clients of this sum were started again, and their key was in memory only"
-            )
         super()._hope(now)
         self.deadline = min(self._open_until, now + self.deadlines.stage)
         present = sorted(self.waiting - self._gone)  # a lost frame costs nothing to send again
@@ -195,15 +198,21 @@ class EncryptedRound(KeyedRound):
         if self.stage is Stage.CONSISTENCY:
             return self._open(names, now)
         announced = {n: a.sealed for n, a in self.answers.items() if isinstance(a, m.Opened)}
-        (self._agreed, votes), *others = Counter(announced.values()).most_common()
+        tally = Counter(announced.values())
+        self._agreed, votes = tally.most_common(1)[0] if tally else (NO_KEY, 0)
         for name in names:
             if announced[name] != self._agreed:
                 self.faults[name] = "DecryptionError: opened the sum to another prompt than others"
-        if others and votes < self.plan.quorum:
-            if set(self._survivors) - set(names) and now < self._open_until:
+        if votes < (self.plan.quorum if len(tally) > 1 else self._few):
+            if self._able - set(names) and now < self._open_until:
                 self._needed = len(names) + 1
                 return self._hope(now)
-            return self._abort(f"clients opened the sum to {1 + len(others)} different prompts")
+            if len(tally) > 1:
+                return self._abort(f"clients opened the sum to {len(tally)} different prompts")
+            return self._abort(
+                f"{votes} of {len(self._survivors)} clients could open the sum, {self._few} must "
+                "agree: the key was in the memory of those that were started again"
+            )
         agreeing = tuple(name for name in names if announced[name] == self._agreed)
         self.checked[self.plan.learning_round] = agreeing
         if (self._agreed != NO_KEY) != self.plan.training:
@@ -230,11 +239,14 @@ class EncryptedRound(KeyedRound):
         while self._reporters:
             name = self._reporters.pop(0)
             if name not in self._gone:
+                again, until = self.stage is Stage.REPORTING, self._open_until
                 self._begin(Stage.REPORTING, (name,), now)
+                self._open_until = until if again else self._open_until
                 return [(name, m.SealedRequest(self.plan.run, self.plan.round))]
         if now < self._open_until:
-            self.waiting, self.deadline = set(self._reported), self._open_until
-            self._needed, self._short = 1, True
+            self._reporters = sorted(self._reported)  # who comes back, or did not hear it
+            self.waiting, self._needed, self._short = set(self._reported), 1, True
+            self.deadline = min(self._open_until, now + self.deadlines.stage)
             return []
         return self._abort("nobody who opened the sum sent the sealed prompt")
 
