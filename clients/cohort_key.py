@@ -1,8 +1,9 @@
 """The key that all clients of a run share, and what they do with it.
 
-Made by one client, sealed to each of the others, never seen by the server and never on a disk.
-One shared key means: whoever holds it opens every upload. The server must not get one, so no client
-may collude with it.
+Made by one client, sealed to each of the others, never seen by the server and never on a disk but
+for its ``prompt_key``, which opens nothing but global prompts: their owner has those on its disk as
+well. One shared key means: whoever holds it opens every upload. The server must not get one, so no
+client may collude with it.
 
 CKKS decryption is approximate, and an exact decrypted value together with its ciphertext is a
 linear equation in the key (Li and Micciancio, "On the Security of Homomorphic Encryption on
@@ -124,7 +125,7 @@ class CohortKey:
         raw = np.concatenate(parts)[:count]
         if not self.scheme.approximate:
             return raw.astype(np.int64)
-        key = derive(self.prompt_key, Purpose.FLOOD, flood)
+        key = derive(digest(Purpose.FLOOD, self._secret), Purpose.FLOOD, flood)
         draws = np.frombuffer(keystream(key, 8 * count), "<u8") / 2.0**64
         integers = np.rint(np.nan_to_num(raw) + FLOOD * (2 * draws - 1))
         limit = float(self.scheme.limit)
@@ -152,27 +153,25 @@ class CohortKey:
 
     # -- the prompt between rounds ---------------------------------------------------------------
 
-    def _prompt_cipher(self, run: bytes, learning_round: int) -> AESSIV:
-        context = run, learning_round.to_bytes(4, "little")
-        halves = [
-            derive(self.prompt_key, Purpose.PROMPT_SEAL, bytes((i,)), *context) for i in (0, 1)
-        ]
-        return AESSIV(b"".join(halves))
-
     def seal_prompt(self, run: bytes, learning_round: int, prompt: bytes) -> bytes:
         """The prompt that ``learning_round`` starts from. Deterministic (AES-SIV, RFC 5297):
         clients that computed the same prompt make the same box, which the server can compare."""
-        return self._prompt_cipher(run, learning_round).encrypt(prompt, None)
+        return _prompt_cipher(self.prompt_key, run, learning_round).encrypt(prompt, None)
 
-    def open_prompt(self, run: bytes, learning_round: int, box: bytes) -> bytes:
-        """Inverse of ``seal_prompt``.
 
-        Raises:
-            SealError: altered, or of another round or key.
-        """
-        try:
-            return self._prompt_cipher(run, learning_round).decrypt(box, None)
-        except (InvalidTag, ValueError):
-            raise SealError(
-                f"sealed prompt of learning round {learning_round} does not open"
-            ) from None
+def open_prompt(prompt_key: bytes, run: bytes, learning_round: int, box: bytes) -> bytes:
+    """Inverse of ``CohortKey.seal_prompt``.
+
+    Raises:
+        SealError: altered, or of another round or key.
+    """
+    try:
+        return _prompt_cipher(prompt_key, run, learning_round).decrypt(box, None)
+    except (InvalidTag, ValueError):
+        raise SealError(f"sealed prompt of learning round {learning_round} does not open") from None
+
+
+def _prompt_cipher(prompt_key: bytes, run: bytes, learning_round: int) -> AESSIV:
+    context = run, learning_round.to_bytes(4, "little")
+    halves = [derive(prompt_key, Purpose.PROMPT_SEAL, bytes((i,)), *context) for i in (0, 1)]
+    return AESSIV(b"".join(halves))

@@ -332,7 +332,7 @@ class MemoryJournal:
         return None if data is None else np.frombuffer(data, "<f4").astype(np.float32)
 
     def keep_key(self, run: bytes, key: bytes) -> None:
-        """Keep the key that checks the sums of a run."""
+        """Keep the key that checks the sums of a run; under encryption, that opens its prompts."""
         self._put(f"sums-{run.hex()}", key)
 
     def kept_key(self, run: bytes) -> bytes:

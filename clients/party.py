@@ -116,6 +116,11 @@ class Party:
         self.journal.keep_key(run, self.roster.digest + key.to_bytes())
         self.keyring.sums = key
 
+    def prompt_key(self, run: bytes) -> bytes:
+        """What opens the sealed prompts of a run, also after a restart; empty if unknown."""
+        held = self.keyring.cohort
+        return held.prompt_key if held else self.journal.kept_key(run)
+
     def recall(self, run: bytes) -> None:
         """Hold the sum key that was kept before a restart, unless the roster has changed since."""
         self.keyring.sums = self.keyring.sums or self._kept_key(run, self.roster.digest)

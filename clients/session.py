@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from secure_fedprompt.clients.cohort_key import open_prompt
 from secure_fedprompt.clients.helper import Helper
 from secure_fedprompt.clients.joining import Joining
 from secure_fedprompt.clients.party import Replies, refusal
@@ -31,6 +32,7 @@ from secure_fedprompt.clients.work import (
 )
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.averaging import Prompt, averaged, metrics_of, prompt_bytes
+from secure_fedprompt.protocol.codec import decode_fields
 from secure_fedprompt.protocol.errors import (
     AdvertMismatchError,
     CodecError,
@@ -104,7 +106,6 @@ class Session(Joining[L_co]):
         self.work: Work | None = None
         self.history: dict[int, dict[str, float]] = {}
         self._entered: RoundPlan | None = None  # the round that we could withdraw from
-        self._sealed: bool | None = None  # whether prompts come sealed, once a plan has told
         self._raw = b""  # the global prompt of the plan, as it came
         self.base: Prompt | None = None
         self._opened: tuple[int, dict[str, float]] | None = None  # until the round is over
@@ -281,7 +282,7 @@ class Session(Joining[L_co]):
             )
         if plan.learning_round == 1 and plan.base_digest != terms.start:
             raise MismatchError("starting prompt is not the one of the terms")
-        self.work, self._entered, self._sealed = None, plan, plan.encrypted
+        self.work, self._entered = None, plan
         self._conclude(done=plan.learning_round > before)  # if its end was lost
         self._raw = raw
         if not (plan.encrypted and plan.learning_round > 1):
@@ -370,10 +371,9 @@ class Session(Joining[L_co]):
         """The plan's global prompt, unsealed if clients sealed it."""
         if not plan.encrypted or plan.learning_round == 1:
             return self._raw
-        cohort = self.party.keyring.cohort
-        assert cohort is not None
+        key = self.party.prompt_key(plan.run)
         try:
-            return cohort.open_prompt(plan.run, plan.learning_round, self._raw)
+            return open_prompt(key, plan.run, plan.learning_round, self._raw)
         except SealError:
             if self.party.name in plan.grants:  # what was granted is of no use
                 self.party.keyring.cohort = None
@@ -434,18 +434,19 @@ class Session(Joining[L_co]):
             self.party.journal.forget(self.run)
             raise RunFailedError(f"server ended the run: {message.reason}")
         size, data = sum(t.size for t in self.learner.tensors()), bytes(message.vector)
-        if self._sealed and (cohort := self.party.keyring.cohort):
-            assert self.terms is not None
-            after = self.terms.rounds + 1  # the round that the final prompt would be the start of
-            data = cohort.open_prompt(self.run, after, data)
+        agreed = self.party.journal.terms_of(self.run)
+        terms = decode_fields(RunTerms, agreed) if agreed else None
+        sealed = terms.facts.encrypted if terms else len(data) == 4 * size + SEAL_BYTES
+        key = self.party.prompt_key(self.run)
+        if sealed and not (terms and key):
+            self.party.journal.finish(self.run)
+            raise RunFailedError(
+                "the run ended before this client was given its key: copy the prompt from another "
+                "client"
+            )
+        if terms and sealed:  # it would be the start of the round after the last
+            data = open_prompt(key, self.run, terms.rounds + 1, data)
         if len(data) != 4 * size:
-            if len(data) == 4 * size + SEAL_BYTES:
-                self.party.journal.finish(self.run)
-                raise RunFailedError(
-                    "the run has ended well, but without the key to its final prompt: this client "
-                    "came, or was started again, after the last time that it was given; copy the "
-                    "prompt from another client"
-                )
             raise FieldError(f"final prompt of {len(data)} bytes, {4 * size} expected")
         final = np.frombuffer(data, "<f4").astype(np.float32)
         if not np.isfinite(final).all():

@@ -102,8 +102,9 @@ def elect(
     """Who must be given the clients' key; elects another maker, in ``state``, if the last is gone.
 
     A new maker makes a new key. It must be able to open a sealed global prompt, so it is then one
-    of those who hold a key of the run, the lowest name unless ``wanted`` is one of them. The old
-    key stays registered until the new one is granted.
+    of those who hold a key of the run, the lowest name unless ``wanted`` is one of them. If all
+    have been started again, any of them may have kept what opens the prompt. The old key stays
+    registered until the new one is granted.
 
     Args:
         state: of the run; maker and election may change.
@@ -113,14 +114,14 @@ def elect(
         unfit: clients whose grants failed; they make no key while somebody else can.
 
     Raises:
-        RunFailedError: nobody who holds a key is left.
+        RunFailedError: nobody who could make a key is left.
     """
     holders = {name for name in cohort if state.key != NO_KEY and held.get(name) == state.key}
     lacking = set(cohort) - holders
     if not lacking or (state.maker in holders and state.maker not in unfit):
         return Keying(state.key, tuple(sorted(lacking)))
     able = {name for name in cohort if held.get(name) in state.keys} if state.sealed else {*cohort}
-    if not able:
+    if not (able := able or set(cohort) - unfit):
         raise RunFailedError("no client that can open the sealed prompt is left: start a new run")
     able = able - unfit or able
     state.maker = wanted if wanted in able else min(able)

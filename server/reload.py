@@ -44,8 +44,6 @@ class Reload:
             if roster.digest == run.roster.digest:
                 self.log.info("roster", f"{self.settings.roster} is as it was")
                 return
-            if self.settings.facts.encrypted:
-                raise ConfigError("clients' key is in memory only: this needs a new run")
             settings = msgspec.structs.replace(
                 self.settings, clients=new.clients, min_clients=new.min_clients
             )

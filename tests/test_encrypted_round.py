@@ -19,7 +19,7 @@ from rounds import (
     make_updates,
 )
 
-from secure_fedprompt.clients.cohort_key import CohortKey
+from secure_fedprompt.clients.cohort_key import CohortKey, open_prompt
 from secure_fedprompt.clients.rounds.start import start
 from secure_fedprompt.memory import NEXT_PROMPT, SimulatedRound, run_round
 from secure_fedprompt.protocol import errors, homomorphic
@@ -114,7 +114,7 @@ def test_a_reelected_maker_makes_a_new_key_under_which_the_prompt_still_opens() 
     assert new is not None
     assert new.digest != old.digest
     assert new._secret != old._secret
-    assert new.open_prompt(plan.run, 2, box) == b"prompt"
+    assert open_prompt(new.prompt_key, plan.run, 2, box) == b"prompt"
 
 
 def test_a_client_without_the_plans_key_says_so() -> None:

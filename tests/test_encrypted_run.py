@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 from federation import World
-from rounds import names
+from rounds import later, make_encrypted_plan, names
 from test_run import expected_prompt
 
+from secure_fedprompt.clients.cohort_key import CohortKey
+from secure_fedprompt.clients.rounds.encrypted import KIND
 from secure_fedprompt.protocol import errors
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.averaging import prompt_bytes
@@ -169,13 +171,24 @@ def test_a_restarted_server_goes_on_with_sealed_prompt_and_key(tmp_path: Path) -
     ]  # fmt: skip
 
 
-def test_when_every_holder_is_gone_the_run_says_so(tmp_path: Path) -> None:
-    world = world_of(tmp_path)
+@pytest.mark.parametrize("kept", [(), ("c002",), names(4)])
+def test_when_all_clients_were_started_again(tmp_path: Path, kept: tuple[str, ...]) -> None:
+    """The key is gone with their memory. Who has kept what opens the prompt makes a new one."""
+    world = world_of(tmp_path, max_attempts=0)
+    world.withdraws = True
     world.pump(lambda w, message: isinstance(message, m.RoundEnd) and message.round == 1)
+    run, before = world.run.state.run, world.run.state.key
     world.queue.clear()
     for name in names(4):
+        if name not in kept:  # its folder is lost as well
+            world.journals[name]._drop(f"sums-{run.hex()}")
         world.join(name)  # all are new processes
     world.pump()
+    if kept:
+        finished_alike(world, 4)
+        assert world.run.state.key != before
+        assert world.run.state.maker == kept[0]
+        return
     with pytest.raises(errors.RunFailedError, match="open the sealed prompt is left"):
         raise world.run.error or AssertionError
 
@@ -343,6 +356,62 @@ def test_a_run_key_of_small_order_or_of_another_is_refused(tmp_path: Path) -> No
         assert set(world.errors) == {"c004"}
 
 
+def test_nobody_takes_a_key_under_which_its_prompt_does_not_open(tmp_path: Path) -> None:
+    """All were started again, and the first to make a new key has kept something else."""
+    world = world_of(tmp_path, max_attempts=0)
+    world.withdraws = True
+    world.pump(lambda w, message: isinstance(message, m.RoundEnd) and message.round == 1)
+    world.queue.clear()
+    run = world.run.state.run
+    world.journals["c001"].keep_key(run, b"x" * 32)
+    for name in names(4):
+        world.join(name)
+    world.pump()
+    rounds = world.store.summary()["rounds"]
+    faults = {name: f for row in rounds for name, f in row["faults"].items()}
+    assert set(faults) == {"c001"}
+    assert world.run.state.maker == "c002"
+    assert world.run.error is None, world.run.error
+    plan, party = later(make_encrypted_plan(4, "bfv"), run=run), world.sessions["c003"].party
+    made = party.keyring.cohort
+    other = CohortKey.make(made.scheme, party.entropy, b"y" * 32)
+    for held in (
+        made,
+        None,
+    ):  # nor, should c001 be up to something, do others, also after a restart
+        party.keyring.cohort = held
+        party.journal.keep_key(run, made.prompt_key)
+        with pytest.raises(errors.KeyMismatchError, match="grants a key under which"):
+            KIND.keep(party, plan, other)
+        assert party.journal.kept_key(run) == made.prompt_key
+    assert [r["learning_round"] for r in rounds if r["outcome"] == "done"] == [1, 2, 3]
+
+
+def test_a_client_killed_in_the_last_opening_has_the_final_prompt(tmp_path: Path) -> None:
+    world = world_of(tmp_path, metrics="off")
+    world.pump(lambda w, message: isinstance(message, m.SumSigned) and message.round == 2)
+    world.join("c004")
+    world.pump()
+    finished_alike(world, 4)
+    assert not world.journals["c004"].kept_key(world.run.state.run)
+    assert world.journals["c004"].opening(world.run.state.run) is None
+
+
+def test_a_final_prompt_that_is_not_sealed_is_refused(tmp_path: Path) -> None:
+    world = world_of(tmp_path)
+    world.pump(lambda w, message: isinstance(message, m.Finish))
+    session = world.sessions["c002"]
+    with pytest.raises(errors.SealError):
+        session.on(m.Finish(session.run, bytes(40), ""))
+    kept = world.journals["c003"]
+    kept._drop(f"sums-{session.run.hex()}")
+    kept._put(f"opening-{session.run.hex()}", b"of a round")
+    world.sessions["c003"].party.keyring.cohort = None
+    with pytest.raises(errors.RunFailedError, match="before this client was given its key"):
+        world.sessions["c003"].on(m.Finish(session.run, bytes(40), ""))
+    assert kept.opening(session.run) is None
+
+
 def test_who_comes_after_the_last_key_is_told_so(tmp_path: Path) -> None:
     world = world_of(tmp_path)
     world.pump()
@@ -352,9 +421,7 @@ def test_who_comes_after_the_last_key_is_told_so(tmp_path: Path) -> None:
     with pytest.raises(errors.RunFailedError, match="ended before this client could take part"):
         session.on(final)
     session.on(welcome_again(world))
-    with pytest.raises(
-        errors.RunFailedError, match="ended well, but without the key to its final prompt"
-    ):
+    with pytest.raises(errors.RunFailedError, match="before this client was given its key"):
         session.on(final)
 
 

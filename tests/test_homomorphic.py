@@ -13,7 +13,7 @@ from ciphers import key
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from secure_fedprompt.clients.cohort_key import CohortKey
+from secure_fedprompt.clients.cohort_key import CohortKey, open_prompt
 from secure_fedprompt.protocol import errors, fixedpoint, homomorphic
 from secure_fedprompt.protocol.homomorphic import Parameters, RunningSum, Scheme, choose
 from secure_fedprompt.protocol.layout import Layout, TensorSpec
@@ -294,15 +294,15 @@ def test_sealed_prompts_open_only_where_they_belong() -> None:
     box = held.seal_prompt(b"r" * 16, 3, b"prompt" * 9)
     assert box == held.seal_prompt(b"r" * 16, 3, b"prompt" * 9)
     assert b"prompt" not in box
-    assert held.open_prompt(b"r" * 16, 3, box) == b"prompt" * 9
+    assert open_prompt(held.prompt_key, b"r" * 16, 3, box) == b"prompt" * 9
     for run, number, data in (
         (b"s" * 16, 3, box), (b"r" * 16, 4, box), (b"r" * 16, 3, box[:-1]),
         (b"r" * 16, 3, bytes([box[0] ^ 1]) + box[1:]),
     ):  # fmt: skip
         with pytest.raises(errors.SealError):
-            held.open_prompt(run, number, data)
+            open_prompt(held.prompt_key, run, number, data)
     with pytest.raises(errors.SealError):
-        CohortKey.make(held.scheme, os.urandom).open_prompt(b"r" * 16, 3, box)
+        open_prompt(os.urandom(32), b"r" * 16, 3, box)
 
 
 def test_keys_never_touch_the_disk() -> None:

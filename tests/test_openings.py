@@ -337,8 +337,8 @@ def test_a_kept_vector_is_of_its_run_and_whole() -> None:
     assert journal.vector(plan) is None
 
 
-def stopped(tmp_path: Path, after: int = 1) -> World:
-    world = world_of(tmp_path, n=4, rounds=3, stop_after=after)
+def stopped(tmp_path: Path, after: int = 1, protection: str = "masks") -> World:
+    world = world_of(tmp_path, n=4, rounds=3, stop_after=after, protection=protection)
     world.pump()
     assert world.run.stopped
     assert all("as it was asked to" in str(e) for e in world.errors.values())
@@ -348,9 +348,10 @@ def stopped(tmp_path: Path, after: int = 1) -> World:
     return world
 
 
-def test_a_site_can_be_added_between_two_learning_rounds(tmp_path: Path) -> None:
+@pytest.mark.parametrize("protection", ["masks", "bfv"])
+def test_a_site_can_be_added_between_two_learning_rounds(tmp_path: Path, protection: str) -> None:
     """The server is started again with a larger roster; clients that have it too go on."""
-    world = stopped(tmp_path)
+    world = stopped(tmp_path, protection=protection)
     before = world.run.state.terms
     restart(world)
     after = world.run.state.terms
@@ -366,6 +367,7 @@ def test_a_site_can_be_added_between_two_learning_rounds(tmp_path: Path) -> None
     rounds = world.store.summary()["rounds"]
     assert [r["learning_round"] for r in rounds if r["outcome"] == "done"] == [1, 2, 3, 4]
     assert rounds[-1]["cohort"] == list(names(5))
+    assert len(set(world.run.state.keys)) == 2  # who is not on the new roster holds the old one
     assert any("roster" in kind and "5 clients, quorum 4, c = 2" in str(v)
                for kind, v in world.events)  # fmt: skip
 

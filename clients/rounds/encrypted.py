@@ -47,10 +47,16 @@ def begin(party: Party, plan: RoundPlan) -> Step:
 
 
 def _make(party: Party, plan: RoundPlan) -> CohortKey:
-    """A fresh key, under whose successor the prompt stays readable."""
-    held = party.keyring.cohort
+    """A fresh key, under whose successor the prompt stays readable.
+
+    Raises:
+        KeyLostError: not by this client.
+    """
+    prompt_key = party.prompt_key(plan.run)
+    if plan.learning_round > 1 and not prompt_key:
+        raise KeyLostError("this client can make no key under which the global prompt opens")
     scheme = homomorphic.scheme(plan.protection, plan.parameters)
-    return CohortKey.make(scheme, party.entropy, held.prompt_key if held else b"")
+    return CohortKey.make(scheme, party.entropy, prompt_key)
 
 
 def _read(plan: RoundPlan, data: bytes, expected: bytes) -> CohortKey:
@@ -59,11 +65,14 @@ def _read(plan: RoundPlan, data: bytes, expected: bytes) -> CohortKey:
 
 
 def _keep(party: Party, plan: RoundPlan, key: CohortKey) -> None:
-    held = party.keyring.cohort
-    if held is not None and held.prompt_key != key.prompt_key:
+    held, kept = party.keyring.cohort, party.journal.kept_key(plan.run)
+    known = held.prompt_key if held else kept if plan.learning_round > 1 else b""
+    if known and known != key.prompt_key:
         raise KeyMismatchError(  # what the old one opens would be lost with it
             f"{plan.maker} grants a key under which the global prompt does not open"
         )
+    if kept != key.prompt_key:
+        party.journal.keep_key(plan.run, key.prompt_key)
     party.keyring.cohort = key
 
 
