@@ -121,6 +121,12 @@ class Party:
         held = self.keyring.cohort
         return held.prompt_key if held else self.journal.kept_key(run)
 
+    def keep_prompt_key(self, run: bytes) -> None:
+        """Hold what opens prompts also after a restart: it has sealed or opened one."""
+        held, kept = self.keyring.cohort, self.journal.kept_key(run)
+        if held is not None and held.prompt_key != kept:
+            self.journal.keep_key(run, held.prompt_key)
+
     def recall(self, run: bytes) -> None:
         """Hold the sum key that was kept before a restart, unless the roster has changed since."""
         self.keyring.sums = self.keyring.sums or self._kept_key(run, self.roster.digest)

@@ -158,8 +158,8 @@ class Session(Joining[L_co]):
                     self._conclude(done=not message.reason)
                 return []
             case (
-                m.UnmaskRequest() | m.OpenedSum() | m.CipherSum() | m.SumSigned()
-                | m.SealedRequest()
+                m.SurvivorList() | m.UnmaskRequest() | m.OpenedSum() | m.CipherSum()
+                | m.SumSigned() | m.SealedRequest()
             ) if self.round is None or self._resumed:  # fmt: skip
                 return self._resume(message)
         if self.round is None:
@@ -373,11 +373,13 @@ class Session(Joining[L_co]):
             return self._raw
         key = self.party.prompt_key(plan.run)
         try:
-            return open_prompt(key, plan.run, plan.learning_round, self._raw)
+            prompt = open_prompt(key, plan.run, plan.learning_round, self._raw)
         except SealError:
             if self.party.name in plan.grants:  # what was granted is of no use
                 self.party.keyring.cohort = None
             raise
+        self.party.keep_prompt_key(plan.run)
+        return prompt
 
     def _ready(self, replies: Replies) -> Replies:
         """Take up what the new state asks the caller or us to do."""
@@ -428,9 +430,9 @@ class Session(Joining[L_co]):
             raise RunFailedError("the run ended before this client could take part")
         if message.run != self.run:
             return []
-        self.over = True
         self._conclude(done=not message.reason)
         if message.reason:
+            self.over = True
             self.party.journal.forget(self.run)
             raise RunFailedError(f"server ended the run: {message.reason}")
         size, data = sum(t.size for t in self.learner.tensors()), bytes(message.vector)
@@ -439,6 +441,7 @@ class Session(Joining[L_co]):
         sealed = terms.facts.encrypted if terms else len(data) == 4 * size + SEAL_BYTES
         key = self.party.prompt_key(self.run)
         if sealed and not (terms and key):
+            self.over = True
             self.party.journal.finish(self.run)
             raise RunFailedError(
                 "the run ended before this client was given its key: copy the prompt from another "
@@ -454,6 +457,5 @@ class Session(Joining[L_co]):
         made = self.party.last_prompt(self.run)
         if made and made != digest(Purpose.BASE, data):
             raise MismatchError("final prompt is not the one that the last sum gives")
-        self.party.journal.finish(self.run)
-        self.final, self.verified = final, bool(made)
+        self.over, self.final, self.verified = True, final, bool(made)
         return []

@@ -380,6 +380,11 @@ class RunTerms:
         """
         if self.roster_digest == before.roster_digest:
             raise TermsError("terms of a run changed, and its roster did not")
+        if self.facts.encrypted:
+            raise TermsError(
+                f"under {self.protection} a run keeps its roster, since who leaves it could still "
+                "open and seal its prompts: begin a new run from the last one (start_prompt)"
+            )
         for field in fields(self):
             mine, theirs = getattr(self, field.name), getattr(before, field.name)
             if field.name not in _MEMBERS and mine != theirs:

@@ -453,6 +453,7 @@ def save(session: Client, folder: Path, log: Log, patience: float) -> Path:
         try:
             session.learner.finish(session.final, session.run)
             write_prompt(path, session.learner)
+            session.party.journal.finish(session.run)  # last: until then it is asked for again
             return path
         except DiskError as error:
             if time.monotonic() > until:

@@ -62,8 +62,8 @@ class Door:
         if self._speaker.get(handle) == name:
             return
         with self._lock:
-            if handle in self._silent:
-                del self._silent[handle]
+            if handle in self._silent or handle in self._speaker:
+                self._forget(handle)
                 self._speaks(handle, name)
             else:  # gone meanwhile, or not told of yet
                 self._early[handle] = name, time.monotonic()
@@ -73,7 +73,9 @@ class Door:
         lines = self._lines.setdefault(name, deque())
         lines.append(handle)
         if len(lines) > EACH:
-            _shut(lines[0])
+            oldest = lines[0]
+            self._forget(oldest)
+            _shut(oldest)
 
     def _watch(self) -> None:
         while True:

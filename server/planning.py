@@ -98,13 +98,14 @@ def elect(
     held: Mapping[str, bytes],
     wanted: str,
     unfit: Set[str] = frozenset(),
+    burnt: Set[bytes] = frozenset(),
 ) -> Keying:
     """Who must be given the clients' key; elects another maker, in ``state``, if the last is gone.
 
     A new maker makes a new key. It must be able to open a sealed global prompt, so it is then one
     of those who hold a key of the run, the lowest name unless ``wanted`` is one of them. If all
-    have been started again, any of them may have kept what opens the prompt. The old key stays
-    registered until the new one is granted.
+    have been started again, any who were there at the start may have kept what opens the prompt.
+    The old key stays registered until the new one is granted.
 
     Args:
         state: of the run; maker and election may change.
@@ -112,6 +113,7 @@ def elect(
         held: digest of the key that each client holds.
         wanted: configured maker, or empty.
         unfit: clients whose grants failed; they make no key while somebody else can.
+        burnt: keys that say nothing of whether their holders can open the prompt.
 
     Raises:
         RunFailedError: nobody who could make a key is left.
@@ -120,10 +122,12 @@ def elect(
     lacking = set(cohort) - holders
     if not lacking or (state.maker in holders and state.maker not in unfit):
         return Keying(state.key, tuple(sorted(lacking)))
-    able = {name for name in cohort if held.get(name) in state.keys} if state.sealed else {*cohort}
-    if not (able := able or set(cohort) - unfit):
+    able, early = set(cohort), {nonce.name for nonce in state.commitments}
+    if state.sealed:
+        able = {name for name in cohort if held.get(name) in set(state.keys) - burnt}
+    rest = set(cohort) - unfit
+    if not (able := able - unfit or rest & early or rest or able):
         raise RunFailedError("no client that can open the sealed prompt is left: start a new run")
-    able = able - unfit or able
     state.maker = wanted if wanted in able else min(able)
     state.election += 1
     return Keying(NO_KEY, tuple(sorted(set(cohort) - {state.maker})))

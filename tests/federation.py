@@ -195,6 +195,8 @@ class World:
                 replies += self._train(session, self.toys[name])
         except errors.SecureFedPromptError as error:
             replies = self._refusal(name, error)
+        if getattr(session, "final", None) is not None:
+            session.party.journal.finish(session.run)  # its prompt is saved
         return replies
 
     def _train(self, session: Any, toy: Any) -> list[m.Message]:

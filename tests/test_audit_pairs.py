@@ -89,3 +89,5 @@ def test_the_next_plan_does_not_wait_for_a_signed_head() -> None:
                entry(3, "out", "server", kind, round=1),
                entry(4, "in", "server", "Plan", round=2)]  # fmt: skip
         assert levels(server, bob) == expected
+        later = entry(4, "out", "bob", "Plan", round=3), entry(5, "in", "server", "Plan", round=3)
+        assert levels([*server, later[0]], [*bob, later[1]]) == {Level.FAIL}  # nor for two

@@ -226,13 +226,17 @@ def test_a_final_prompt_that_cannot_be_written_is_held_and_tried_again(
 
     monkeypatch.setattr(prompt_file, "write_prompt", write)
     monkeypatch.setattr(client, "AGAIN", 0.0)
+    ended: list[int] = []  # after how many attempts
+    journal = SimpleNamespace(finish=lambda run: ended.append(len(tried)))
     session: Any = SimpleNamespace(
-        final=b"", run=bytes(16), learner=SimpleNamespace(finish=lambda final, run: None)
-    )
+        final=b"", run=bytes(16), learner=SimpleNamespace(finish=lambda final, run: None),
+        party=SimpleNamespace(journal=journal),
+    )  # fmt: skip
     told: list[str] = []
     log: Any = SimpleNamespace(error=lambda event, words: told.append(event))
     assert client.save(session, tmp_path, log, 60.0) == tried[0]
     assert (len(tried), told) == (3, ["disk"])
+    assert ended == [3]  # until it is saved, it can be asked for again
     tried.clear()
     with pytest.raises(errors.DiskError):  # patience is over
         client.save(session, tmp_path, log, -1.0)

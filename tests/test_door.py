@@ -119,6 +119,35 @@ def test_who_spoke_before_its_connection_was_told_of_is_no_stranger(
                 end.recv(1)
 
 
+def test_many_connections_that_speak_at_once_are_ended_too(stack: ExitStack) -> None:
+    """Before their ends are told of; and a frame that was read late binds no handle to its name."""
+    context = stack.enter_context(zmq.Context())
+    tells, told = (stack.enter_context(context.socket(zmq.PAIR)) for _ in range(2))
+    told.bind("inproc://door")
+    tells.connect("inproc://door")
+    watching = door.Door(told, 100)
+    ends = [stack.enter_context(end) for pair in range(21) for end in socket.socketpair()]
+    *handles, other = [end.fileno() for end in ends[::2]]
+    for handle in (*handles, other):
+        tells.send_multipart([struct.pack("=HI", zmq.Event.ACCEPTED, handle), b"tcp://127.0.0.1"])
+    until(lambda: len(watching._silent) == 21)
+    watching.heard(other, "c001")  # of a connection that had the handle before
+    watching.heard(other, "c002")
+    for handle in handles:
+        watching.heard(handle, "c001")
+    assert list(watching._lines["c001"]) == handles[-door.EACH :]
+    assert list(watching._lines["c002"]) == [other]
+    for i, end in enumerate(ends[1::2]):
+        end.setblocking(False)
+        if i < 20 - door.EACH:
+            assert not end.recv(1)
+        else:
+            with pytest.raises(BlockingIOError):
+                end.recv(1)
+    tells.send_multipart([struct.pack("=HI", zmq.Event.MONITOR_STOPPED, 0), b""])
+    watching.close()
+
+
 def test_a_member_has_few_connections(stack: ExitStack, server: CurveHub) -> None:
     context = stack.enter_context(zmq.Context())
     lines = []

@@ -17,6 +17,7 @@ from secure_fedprompt.protocol import errors
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.averaging import prompt_bytes
 from secure_fedprompt.protocol.plan import NO_KEY
+from secure_fedprompt.server.planning import elect
 
 
 def world_of(folder: Path, protection: str = "bfv", **changes: Any) -> World:
@@ -354,6 +355,63 @@ def test_a_run_key_of_small_order_or_of_another_is_refused(tmp_path: Path) -> No
         world.pump()
         assert world.run.error is None
         assert set(world.errors) == {"c004"}
+
+
+def test_a_key_of_which_nobody_heard_is_forgotten(tmp_path: Path) -> None:
+    """Its maker is killed as it grants it; what another one makes is what prompts open with."""
+    world = world_of(tmp_path, rounds=3, max_attempts=0)
+    world.withdraws = True
+    world.pump(lambda w, message: isinstance(message, m.KeyGrant))
+    world.lose("c001")
+    world.lost.add("c001")
+    world.pump(lambda w, message: isinstance(message, m.RoundEnd) and message.round == 2)
+    world.join("c001")
+    world.pump()
+    finished_alike(world, 4)
+
+
+def test_restarts_of_all_leave_somebody_to_make_a_key(tmp_path: Path) -> None:
+    """Each time at once, and once more while they are asked whether they need it."""
+    world = world_of(tmp_path, rounds=4, max_attempts=0)
+    world.withdraws = True
+    for number in (1, 2, 3):
+        rounds = len(world.store.summary()["rounds"])
+        world.pump(lambda w, message, n=number: w.run.state.learning_round > n)
+        for kind in (m.Accept, m.KeyAsk):
+            world.queue.clear()
+            for name in names(4):
+                world.lose(name)
+                world.join(name)
+            world.pump(lambda w, message, kind=kind: isinstance(message, kind))
+        assert len(world.store.summary()["rounds"]) > rounds
+    world.pump()
+    finished_alike(world, 4)
+
+
+def test_who_has_a_burnt_key_is_not_thought_to_open_the_prompt(tmp_path: Path) -> None:
+    world = world_of(tmp_path)
+    world.pump(lambda w, message: isinstance(message, m.RoundEnd) and message.round == 1)
+    state, bad = world.run.state, b"b" * 32
+    good, state.keys, state.key = state.key, (*state.keys, bad), NO_KEY
+    for held, unfit, burnt, maker in (
+        ({"c001": bad, "c003": good}, {"c001"}, {bad}, "c003"),
+        ({"c001": bad}, {"c001"}, {bad}, "c002"),  # who was started again
+        ({"c001": bad}, set(), set(), "c001"),
+    ):
+        elect(state, names(4), held, "", unfit, burnt)
+        assert state.maker == maker
+    state.commitments = tuple(nonce for nonce in state.commitments if nonce.name != "c001")
+    elect(state, names(4), {}, "")
+    assert state.maker == "c002"  # c001 came late
+
+
+def test_a_finish_that_does_not_open_is_no_end(tmp_path: Path) -> None:
+    world = world_of(tmp_path)
+    world.pump(lambda w, message: isinstance(message, m.Finish))
+    session = world.sessions["c002"]
+    with pytest.raises(errors.SealError):
+        session.on(m.Finish(session.run, bytes(56), ""))
+    assert not session.over
 
 
 def test_nobody_takes_a_key_under_which_its_prompt_does_not_open(tmp_path: Path) -> None:

@@ -83,7 +83,7 @@ def test_a_list_is_judged_again_when_its_sum_is_opened(tmp_path: Path, protectio
     x.pump()
     assert "not by enough" in str(x.run.error) or "0 of 4" in str(x.run.error), x.run.error
     refused = [t for t in told if isinstance(t, m.Withdraw)]
-    opening = [t for t in told if isinstance(t, m.Reveal | m.Opened | m.Consistent)]
+    opening = [t for t in told if isinstance(t, m.Reveal | m.Opened)]
     if protection == "masks":  # c004 knows of no other list, and cannot open the sum alone
         assert len(opening) == 1
         assert {t.error for t in refused} == {"IsolationError"}
@@ -123,6 +123,64 @@ def test_who_reconnects_after_its_signature_is_heard(tmp_path: Path, protection:
         world.send(name, message)
     world.pump()
     whole(world)
+
+
+@pytest.mark.parametrize("lost", ["its signature", "the list", "nothing: it is slow"])
+def test_who_is_there_is_asked_to_open_the_sum(tmp_path: Path, lost: str) -> None:
+    """Under masks c004 signs, and dies as it is asked; c003, whose signature did not count, can
+    do what it should have done."""
+    world = world_of(tmp_path, rounds=3)
+    held: list[m.Message] = []
+    dead: list[str] = []
+
+    def tap(sender: str, recipient: str, message: m.Message) -> m.Message:
+        if getattr(message, "round", 0) != 2 or (dead and sender == "c004"):
+            return message
+        first = not held
+        if isinstance(message, m.Consistent) and sender == "c003" and first and lost != "the list":
+            held.append(message)
+            return m.Alive()
+        listed = isinstance(message, m.SurvivorList) and recipient == "c003"
+        if listed and first and lost == "the list":
+            held.append(message)
+            return m.Alive()
+        if isinstance(message, m.UnmaskRequest) and recipient == "c004" and not dead:
+            dead.append("c004")
+            world.lost.add("c004")
+        return message
+
+    world.tamper = tap
+    world.pump(lambda w, message: bool(held))
+    if lost != "nothing: it is slow":
+        world.lose("c003")
+        world.reconnect("c003")
+    world.pump()
+    assert world.run.error is None, world.run.error
+    assert {outcome for _, outcome in outcomes(world)} == {"done"}
+    assert world.clock < 120
+
+
+def test_a_signature_that_comes_too_late_costs_nothing(tmp_path: Path) -> None:
+    """Two have lost the key, and the one that was slow has it."""
+    world = world_of(tmp_path, protection="bfv", rounds=3, patience=4000.0)
+    late: list[m.Message] = []
+
+    def tap(sender: str, recipient: str, message: m.Message) -> m.Message:
+        if isinstance(message, m.Consistent) and message.round == 2 and sender == "c003":
+            late.append(message)
+            return m.Alive() if len(late) == 1 else message
+        return message
+
+    world.tamper = tap
+    world.pump(nth(m.SumSigned, 2, 1))
+    for name in ("c001", "c002"):
+        world.forget(name)
+        world.lose(name)
+        world.join(name)
+    world.send("c003", late[0])
+    world.pump()
+    assert world.run.error is None, world.run.error
+    assert world.clock < 200
 
 
 def test_who_is_killed_after_its_signature_is_counted_with_it(tmp_path: Path) -> None:

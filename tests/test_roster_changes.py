@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 from pathlib import Path
@@ -26,12 +25,11 @@ def write(path: Path, roster: Roster) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("protection", ["masks", "bfv"] if "LONG" in os.environ else ["masks"])
 def test_members_come_and_go_while_programs_run(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], protection: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Dave joins, then leaves; Bob's key is another one from then on."""
-    federation = Federation(tmp_path, 4, 8, protection, audit="full", lr=0.001, upload_after=1.0)
+    federation = Federation(tmp_path, 4, rounds=8, audit="full", lr=0.001, upload_after=1.0)
     folder = federation.folder
     places = sorted(folder.rglob("roster.toml"))
     everybody = read_roster(str(places[0]))

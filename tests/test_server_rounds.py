@@ -214,14 +214,14 @@ def test_who_comes_back_is_asked_only_while_the_sum_is_opened() -> None:
 
     def begin(self: MaskedRound, stage: Stage, names: tuple[str, ...], now: float) -> None:
         real(self, stage, names, now)
-        if stage in (Stage.CONSISTENCY, Stage.UNMASKING):
+        if stage in (Stage.SHARING, Stage.COLLECTING):
             rounds.append(self)
-            asked[stage] = [] if stage is Stage.UNMASKING else self.back("c005", now)
+            asked[stage] = self.back("c005", now)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(MaskedRound, "_begin", begin)
         run_round(plan, make_parties(5), make_updates(plan), tap=tap)
-    assert asked[Stage.CONSISTENCY] == []
+    assert asked == {Stage.SHARING: [], Stage.COLLECTING: []}
 
 
 def test_infinity_in_the_clear_costs_its_sender_the_round() -> None:

@@ -65,14 +65,10 @@ def _read(plan: RoundPlan, data: bytes, expected: bytes) -> CohortKey:
 
 
 def _keep(party: Party, plan: RoundPlan, key: CohortKey) -> None:
-    held, kept = party.keyring.cohort, party.journal.kept_key(plan.run)
-    known = held.prompt_key if held else kept if plan.learning_round > 1 else b""
-    if known and known != key.prompt_key:
+    if (known := party.prompt_key(plan.run)) and known != key.prompt_key:
         raise KeyMismatchError(  # what the old one opens would be lost with it
             f"{plan.maker} grants a key under which the global prompt does not open"
         )
-    if kept != key.prompt_key:
-        party.journal.keep_key(plan.run, key.prompt_key)
     party.keyring.cohort = key
 
 
@@ -276,6 +272,7 @@ class Decrypted(Opening):
         if prompt:
             box = self.key.seal_prompt(plan.run, plan.learning_round + 1, prompt)
             announced = digest(Purpose.BASE, box)
+            self.party.keep_prompt_key(plan.run)
         after = Reported(self.party, plan, announced, box)
         self.party.journal.keep_opening(plan, after.to_bytes())
         return after, [after.opened()]

@@ -137,6 +137,13 @@ class Agreed(InSum):
         survivors = m.members_of(kept.plan.cohort, members)
         return cls(party, kept.plan, survivors, members, bytes(kept.body), bytes(kept.shares))
 
+    def _on_same_list(self, message: m.SurvivorList) -> Step:
+        """After a reconnection; another one is not signed."""
+        if bytes(message.survivors) != self.members:
+            raise SurvivorError(f"a second survivor list in {self}")
+        signature = self.party.identity.sign(Purpose.SURVIVORS, self.body)
+        return self, [m.Consistent(self.plan.run, self.plan.round, signature)]
+
     def _on_unmask_request(self, message: m.UnmaskRequest) -> Step:
         plan, party = self.plan, self.party
         near = masking.neighbourhoods(plan)[party.name]
@@ -148,7 +155,9 @@ class Agreed(InSum):
         self.reveal(self.survivors)
         return Revealed(party, plan, self.survivors), [m.Reveal(plan.run, plan.round, self.shares)]
 
-    takes: ClassVar[Takes] = {**InSum.takes, m.UnmaskRequest: _on_unmask_request}
+    takes: ClassVar[Takes] = {
+        **InSum.takes, m.SurvivorList: _on_same_list, m.UnmaskRequest: _on_unmask_request,
+    }  # fmt: skip
 
 
 @dataclass(frozen=True, repr=False)

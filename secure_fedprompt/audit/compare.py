@@ -133,10 +133,10 @@ def _cross_check(sender: Log, receiver: Log, run: str) -> Iterator[Finding]:
 
 
 def _went_on(lost: Entry, heard: Entry) -> bool:
-    """Whether a frame that the sender got later, on the same connection, is of a later round; one
-    for which nobody waits may have crossed that."""
-    if lost.kind in UNAWAITED:
-        return False
+    """Whether a frame that the sender got later, on the same connection, is of a later round. A
+    signed head, for which nobody waits, may have crossed those of the next one, or the last."""
+    if lost.kind == "LogHead":
+        return heard.n > lost.n and heard.round > lost.round + 1
     return heard.n > lost.n and (heard.round > lost.round or heard.kind == "Finish")
 
 
@@ -153,7 +153,6 @@ def _content(entry: Entry) -> tuple[str, str, int, int]:
 Numbered = list[tuple[int, Entry]]  # frames with their connections
 MOST_STEPS = 2_000_000  # looking for a story: a second or two
 UNLOGGED = ("Alive", "Probe", "Probed")
-UNAWAITED = ("LogHead", "Withdraw")
 
 
 def _passed(log: Log, run: str, way: str, peer: str) -> tuple[Numbered, set[int]]:

@@ -125,7 +125,7 @@ class Round(ABC):
         self.plan.check()
         self._survivors: tuple[str, ...] = ()
         self._gone: set[str] = set()
-        self._accepted: set[tuple[str, type[m.Message]]] = set()
+        self._asked: set[str] = set()  # by this stage, on the connections that there are
         self._needed, self._open_until = self.plan.quorum, 0.0
         self._short = False  # whether an opening lacks clients, and waits for them to come back
         self._selector = self._make_selector()
@@ -158,8 +158,8 @@ class Round(ABC):
         """Go on with an opening that a restart interrupted; ``back`` for each who returns."""
 
     @abstractmethod
-    def _request(self, name: str) -> m.Message:
-        """What opens the sum, to one survivor."""
+    def _request(self, name: str) -> Outbox:
+        """What a survivor needs to help in this stage."""
 
     def _is_dealer(self, dealer: str, recipient: str) -> bool:
         """Whether one client sealed something to another."""
@@ -219,8 +219,8 @@ class Round(ABC):
             return []  # the helper's frames are above; what others sent is late
         if sender not in self.waiting:
             return self._unawaited(sender, message)
-        if (sender, type(message)) in self._accepted and type(message) is not self._expected():
-            return []  # asked twice, it answered twice
+        if self._is_late(message):
+            return []  # it was slow, or asked twice
         try:
             self._accept(sender, message)
         except ProtocolError as error:
@@ -257,7 +257,8 @@ class Round(ABC):
         if self.stage not in self.asking or name in self.answers:
             return []
         self.waiting.add(name)
-        return [(name, self._request(name))]
+        self._asked.add(name)
+        return self._request(name)
 
     def involves(self, name: str) -> bool:
         """Whether the round still counts on a client or helper, in this stage or a later one."""
@@ -293,6 +294,7 @@ class Round(ABC):
     def gone(self, sender: str, now: float) -> Outbox:
         """A client is gone for the rest of this round."""
         self._gone.add(sender)
+        self._asked.discard(sender)
         self.waiting.discard(sender)
         if self._selector is not None and self._awaits(sender) and not self.over:
             return self._without_helper()
@@ -316,6 +318,7 @@ class Round(ABC):
 
     def _begin(self, stage: Stage, names: tuple[str, ...], now: float) -> None:
         self.stage, self.waiting, self.answers = stage, set(names) - self._gone, {}
+        self._asked = set(self.waiting)
         limit = self.deadlines.training if self._trains else self.deadlines.stage
         self.began, self.deadline, self._short = now, now + limit, False
         if stage in self.openings:
@@ -329,12 +332,21 @@ class Round(ABC):
             self._selector.share(sender, message)
         else:
             self._check(sender, message)
-        self._accepted.add((sender, type(message)))
         # That an upload came is kept, not the vector.
         self.answers[sender] = m.Alive() if isinstance(message, self.uploads) else message
 
+    @property
+    def _answers_of(self) -> dict[Stage, type[m.Message]]:
+        return {**HELPED, Stage.COLLECTING: self.uploads, **self.awaited}
+
     def _expected(self) -> type[m.Message]:
-        return {**HELPED, Stage.COLLECTING: self.uploads, **self.awaited}[self.stage]
+        return self._answers_of[self.stage]
+
+    def _is_late(self, message: m.Message) -> bool:
+        """Whether a frame answers a stage that is over."""
+        order = list(Stage)
+        before = order[: order.index(self.stage)]
+        return any(type(message) is self._answers_of.get(stage) for stage in before)
 
     def _advance(self, now: float) -> Outbox:
         """Close the stage with who answered, and open the next."""
@@ -367,10 +379,13 @@ class Round(ABC):
         return len(self.answers) >= (wanted if self.stage in self.openings else self.plan.quorum)
 
     def _hope(self, now: float) -> Outbox:
-        """Wait for survivors to come back: nothing but this sum can be opened any more."""
+        """Wait for survivors to come back: nothing but this sum can be opened any more. Who is
+        there, and was not asked yet, is asked now."""
         self.waiting = set(self._survivors) - set(self.answers)
         self.deadline, self._short = self._open_until, True
-        return []
+        present = sorted(self.waiting - self._gone - self._asked)
+        self._asked |= set(present)
+        return [frame for name in present for frame in self._request(name)]
 
     def _hand_out(self, now: float) -> Outbox:
         """The outcomes to their owners, who may upload now."""

@@ -117,14 +117,13 @@ class EncryptedRound(KeyedRound):
         return max(1, min(2, self.plan.quorum - 1))
 
     def _hope(self, now: float) -> Outbox:
-        super()._hope(now)
+        self._asked = set()  # a lost frame costs nothing to send again
+        out = super()._hope(now)
         self.deadline = min(self._open_until, now + self.deadlines.stage)
-        present = sorted(self.waiting - self._gone)  # a lost frame costs nothing to send again
-        message = self._sum_frame()
-        return [(name, message) for name in present]
+        return out
 
-    def _request(self, name: str) -> m.Message:
-        return self._sum_frame()
+    def _request(self, name: str) -> Outbox:
+        return [(name, self._sum_frame())]
 
     def _sum_frame(self) -> m.CipherSum:
         assert self.pending is not None

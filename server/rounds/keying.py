@@ -36,13 +36,15 @@ class KeyedRound(Round):
     Attributes:
         key: digest of the key in use.
         holders: clients that are known to hold it.
-        keyed: whether everybody could have the key; burnt: whether it must not be used any more.
+        keyed: whether everybody could have the key; unasked: whether nobody asked for it; burnt:
+            whether it must not be used any more.
         refusals: clients that kept another key, under which the prompt opens.
     """
 
     key: bytes = NO_KEY
     holders: set[str] = field(default_factory=set)
     keyed: bool = True
+    unasked: bool = False
     burnt: bool = False
     refusals: set[str] = field(default_factory=set)
 
@@ -87,6 +89,7 @@ class KeyedRound(Round):
         if not self._asks:
             self.keyed = plan.key != NO_KEY
             if not self.keyed:
+                self.unasked = True
                 return self._abort("nobody asked for the clients' key")
             nobody = m.KeyRequest(plan.run, plan.round, ())
             return [(plan.maker, nobody), *self._go_on(now)]

@@ -56,7 +56,7 @@ class MaskedRound(KeyedRound):
         Stage.UNMASKING: m.Reveal,
     }
     openings: ClassVar[frozenset[Stage]] = frozenset({Stage.UNMASKING})
-    asking: ClassVar[frozenset[Stage]] = openings
+    asking: ClassVar[frozenset[Stage]] = openings | {Stage.CONSISTENCY}
 
     opened: m.OpenedSum | None = None
 
@@ -204,11 +204,9 @@ class MaskedRound(KeyedRound):
 
     def _send_survivors(self, names: tuple[str, ...], now: float) -> Outbox:
         plan, self._survivors = self.plan, names
-        members = m.members_bits(plan.cohort, names)
-        self._survivors_body = m.survivors_body(plan, self._tree.root, members)
+        self._survivors_body = m.survivors_body(plan, self._tree.root, bytes(self._list.survivors))
         self._begin(Stage.CONSISTENCY, names, now)
-        message = m.SurvivorList(plan.run, plan.round, members)
-        return [(name, message) for name in names]
+        return [(name, self._list) for name in names]
 
     def _ask_to_unmask(self, names: tuple[str, ...], now: float) -> Outbox:
         signers = tuple(
@@ -224,8 +222,17 @@ class MaskedRound(KeyedRound):
         )  # fmt: skip
         return self._to_neighbours(names, self._request_of)
 
-    def _request(self, name: str) -> m.Message:
-        return self._request_of(masking.neighbourhoods(self.plan)[name])
+    def _request(self, name: str) -> Outbox:
+        if self.stage is Stage.CONSISTENCY:
+            return [(name, self._list)]
+        asks = self._request_of(masking.neighbourhoods(self.plan)[name])
+        shown = name in self._signed  # the request tells nothing to who has not seen the list
+        return [(name, asks)] if shown else [(name, self._list), (name, asks)]
+
+    @functools.cached_property
+    def _list(self) -> m.SurvivorList:
+        members = m.members_bits(self.plan.cohort, self._survivors)
+        return m.SurvivorList(self.plan.run, self.plan.round, members)
 
     @functools.cached_property
     def _signed(self) -> dict[str, m.Signed]:

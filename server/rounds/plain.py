@@ -58,5 +58,5 @@ class PlainRound(Round):
     def reopen(self, pending: Pending, now: float) -> None:
         raise PlanError("a sum without protection is not opened")
 
-    def _request(self, name: str) -> m.Message:
+    def _request(self, name: str) -> Outbox:
         raise PlanError("a sum without protection is not opened")
