@@ -357,6 +357,25 @@ def test_a_run_key_of_small_order_or_of_another_is_refused(tmp_path: Path) -> No
         assert set(world.errors) == {"c004"}
 
 
+def test_what_has_opened_a_prompt_is_kept(tmp_path: Path) -> None:
+    """By a client whose folder was lost as well; not before."""
+    world = world_of(tmp_path, rounds=3)
+    world.pump(lambda w, message: isinstance(message, m.RoundEnd) and message.round == 1)
+    journal, run = world.journals["c003"], world.run.state.run
+    journal._drop(f"sums-{run.hex()}")
+    world.join("c003")
+    kept: list[bytes] = []
+
+    def until(w: World, message: m.Message) -> bool:
+        kept.append(journal.kept_key(run))
+        return isinstance(message, m.Consistent) and message.round == 3
+
+    world.pump(until)
+    made = world.sessions["c003"].party.keyring.cohort
+    assert kept[0] == b""
+    assert journal.kept_key(run) == made.prompt_key
+
+
 def test_a_key_of_which_nobody_heard_is_forgotten(tmp_path: Path) -> None:
     """Its maker is killed as it grants it; what another one makes is what prompts open with."""
     world = world_of(tmp_path, rounds=3, max_attempts=0)
@@ -384,7 +403,21 @@ def test_restarts_of_all_leave_somebody_to_make_a_key(tmp_path: Path) -> None:
                 world.join(name)
             world.pump(lambda w, message, kind=kind: isinstance(message, kind))
         assert len(world.store.summary()["rounds"]) > rounds
+    world.run.unfit.clear()
+    for name in names(4):
+        world.lose(name)
+        world.join(name)
+    world.pump(lambda w, message: isinstance(message, m.KeyAsk))
+    world.queue.clear()
+    for name in names(4):
+        world.lose(name)
+    assert world.run.current is None
+    assert not world.run.unfit  # that nobody asked is not its maker's fault
+    for name in names(4):
+        world.join(name)
+    world.run.unfit = {"c001"}
     world.pump()
+    assert not world.run.unfit
     finished_alike(world, 4)
 
 
@@ -396,7 +429,8 @@ def test_who_has_a_burnt_key_is_not_thought_to_open_the_prompt(tmp_path: Path) -
     for held, unfit, burnt, maker in (
         ({"c001": bad, "c003": good}, {"c001"}, {bad}, "c003"),
         ({"c001": bad}, {"c001"}, {bad}, "c002"),  # who was started again
-        ({"c001": bad}, set(), set(), "c001"),
+        ({"c004": bad}, set(), {bad}, "c001"),
+        ({"c004": bad}, set(), set(), "c004"),
     ):
         elect(state, names(4), held, "", unfit, burnt)
         assert state.maker == maker
@@ -468,6 +502,7 @@ def test_a_final_prompt_that_is_not_sealed_is_refused(tmp_path: Path) -> None:
     with pytest.raises(errors.RunFailedError, match="before this client was given its key"):
         world.sessions["c003"].on(m.Finish(session.run, bytes(40), ""))
     assert kept.opening(session.run) is None
+    assert world.sessions["c003"].over
 
 
 def test_who_comes_after_the_last_key_is_told_so(tmp_path: Path) -> None:

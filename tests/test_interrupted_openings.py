@@ -160,6 +160,42 @@ def test_who_is_there_is_asked_to_open_the_sum(tmp_path: Path, lost: str) -> Non
     assert world.clock < 120
 
 
+def test_who_reconnects_before_it_signed_is_shown_the_list(tmp_path: Path) -> None:
+    """One of four is gone; without this signature the attempt would be over. A second list is not
+    signed."""
+    world = world_of(tmp_path, rounds=3)
+    world.pump(nth(m.MaskedUpload, 2, 4))
+    world.lose("c004")
+    world.lost.add("c004")
+    late: dict[str, m.Message] = {}
+
+    def hold(sender: str, recipient: str, message: m.Message) -> m.Message:
+        of = isinstance(message, m.Consistent) and message.round == 2
+        if not of or sender == "c001" or sender in late:
+            return message
+        late[sender] = message
+        return m.Alive()
+
+    world.tamper = hold
+    world.pump(lambda w, message: len(late) == 2 and isinstance(message, m.Alive))
+    session: Any = world.sessions["c001"]
+    with pytest.raises(errors.SurvivorError, match="a second survivor list"):
+        session.round.on(m.SurvivorList(session.run, 2, b"\x0f"))
+    world.lose("c003")
+    world.reconnect("c003")
+    accepted: list[m.Message] = []
+
+    def until(w: World, message: m.Message) -> bool:
+        accepted.extend([message] if isinstance(message, m.Accept) else [])
+        return bool(accepted) and isinstance(message, m.Alive)
+
+    world.pump(until)
+    world.send("c002", late["c002"])
+    world.pump()
+    assert world.run.error is None, world.run.error
+    assert {outcome for _, outcome in outcomes(world)} == {"done"}
+
+
 def test_a_signature_that_comes_too_late_costs_nothing(tmp_path: Path) -> None:
     """Two have lost the key, and the one that was slow has it."""
     world = world_of(tmp_path, protection="bfv", rounds=3, patience=4000.0)

@@ -183,7 +183,7 @@ def walk(tmp_path: Path, kind: str, step: int, offset: int = 0, absent: str = ""
     return tried
 
 
-@pytest.mark.parametrize(("kind", "step", "absent"), [("masks", 97, ""), ("bfv", 29, "c004")])
+@pytest.mark.parametrize(("kind", "step", "absent"), [("masks", 97, ""), ("bfv", 61, "c004")])
 def test_killed_here_and_there(tmp_path: Path, kind: str, step: int, absent: str) -> None:
     assert walk(tmp_path, kind, step, 3, absent) >= 6
 

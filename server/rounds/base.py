@@ -294,7 +294,6 @@ class Round(ABC):
     def gone(self, sender: str, now: float) -> Outbox:
         """A client is gone for the rest of this round."""
         self._gone.add(sender)
-        self._asked.discard(sender)
         self.waiting.discard(sender)
         if self._selector is not None and self._awaits(sender) and not self.over:
             return self._without_helper()
