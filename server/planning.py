@@ -98,7 +98,6 @@ def elect(
     held: Mapping[str, bytes],
     wanted: str,
     unfit: Set[str] = frozenset(),
-    burnt: Set[bytes] = frozenset(),
 ) -> Keying:
     """Who must be given the clients' key; elects another maker, in ``state``, if the last is gone.
 
@@ -113,7 +112,6 @@ def elect(
         held: digest of the key that each client holds.
         wanted: configured maker, or empty.
         unfit: clients whose grants failed; they make no key while somebody else can.
-        burnt: keys that say nothing of whether their holders can open the prompt.
 
     Raises:
         RunFailedError: nobody who could make a key is left.
@@ -124,7 +122,7 @@ def elect(
         return Keying(state.key, tuple(sorted(lacking)))
     able, early = set(cohort), {nonce.name for nonce in state.commitments}
     if state.sealed:
-        able = {name for name in cohort if held.get(name) in set(state.keys) - burnt}
+        able = {name for name in cohort if held.get(name) in state.keys}
     rest = set(cohort) - unfit
     if not (able := able - unfit or rest & early or rest or able):
         raise RunFailedError("no client that can open the sealed prompt is left: start a new run")

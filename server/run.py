@@ -65,7 +65,6 @@ class Run(Gathering):
         self.rest_until = 0.0  # before another attempt
         self.benched: set[str] = set()  # sit out the next attempt
         self.unfit: set[str] = set()  # whose cohort keys failed
-        self.burnt: set[bytes] = set()  # cohort keys that many have refused
         self.unhelpful: set[str] = set()  # who failed as helpers
         self.stranded_until = 0.0  # wait for somebody who can open the prompt
         self._stored: Pending | None = None
@@ -312,7 +311,7 @@ class Run(Gathering):
         keying = Keying()
         if settings.facts.keyed:
             held = {name: client.key for name, client in self.clients.items()}
-            keying = elect(state, cohort, held, settings.key_maker, self.unfit, self.burnt)
+            keying = elect(state, cohort, held, settings.key_maker, self.unfit)
         self.stranded_until = 0.0
         self.answer_until = 0.0
         assert state.terms is not None
@@ -402,8 +401,8 @@ class Run(Gathering):
                 if name in current.faults and name not in current.refusals:
                     client.key = NO_KEY
         if current.burnt:
-            self.state.key = NO_KEY
-            self.burnt.add(current.key)
+            self.state.key = NO_KEY  # nor does it say that its holders can open the prompt
+            self.state.keys = tuple(key for key in self.state.keys if key != current.key)
         if current.burnt or not (current.keyed or current.unasked):
             self.unfit.add(current.plan.maker)
         if current.stage is Stage.DONE:

@@ -89,6 +89,33 @@ def test_the_oldest_of_too_many_strangers_must_leave(stack: ExitStack, server: C
     del more
 
 
+def watched(
+    stack: ExitStack, strangers: int, connections: int
+) -> tuple[door.Door, Callable[[zmq.Event, int], None], list[socket.socket]]:
+    """A door, what tells it of handles, and both ends of some connections."""
+    context = stack.enter_context(zmq.Context())
+    tells, told = (stack.enter_context(context.socket(zmq.PAIR)) for _ in range(2))
+    told.bind("inproc://door")
+    tells.connect("inproc://door")
+
+    def tell(kind: zmq.Event, handle: int) -> None:
+        tells.send_multipart([struct.pack("=HI", kind, handle), b"tcp://127.0.0.1"])
+
+    pairs = [socket.socketpair() for _ in range(connections)]
+    made = door.Door(told, strangers)
+    stack.callback(made.close)
+    stack.callback(tell, zmq.Event.MONITOR_STOPPED, 0)
+    return made, tell, [stack.enter_context(end) for pair in pairs for end in pair]
+
+
+def ended(end: socket.socket) -> bool:
+    end.setblocking(False)
+    try:
+        return not end.recv(1)
+    except BlockingIOError:
+        return False
+
+
 @pytest.mark.parametrize("soon", [door.SOON, 0.0])
 def test_who_spoke_before_its_connection_was_told_of_is_no_stranger(
     stack: ExitStack, monkeypatch: pytest.MonkeyPatch, soon: float
@@ -96,40 +123,22 @@ def test_who_spoke_before_its_connection_was_told_of_is_no_stranger(
     """The socket hands out its first frame, and the monitor is late. Long after it, a handle is
     another connection's."""
     monkeypatch.setattr(door, "SOON", soon)
-    context = stack.enter_context(zmq.Context())
-    tells, told = (stack.enter_context(context.socket(zmq.PAIR)) for _ in range(2))
-    told.bind("inproc://door")
-    tells.connect("inproc://door")
-    watching = door.Door(told, 3)
-    ends = [stack.enter_context(end) for pair in range(5) for end in socket.socketpair()]
+    watching, tell, ends = watched(stack, 3, 5)
     handles = [end.fileno() for end in ends[::2]]
     watching.heard(handles[0], "c001")
-    for kind, handle in (*((zmq.Event.ACCEPTED, h) for h in handles),
-                         (zmq.Event.MONITOR_STOPPED, 0)):  # fmt: skip
-        tells.send_multipart([struct.pack("=HI", kind, handle), b"tcp://127.0.0.1"])
-    watching.close()
-    assert list(watching._silent) == handles[2:]
+    for handle in handles:
+        tell(zmq.Event.ACCEPTED, handle)
+    until(lambda: list(watching._silent) == handles[2:])
     assert watching._speaker == ({handles[0]: "c001"} if soon else {})
-    for end, shut in zip(ends[1::2], (not soon, True, False, False, False), strict=True):
-        end.setblocking(False)
-        if shut:
-            assert not end.recv(1)
-        else:
-            with pytest.raises(BlockingIOError):
-                end.recv(1)
+    assert [ended(end) for end in ends[1::2]] == [not soon, True, False, False, False]
 
 
 def test_many_connections_that_speak_at_once_are_ended_too(stack: ExitStack) -> None:
     """Before their ends are told of; and a frame that was read late binds no handle to its name."""
-    context = stack.enter_context(zmq.Context())
-    tells, told = (stack.enter_context(context.socket(zmq.PAIR)) for _ in range(2))
-    told.bind("inproc://door")
-    tells.connect("inproc://door")
-    watching = door.Door(told, 100)
-    ends = [stack.enter_context(end) for pair in range(21) for end in socket.socketpair()]
+    watching, tell, ends = watched(stack, 100, 21)
     *handles, other = [end.fileno() for end in ends[::2]]
     for handle in (*handles, other):
-        tells.send_multipart([struct.pack("=HI", zmq.Event.ACCEPTED, handle), b"tcp://127.0.0.1"])
+        tell(zmq.Event.ACCEPTED, handle)
     until(lambda: len(watching._silent) == 21)
     watching.heard(other, "c001")  # of a connection that had the handle before
     watching.heard(other, "c002")
@@ -137,15 +146,7 @@ def test_many_connections_that_speak_at_once_are_ended_too(stack: ExitStack) -> 
         watching.heard(handle, "c001")
     assert list(watching._lines["c001"]) == handles[-door.EACH :]
     assert list(watching._lines["c002"]) == [other]
-    for i, end in enumerate(ends[1::2]):
-        end.setblocking(False)
-        if i < 20 - door.EACH:
-            assert not end.recv(1)
-        else:
-            with pytest.raises(BlockingIOError):
-                end.recv(1)
-    tells.send_multipart([struct.pack("=HI", zmq.Event.MONITOR_STOPPED, 0), b""])
-    watching.close()
+    assert [ended(end) for end in ends[1::2]] == [True] * (20 - door.EACH) + [False] * 5
 
 
 def test_a_member_has_few_connections(stack: ExitStack, server: CurveHub) -> None:

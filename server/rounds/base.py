@@ -76,8 +76,8 @@ class Round(ABC):
 
     Attributes:
         uploads: message that carries an update; awaited: messages of the protection's own stages;
-        openings: stages from which on no other sum will be opened; asking: those of them in which
-            every survivor is asked, again if it comes back.
+        openings: stages from which on no other sum will be opened; asking: those in which every
+            survivor is asked, again if it comes back.
         run_keys: the clients' signed keys of this run, where something is sealed to or by them.
         informed: clients that were sent the sum from which ``base`` follows, and need no copy.
         checked: who has said that a sum is right, by its learning round.
