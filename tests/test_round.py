@@ -52,14 +52,14 @@ def check(plan: RoundPlan, pattern: Pattern, seed: int = 0) -> SimulatedRound:
     return outcome
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 4])
+@pytest.mark.parametrize("n", [1, 2, 3, pytest.param(4, marks=pytest.mark.slow)])
 def test_every_dropout_pattern(n: int) -> None:
     plan = make_plan(n)
     for pattern in itertools.product((None, *STAGES), repeat=n):
         check(plan, pattern)
 
 
-@pytest.mark.parametrize("n", [5, 6])
+@pytest.mark.parametrize("n", [4, 5, 6])
 def test_one_assignment_of_each_multiset_of_stages(n: int) -> None:
     plan, rng = make_plan(n), np.random.default_rng(n)
     for chosen in itertools.combinations_with_replacement((None, *STAGES), n):
