@@ -15,7 +15,7 @@ import json
 import os
 import sqlite3
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
@@ -70,16 +70,49 @@ _FREE = {  # not in a run's terms
 }  # fmt: skip
 
 
-def open_run(folder: Path) -> sqlite3.Connection:
+@contextlib.contextmanager
+def open_run(folder: Path) -> Iterator[sqlite3.Connection]:
     """The database of a run folder, to read only.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is none, or what is read of it is damaged.
     """
     path = folder / "run.sqlite"
     if not path.exists():
         raise ConfigError(f"{folder} is no server's run_dir: it holds no run.sqlite")
-    return sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)
+    try:
+        with contextlib.closing(
+            sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)
+        ) as db:
+            yield db
+    except (sqlite3.Error, OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"run folder {folder}: {path.name} cannot be read ({error})") from None
+
+
+class _Needed(msgspec.Struct):
+    """What every reader of a run's settings asks for."""
+
+    method: str
+    protection: str
+    rounds: int
+
+
+def settings_of(folder: Path) -> dict[str, Any]:
+    """The settings of a run folder, and the wire version that it was begun with.
+
+    Raises:
+        ConfigError: they cannot be read.
+    """
+    path = folder / "server.json"
+    try:
+        found = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+        msgspec.convert(found, _Needed)
+    except (OSError, msgspec.DecodeError) as error:
+        raise ConfigError(
+            f"run folder {folder}: the settings in {path.name} cannot be read ({error}): "
+            "restore that file from a copy, or use another run_dir"
+        ) from None
+    return found
 
 
 def rounds_of(db: sqlite3.Connection, only: int | None = None) -> list[dict[str, Any]]:
@@ -182,7 +215,7 @@ class Store:
         path = self.folder / "server.json"
         now = {**msgspec.to_builtins(settings), "wire": VERSION}
         if path.exists():
-            before = json.loads(path.read_text())
+            before = settings_of(self.folder)
             if before.get("wire") != VERSION:
                 raise ConfigError(
                     f"run folder {self.folder} was begun by another release (wire version "
@@ -195,7 +228,8 @@ class Store:
                         f"run folder {self.folder} was begun with {name} = {before.get(name)!r}, "
                         f"now it is {now[name]!r}: use the old value, or another run_dir"
                     )
-        kept = json.dumps({k: v for k, v in now.items() if k != "key"}, indent=1) + "\n"
+        self._settings = {k: v for k, v in now.items() if k != "key"}
+        kept = json.dumps(self._settings, indent=1) + "\n"
         if not path.exists() or path.read_text() != kept:
             write_durably(path, kept.encode())
 
@@ -228,8 +262,7 @@ class Store:
         if body["summed"]:
             state.summed = (self.folder / "summed.bin").read_bytes()
         if state.tensors:
-            rounds = json.loads((self.folder / "server.json").read_text())["rounds"]
-            number = min(state.learning_round - 1, rounds)
+            number = min(state.learning_round - 1, self._settings["rounds"])
             if number and body["sealed"]:
                 box = self._read(self.prompt_path(number, sealed=True), ["sealed"])
                 state.sealed, number = box.astype(np.uint8).tobytes(), 0
@@ -333,7 +366,7 @@ class Store:
         return self.folder / "prompts" / f"{kind}-{learning_round:04d}.safetensors"
 
     def _write_prompt(self, state: RunState) -> None:
-        settings = json.loads((self.folder / "server.json").read_text())
+        settings = self._settings
         number = min(state.learning_round - 1, settings["rounds"])  # an evaluation changes nothing
         path = self.prompt_path(number, bool(state.sealed))
         metadata = {
@@ -359,7 +392,7 @@ class Store:
 
     def _keep_best(self, number: int, metrics: Mapping[str, float]) -> None:
         """A copy of the prompt with the best accuracy, once rounds have counted it."""
-        if json.loads((self.folder / "server.json").read_text())["metrics"] != "rounds":
+        if self._settings["metrics"] != "rounds":
             return
         found = (json.loads(text) for (text,) in self._db.execute("SELECT metrics FROM rounds"))
         scores = [metrics.get("accuracy", 0.0) for metrics in found]
@@ -377,7 +410,7 @@ class Store:
 
     def summary(self) -> dict[str, Any]:
         """The run as JSON: what ``--json`` writes and the demo shows."""
-        settings = json.loads((self.folder / "server.json").read_text())
+        settings = self._settings
         sealed = facts_of(settings["protection"]).encrypted
         rounds = rounds_of(self._db)
         scores = [r["metrics"]["accuracy"] for r in rounds if "accuracy" in r["metrics"]]

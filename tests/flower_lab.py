@@ -162,7 +162,8 @@ def frames_of(content: RecordDict) -> list[m.Message]:
 
 
 def made_rows(folder):
-    return rounds_of(open_run(folder / "run"))
+    with open_run(folder / "run") as db:
+        return rounds_of(db)
 
 
 def sites_in(tmp_path, count=4):

@@ -20,6 +20,7 @@ from secure_fedprompt import client, prompt_file
 from secure_fedprompt.audit.log import Log
 from secure_fedprompt.clients import file_journal, record_file
 from secure_fedprompt.clients.file_journal import FileJournal
+from secure_fedprompt.commands.watch import look
 from secure_fedprompt.host import files
 from secure_fedprompt.protocol import errors
 from secure_fedprompt.protocol import messages as m
@@ -177,6 +178,23 @@ def test_a_torn_settings_file_cannot_be(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(files.os, "fsync", real)
     assert (tmp_path / "server.json").read_bytes() == before
     Store(tmp_path, ServerSettings()).close()
+
+
+@pytest.mark.parametrize("kept", ["", "[]", "{}", '{"method": "promptfl", "protection": 1}'])
+def test_settings_that_cannot_be_read_are_named(tmp_path: Path, kept: str) -> None:
+    Store(tmp_path, ServerSettings()).close()
+    (tmp_path / "server.json").write_text(kept)
+    words = "run folder .*: the settings in server.json cannot be read .*: restore that file from"
+    with pytest.raises(errors.ConfigError, match=words):
+        Store(tmp_path, ServerSettings())
+    with pytest.raises(errors.ConfigError, match=words):
+        look(tmp_path)
+
+
+def test_a_damaged_database_is_told_from_a_full_disk(tmp_path: Path) -> None:
+    (tmp_path / "run.sqlite").write_bytes(b"no database" * 100)
+    with pytest.raises(errors.DiskError, match="not a database.*: restore it from a copy"):
+        Store(tmp_path, ServerSettings())
 
 
 @pytest.mark.parametrize("path", [Path("/proc/nothing"), Path("/dev/null")])

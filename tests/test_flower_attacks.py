@@ -285,8 +285,9 @@ def test_a_site_holds_its_uploads(sites, tmp_path, monkeypatch):
     slept = []
     monkeypatch.setattr(mod.time, "sleep", slept.append)
     federate(deployed(configs), tmp_path, upload_after=20.0, **keys)
-    holds = sorted(round(seconds) for seconds in slept if seconds > 5)
-    assert holds == [20, 20, 20, 20, 50]
+    holds = sorted(seconds for seconds in slept if seconds > 5)
+    assert all(10 < seconds <= 20 for seconds in holds[:4])  # less what training took
+    assert [40 < seconds <= 50 for seconds in holds[4:]] == [True]
 
 
 def test_a_spent_budget_looks_the_same_when_it_is_played_again(sites, tmp_path, monkeypatch):

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 from flower_app import STAGES
+from flower_lab import made_rows
 
 from secure_fedprompt.audit.command import main as audit
 from secure_fedprompt.host.files import make_key
 from secure_fedprompt.protocol.roster import Roster
-from secure_fedprompt.server.store import open_run, rounds_of
 
 pytestmark = pytest.mark.slow
 HERE = Path(__file__).parent
@@ -67,7 +67,7 @@ def test_simulation_loses_a_node_in_each_stage(tmp_path: Path) -> None:
         capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert (tmp_path / "run" / "average.txt").exists(), done.stdout + done.stderr
-    rows = [r for r in rounds_of(open_run(tmp_path / "run")) if r["outcome"] == "done"]
+    rows = [r for r in made_rows(tmp_path) if r["outcome"] == "done"]
     assert [row["learning_round"] for row in rows] == [1, 2, 3, 4, 5]
     # The first may be the maker of the sums' key, and is then missed before there is a cohort.
     assert [len(row["cohort"]) - len(row["dropped"]) for row in rows] == [9, 9, 9, 10, 10]
@@ -159,7 +159,7 @@ def test_superlink_and_supernodes_with_files(tmp_path: Path) -> None:
             end(process)
     values = (tmp_path / "run" / "average.txt").read_text().split()
     assert [float(value) for value in values] == [0.125] * 5
-    rows = rounds_of(open_run(tmp_path / "run"))
+    rows = made_rows(tmp_path)
     assert [row["cohort"] for row in rows] == [list(names)]
     ends = [f"--peer={tmp_path}/state-{name}" for name in names]
     assert audit([str(tmp_path / "run"), *ends]) == 0

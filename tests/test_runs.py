@@ -92,7 +92,9 @@ def test_rounds_are_exported_as_they_are_in_the_folder(
         (["export", "nowhere", "-o", "x.csv"], "holds no run"),
         (["export", "{runs}", "-o", "x.xls"], ".csv or .parquet"),
         (["export", "{runs}", "-o", "no/where.csv"], "cannot be written"),
-        (["runs", "{broken}"], "is damaged"),
+        (["runs", "{broken}"], "run.sqlite cannot be read"),
+        (["watch", "{broken}"], "run.sqlite cannot be read"),
+        (["report", "{broken}"], "run.sqlite cannot be read"),
     ],
 )
 def test_what_is_wrong_is_one_line(

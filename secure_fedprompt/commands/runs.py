@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
-import sqlite3
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -110,14 +108,11 @@ def _read(folder: Path) -> tuple[Watched, str, float]:
     Raises:
         ConfigError: the folder's files are damaged.
     """
-    try:
-        with closing(open_run(folder)) as db:
-            body = db.execute("SELECT body FROM state").fetchone()
-            (began,) = db.execute("SELECT MIN(at) FROM events").fetchone()
+    with open_run(folder) as db:
+        body = db.execute("SELECT body FROM state").fetchone()
+        (began,) = db.execute("SELECT MIN(at) FROM events").fetchone()
         run = str(json.loads(body[0])["run"]) if body else ""
-        return look(folder), run, float(began or 0.0)
-    except (sqlite3.Error, OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"run folder {folder} is damaged: {error}") from None
+    return look(folder), run, float(began or 0.0)
 
 
 def _up(row: Row) -> float:

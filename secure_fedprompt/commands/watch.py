@@ -5,10 +5,8 @@ It reads ``run.sqlite`` only; a second pair of eyes cannot disturb the run.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,7 @@ from secure_fedprompt import show
 from secure_fedprompt.commands import watch_remote
 from secure_fedprompt.host import command
 from secure_fedprompt.protocol.errors import RunFailedError
-from secure_fedprompt.server.store import open_run, rounds_of
+from secure_fedprompt.server.store import open_run, rounds_of, settings_of
 
 EVENTS = 8  # last lines shown
 END = ("finished", "failed")
@@ -106,11 +104,11 @@ def look(folder: Path) -> Watched:
     Raises:
         ConfigError: it is none.
     """
-    with closing(open_run(folder)) as db:
+    with open_run(folder) as db:
         query = "SELECT at, kind, text FROM events ORDER BY rowid DESC LIMIT ?"
         events = db.execute(query, (EVENTS,)).fetchall()[::-1]
         rows = rounds_of(db)
-    settings = json.loads((folder / "server.json").read_text())
+    settings = settings_of(folder)
     summary = {"method": settings["method"], "protection": settings["protection"],
                "learning_rounds": settings["rounds"], "rounds": rows}  # fmt: skip
     ended = next((kind for _, kind, _ in reversed(events) if kind in END), "")

@@ -132,6 +132,8 @@ def written(what: object, remedy: str = "free the disk") -> Iterator[None]:
         yield
     except (OSError, sqlite3.Error, SafetensorError) as error:
         why = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        if type(error) is sqlite3.DatabaseError:  # none, or a damaged one
+            remedy = "restore it from a copy"
         raise DiskError(f"{what} cannot be written ({why}): {remedy}") from None
 
 

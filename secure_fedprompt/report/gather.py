@@ -8,7 +8,6 @@ import json
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,7 +22,7 @@ from secure_fedprompt.protocol import client_noise
 from secure_fedprompt.protocol.errors import ConfigError
 from secure_fedprompt.protocol.plan import RoundPlan
 from secure_fedprompt.protocol.protections import Protection, facts_of, tolerated_colluders
-from secure_fedprompt.server.store import TROUBLE, open_run, rounds_of
+from secure_fedprompt.server.store import TROUBLE, open_run, rounds_of, settings_of
 
 Rows = list[dict[str, Any]]
 MOST_NAMES = 12  # in one sentence
@@ -74,7 +73,7 @@ def gather(
     Raises:
         ConfigError: it is no run folder, or holds no round yet.
     """
-    with closing(open_run(folder)) as db:
+    with open_run(folder) as db:
         rows = rounds_of(db)
         moved = db.execute("SELECT round, direction, type, SUM(bytes) FROM traffic "
                            "GROUP BY 1, 2, 3").fetchall()  # fmt: skip
@@ -82,7 +81,7 @@ def gather(
         events = db.execute("SELECT at, kind, text FROM events ORDER BY rowid").fetchall()
     if not rows or state is None:
         raise ConfigError(f"{folder} holds no round yet: wait for the first one to end")
-    settings = json.loads((folder / "server.json").read_text())
+    settings = settings_of(folder)
     run = json.loads(state[0])["run"]
     summed = {"rounds": rows, "protection": settings["protection"]}
     if client_json is not None:
