@@ -318,7 +318,7 @@ def test_the_pages_tables_are_the_figures_on_record() -> None:
 
 SCRIPTS = {
     "membership": "--models 8 --candidates 16 --epochs 1 --epsilons 8",
-    "labels": "--runs 2 --shadows 3 --epochs 1 --epsilons 8",
+    "labels": "--method fedotp --runs 2 --shadows 3 --epochs 1 --epsilons 8",
     "final_prompt": "--runs 2 --shadows 6 --epochs 1 --rounds 1 --steps 100 --epsilons 8",
     "crafted": "--targets 1 --games 2 --shadows 2 --images 8 --epochs 1 --steps 3 --seeds 2 "
     "--epsilons 8",

@@ -67,7 +67,7 @@ class Pool:
     features: tuple[Features, Features]
 
     @classmethod
-    def load(cls, args: argparse.Namespace) -> Pool:
+    def load(cls, args: argparse.Namespace, method: str = "promptfl") -> Pool:
         torch.set_num_threads(args.threads)
         backbone = Backbone.load(args.model, device=args.device)
         data = DataSettings(dataset=args.dataset, styles="poster,sketch", per_class=32,
@@ -84,17 +84,18 @@ class Pool:
         cap = lambda s: s.subset(partitions.few_shot(s.labels, args.per_class, 0))  # noqa: E731
         train, test = cap(train), cap(test)
         quiet = lambda *_: None  # noqa: E731
-        encoded = tuple(Features(backbone, s, "features", quiet, "") for s in (train, test))
+        needs = build(MethodSettings(method=method), backbone, train.class_names).needs
+        encoded = tuple(Features(backbone, s, needs, quiet, "") for s in (train, test))
         return cls(backbone, (train, test), (encoded[0], encoded[1]))
 
-    def method(self, settings: MethodSettings, prompt: Array) -> Method:
-        """The adversary's own copy of the model, with a prompt that it saw."""
+    def method(self, settings: MethodSettings, prompt: Array | None = None) -> Method:
+        """The adversary's own copy of the model, with a prompt that it saw, or as clients begin."""
         made = build(settings, self.backbone, self.sets[0].class_names)
-        arrays = {
-            spec.name: prompt[part].reshape(spec.shape).astype(np.float32)
-            for spec, part in slices(made.uploaded())
-        }
-        made.begin(arrays, 1 << 32)
+        if prompt is not None:
+            made.adopt({
+                spec.name: prompt[part].reshape(spec.shape).astype(np.float32)
+                for spec, part in slices(made.uploaded())
+            })  # fmt: skip
         return made
 
     @contextlib.contextmanager
@@ -141,7 +142,7 @@ class Pool:
         self, settings: dict[str, Any], trainers: Sequence[LocalTrainer], seed: int
     ) -> Iterator[View]:
         """A whole run of these clients: ``federation``, where they are not all alike."""
-        server = ServerSettings(seed=seed, audit="full", **settings)
+        server = ServerSettings(audit="full", **{"seed": seed, **settings})
         named = {f"client{k:03d}": trainer for k, trainer in enumerate(trainers)}
         with tempfile.TemporaryDirectory() as folder:
             store = Store(Path(folder), server)

@@ -2,6 +2,7 @@
 
     python benchmarks/privacy/labels.py --json labels.json
     python benchmarks/privacy/labels.py --model local-dir:PATH --dataset caltech101.zip
+    python benchmarks/privacy/labels.py --method fedmgp --shadows 24 --epsilons
 
 One client's classes: they are dealt out so that no two clients share one. The cohort's: half of all
 classes, drawn anew for each federation, are dealt out to all clients at random. The adversary
@@ -90,6 +91,7 @@ def cases(args: argparse.Namespace, images: int) -> Iterator[Case]:
 
 def main() -> int:
     made = parser(__doc__)
+    made.add_argument("--method", default="promptfl", help="or fedotp, fedmgp")
     made.add_argument("--runs", type=int, default=16, help="federations that are attacked")
     made.add_argument(
         "--shadows",
@@ -103,7 +105,7 @@ def main() -> int:
     made.add_argument("--epsilons", type=float, nargs="*", default=[8.0])
     made.add_argument("--delta", type=float, default=1e-3)
     args = made.parse_args()
-    pool = Pool.load(args)
+    pool = Pool.load(args, args.method)
     labels = pool.sets[0].labels
     classes = np.arange(len(pool.sets[0].class_names))
     mixed = np.random.default_rng(3).permutation(len(labels))
@@ -113,13 +115,14 @@ def main() -> int:
         begin = time.monotonic()
 
         def runs(case: Case, of: Index, seeds: range) -> Iterator[list[tuple[Array, Array, Array]]]:
-            settings = {**CONTEXT, "rounds": 1, "lr": args.lr, "epochs": args.epochs, "clip": 4.0,
-                        "protection": case.protection, "metrics": "off"}  # fmt: skip
+            settings = {**CONTEXT, "method": args.method, "seed": 0, "rounds": 1, "lr": args.lr,
+                        "epochs": args.epochs, "clip": 4.0, "protection": case.protection,
+                        "metrics": "off"}  # fmt: skip
             for seed in seeds:
                 shares = case.shares(labels, of, args.clients, seed)
                 with pool.federation(settings, shares, seed, [case.dp] * len(shares)) as view:
                     base = view.prompt(1)
-                    before = said(pool.method(view.settings, base), pool.features[0].subset(own))
+                    before = said(pool.method(view.settings), pool.features[0].subset(own))
                     found = []
                     for update, held in case.seen(view, labels, shares):
                         method = pool.method(view.settings, base + update)

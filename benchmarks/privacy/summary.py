@@ -17,6 +17,7 @@ import plots
 RESULTS = Path(__file__).parents[1] / "results" / "privacy"
 PAGE = Path(__file__).parents[2] / "docs" / "results" / "privacy.md"
 SETS = {"generated": "generated", "caltech101": "Caltech101"}
+METHODS = {"PromptFL": "labels", "FedOTP": "labels_fedotp", "FedMGP": "labels_fedmgp"}
 SKIPPED = "discriminator, on shadows"  # not an attack: what it learned of the adversary's own
 Rows = list[dict[str, Any]]
 
@@ -47,14 +48,20 @@ def shown(value: dict[str, float] | None) -> str:
 
 
 def table(name: str, figures: dict[str, str], attacks: bool = True) -> str:
+    """A row for each view, on both sets."""
+    return beside({words: rows_of(name, data) for data, words in SETS.items()}, figures, attacks)
+
+
+def beside(sources: dict[str, Rows], figures: dict[str, str], attacks: bool = True) -> str:
     """A row for each view, with the figures of its strongest attack, which is named if asked.
 
     Args:
+        sources: heading -> rows; one without rows is left out.
         figures: key -> column; the first one says which attack is the strongest.
     """
     first = next(iter(figures))
-    found = {data: strongest(rows, first) for data in SETS if (rows := rows_of(name, data))}
-    columns = [f"{SETS[data]}: {words}" for data in found for words in figures.values()]
+    found = {head: strongest(rows, first) for head, rows in sources.items() if rows}
+    columns = [f"{head}: {words}" for head in found for words in figures.values()]
     lines = [f"| case | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for view in dict.fromkeys(view for best in found.values() for view in best):
         cells = []
@@ -70,6 +77,9 @@ def table(name: str, figures: dict[str, str], attacks: bool = True) -> str:
 RATES = {"auc": "AUC", "tpr_at_1_fpr": "TPR at 1% FPR"}
 TABLES = {
     "labels": lambda: table("labels", {"auc": "AUC"}),
+    "labels_methods": lambda: beside(
+        {method: rows_of(name, "generated") for method, name in METHODS.items()}, {"auc": "AUC"}
+    ),
     "membership": lambda: table("membership", RATES),
     "membership_4_rounds": lambda: table("membership_4_rounds", RATES),
     "final_prompt": lambda: table("final_prompt", RATES),
