@@ -65,6 +65,21 @@ class _Run:
     distrusted: bool = False  # its server sent what is not a sum
 
 
+@dataclass(frozen=True)
+class _Note:
+    """How prompts near one that a run gave are told.
+
+    Attributes:
+        starts: this client's own ones, in learning round 1, so that no nudge of theirs hides one
+            prompt from the other. bounds: of the run. wide: see ``note_base``.
+    """
+
+    starts: tuple[Prompt, ...]
+    tolerance: float
+    bounds: bytes
+    wide: bool
+
+
 def _near(one: Prompt, other: NDArray[np.float32], tolerance: float) -> bool:
     return len(one) == len(other) and float(np.abs(one - other).max(initial=0.0)) <= tolerance
 
@@ -76,8 +91,7 @@ class MemoryJournal:
         self._runs: dict[str, _Run] = {}
         self._bases: dict[str, _Base] = {}
         self._starts: dict[str, set[str]] = {}  # own starting prompt -> bounds of its runs
-        self._near: tuple[str, ...] = ()  # bases near the present one, itself included
-        self._bounds = b""  # of the present run
+        self._notes: dict[tuple[str, str], _Note] = {}  # by run and base; not on the disk
         self._blobs: dict[str, bytes] = {}
 
     # -- terms -----------------------------------------------------------------------------------
@@ -189,11 +203,11 @@ class MemoryJournal:
         *,
         wide: bool = False,
     ) -> set[bytes]:
-        """Remember the prompt of a round, and find those that are near it.
+        """Remember the prompt of a round, and how those that are near it are told: which are is
+        found when a list is judged, since others may have been signed by then.
 
         Args:
-            prompts: flat float32; in learning round 1 also the client's own start, so that no nudge
-                of it hides one from the other.
+            prompts: flat float32; in learning round 1 also the client's own start.
             tolerance: largest difference between values of near prompts.
             bounds: of the run, see ``RunTerms.bounds``.
             wide: every prompt of another run counts as near, if it is as long.
@@ -203,34 +217,41 @@ class MemoryJournal:
         """
         name = plan.base_digest.hex()
         mine = [prompt.astype("<f4") for prompt in prompts]
-        near = {name}
-        for other in set(self._bases) - near:
-            for kept in (self._get(f"base-{other[:32]}"), self._get(f"start-{other[:32]}")):
-                theirs = np.frombuffer(kept or b"", "<f4")
-                if wide and len(theirs) == len(mine[0]) and self._elsewhere(other, plan):
-                    near.add(other)
-                if kept is not None and any(_near(one, theirs, tolerance) for one in mine):
-                    near.add(other)
-        self._near = tuple(sorted(near))
         for kind, prompt in zip(("base", "start"), mine, strict=False):
             if self._get(f"{kind}-{name[:32]}") is None:
                 self._put(f"{kind}-{name[:32]}", prompt.tobytes())
-        used = set().union(*(self._bases[n].bounds for n in near if n in self._bases))
-        self._bounds = bounds
+        key = plan.run.hex(), name
+        before = self._notes.get(key, _Note((), 0.0, b"", False))
+        farthest = max(tolerance, before.tolerance)
+        self._notes[key] = _Note(tuple(mine[1:]), farthest, bounds, wide or before.wide)
+        used = set().union(*(self._bases[n].bounds for n in self._near_to(*key)))
         return used - {bounds}
 
-    def _elsewhere(self, base: str, plan: RoundPlan) -> bool:
-        """Whether lists of another run than the plan's were signed for a base."""
-        return any(run != plan.run.hex() for run, _, _ in self._bases[base].lists)
+    def _near_to(self, run: str, base: str) -> set[str]:
+        """Bases near one that this run gave, itself included, of which something was done; all, as
+        long as it is not known what this one is."""
+        note = self._notes.get((run, base))
+        if note is None:
+            return set(self._bases)
+        mine = [np.frombuffer(self._get(f"base-{base[:32]}") or b"", "<f4"), *note.starts]
+        near = {base} & set(self._bases)
+        for other in set(self._bases) - near:
+            for kept in (self._get(f"base-{other[:32]}"), self._get(f"start-{other[:32]}")):
+                theirs = np.frombuffer(kept or b"", "<f4")
+                elsewhere = any(of != run for of, _, _ in self._bases[other].lists)
+                if note.wide and len(theirs) == len(mine[0]) and elsewhere:
+                    near.add(other)
+                if kept is not None and any(_near(one, theirs, note.tolerance) for one in mine):
+                    near.add(other)
+        return near
 
     def near_lists(self, plan: RoundPlan) -> list[Names]:
         """Survivor lists, of other rounds, whose sums may be open for a base near the plan's."""
         if not plan.telling:
             return []
         own = plan.base_digest.hex()
-        names = {own, *self._near} if own in self._near else {own}
         found = []
-        for name in sorted(names & set(self._bases)):
+        for name in sorted(self._near_to(plan.run.hex(), own)):
             for run, number, survivors in self._bases[name].lists:
                 other = (run, number) != (plan.run.hex(), plan.round)
                 opened = number in self._runs[run].opened.values()
@@ -270,9 +291,10 @@ class MemoryJournal:
         Lists of sums that tell nothing are not remembered beyond that.
         """
         if plan.telling:  # first: what can be opened must be on the list of lists
+            note = self._notes.get((plan.run.hex(), plan.base_digest.hex()))
             self._apply({"event": "list", "run": plan.run.hex(), "round": plan.round,
                          "base": plan.base_digest.hex(), "survivors": list(survivors),
-                         "bounds": self._bounds.hex()})  # fmt: skip
+                         "bounds": note.bounds.hex() if note else ""})  # fmt: skip
         self._put(f"opening-{plan.run.hex()}", opening)
 
     def keep_opening(self, plan: RoundPlan, opening: bytes) -> None:

@@ -18,7 +18,7 @@ from secure_fedprompt.clients.party import Replies, refusal
 from secure_fedprompt.clients.rounds.base import Awaiting, Opening, State
 from secure_fedprompt.clients.rounds.encrypted import Reported, Sent, restored
 from secure_fedprompt.clients.rounds.selecting import share_keys
-from secure_fedprompt.clients.rounds.start import start
+from secure_fedprompt.clients.rounds.start import check, start
 from secure_fedprompt.clients.rounds.unmasking import Agreed, InSum
 from secure_fedprompt.clients.work import (
     L_co,
@@ -285,6 +285,7 @@ class Session(Joining[L_co]):
         self.work, self._entered = None, plan
         self._conclude(done=plan.learning_round > before)  # if its end was lost
         self._raw = raw
+        check(self.party, plan)
         if not (plan.encrypted and plan.learning_round > 1):
             self._prompt(plan, self._raw)  # refused before anything is done
         if plan.learning_round == 1:
@@ -322,11 +323,12 @@ class Session(Joining[L_co]):
             read = restored if self.terms.facts.encrypted else Agreed.from_bytes
             with contextlib.suppress(CodecError):  # another release's: others have to do without us
                 kept = read(self.party, data)
-                if message.is_of(kept.plan) and self._remembers(kept):
-                    state = kept
+                if message.is_of(kept.plan):
+                    self._entered = kept.plan  # what this refuses concerns a round
+                    state = kept if self._remembers(kept) else state
         if state is None or not message.is_of(state.plan) or type(message) not in state.takes:
             return []
-        self._entered = state.plan  # what this refuses concerns a round
+        self._entered = state.plan
         self.round, replies = state.on(message)
         self._parked = None
         self._resumed = True  # the request may have crossed our greeting, and come once more
@@ -335,7 +337,7 @@ class Session(Joining[L_co]):
     def _remembers(self, kept: State) -> bool:
         """Whether this process knows what a state from the disk needs to be gone on with: to judge
         a sum, the prompts near the one that it is of."""
-        if not isinstance(kept, Sent):
+        if isinstance(kept, Reported):
             return True
         base = self.party.journal.base(kept.plan)
         if base is not None:

@@ -76,7 +76,7 @@ def test_a_list_is_judged_again_when_its_sum_is_opened(tmp_path: Path, protectio
     x.clock = 2000.0
     restart(x)
     for journal in x.journals.values():  # of new processes
-        journal._near, journal._bounds = (), b""
+        journal._notes.clear()
     x.tamper = tap
     for name in names(4):
         x.join(name)

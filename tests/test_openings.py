@@ -239,9 +239,10 @@ def test_a_restarted_client_signs_no_sum_that_singles_somebody_out(tmp_path: Pat
     base = journal.base(plan)
     assert base is not None
     journal.begin_round(near)
-    journal.note_base(near, [base], 0.0, journal._bounds)
+    bounds = journal._notes[plan.run.hex(), plan.base_digest.hex()].bounds
+    journal.note_base(near, [base], 0.0, bounds)
     journal.record_survivors(near, names(4), b"")
-    journal._near, journal._bounds = (), b""  # a new process
+    journal._notes.clear()  # a new process
     world.join("c002")
     left: list[m.Withdraw] = []
 

@@ -22,11 +22,11 @@ BEGIN: dict[str, Callable[[Party, RoundPlan], Step]] = {
 }
 
 
-def start(party: Party, plan: RoundPlan) -> Step:
-    """Check a plan against itself, the roster, the policy and the journal, and begin.
+def check(party: Party, plan: RoundPlan) -> None:
+    """Hold a plan against itself, the roster and the policy.
 
     Raises:
-        PlanError, PolicyError, RosterMismatchError, ReplayError: the plan is refused.
+        PlanError, PolicyError, RosterMismatchError: the plan is refused.
     """
     plan.check()
     if plan.roster_digest != party.roster.digest:
@@ -41,5 +41,14 @@ def start(party: Party, plan: RoundPlan) -> Step:
     party.policy.check_plan(plan, party.roster_clients)
     if plan.selecting:
         check_helper(party, plan)
+
+
+def start(party: Party, plan: RoundPlan) -> Step:
+    """Check a plan, also against the journal, and begin.
+
+    Raises:
+        PlanError, PolicyError, RosterMismatchError, ReplayError: the plan is refused.
+    """
+    check(party, plan)
     party.journal.begin_round(plan)
     return BEGIN[plan.protection](party, plan)

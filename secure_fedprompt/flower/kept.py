@@ -248,6 +248,9 @@ class SimulatedJournal(PlayedJournal):
         self._put("base-now", plan.base_digest + prompt_bytes(prompts[0]))
         return set()
 
+    def _near_to(self, run: str, base: str) -> set[str]:
+        return {base} & set(self._bases)
+
     def base(self, plan: RoundPlan) -> Prompt | None:
         data = self._get("base-now") or b""
         return np.frombuffer(data[32:], "<f4") if data.startswith(plan.base_digest) else None
