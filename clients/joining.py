@@ -35,7 +35,6 @@ from secure_fedprompt.protocol.expand import Purpose, digest
 from secure_fedprompt.protocol.settings import MethodSettings
 from secure_fedprompt.protocol.terms import RunTerms
 
-ASKS = "its operator has to accept these terms first, as its own log says"
 _SAME_START = 1e-5  # initial prompts of two machines may differ by this much
 
 
@@ -80,6 +79,7 @@ class Joining(Generic[L_co]):
     def hello(self) -> m.Hello:
         """The first frame of each connection."""
         self._greeting = True
+        self.party.keyring.renew(self.party.entropy)  # what was seen of it is of no use to others
         if self._opened_nonce and self.terms is None:  # it is known: the next run needs another
             self._nonce, self._opened_nonce, self.run = self.party.entropy(32), False, b""
         w = self.workload
@@ -93,11 +93,9 @@ class Joining(Generic[L_co]):
 
     def leave(self, error: SecureFedPromptError) -> m.Leave:
         """The last frame. Only errors about what the server itself sent carry their text."""
-        if isinstance(error, AcceptanceError):  # its text tells of runs of other servers
-            return m.Leave(type(error).__name__, ASKS)
         told = isinstance(error, ProtocolError | MismatchError)
         told = told and not isinstance(error, HomomorphicError | SumError)
-        return m.Leave(type(error).__name__ if told else "Stopped", m.line(error) if told else "")
+        return m.Leave(type(error).__name__ if told else "Stopped", m.told(error) if told else "")
 
     def _welcome(self, message: m.Welcome) -> Replies:
         if message.run != m.run_id(message.server_nonce, message.commitments):

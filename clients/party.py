@@ -63,6 +63,10 @@ class Keyring:
     cohort: CohortKey | None = None
     sums: SumKey | None = None
 
+    def renew(self, entropy: Entropy) -> None:
+        """Another secret: of a connection, as it is of a process."""
+        self.secret = X25519PrivateKey.from_private_bytes(entropy(32))
+
     @property
     def digest(self) -> bytes:
         """Of the shared key that is held, or zeros."""
@@ -147,10 +151,12 @@ class Party:
         try:
             check_isolation(plan.cohort, self.journal.near_lists(plan), c)
         except IsolationError as error:
-            raise PolicyError(
+            declined = PolicyError(
                 f"{error}; begin from another prompt (other words in init, or another seed), or "
                 "with the clients of that run"
-            ) from None
+            )
+            declined.told = error.told
+            raise declined from None
 
     def last_prompt(self, run: bytes) -> bytes:
         """Digest of the prompt that a run must end with, or nothing if that is not known."""

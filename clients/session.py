@@ -250,13 +250,11 @@ class Session(Joining[L_co]):
         plan, self._entered, self.round, self.work = self._entered, None, None, None
         if plan is not None and isinstance(error, PolicyError):  # another cohort may do
             self.declined = error
-            return [m.Withdraw(plan.run, plan.round, type(error).__name__, m.line(error))]
+            return [m.Withdraw(plan.run, plan.round, type(error).__name__, m.told(error))]
         self._withdrawn += 1
         if not isinstance(error, ROUND_ERRORS) or plan is None or self._withdrawn >= MAX_WITHDRAWN:
             raise error
-        # What a sum or an outcome opens to is not for the server, not even in an error.
-        reason = "" if isinstance(error, HomomorphicError | SelectionError) else m.line(error)
-        return [m.Withdraw(plan.run, plan.round, type(error).__name__, reason)]
+        return [m.Withdraw(plan.run, plan.round, type(error).__name__, m.told(error))]
 
     def _plan(self, message: m.Plan) -> Replies:
         plan, terms = message.plan, self.terms

@@ -69,9 +69,14 @@ from __future__ import annotations
 
 
 class SecureFedPromptError(Exception):
-    """Base of all errors raised on purpose."""
+    """Base of all errors raised on purpose.
+
+    Attributes:
+        told: what a peer may read in the place of the text, if that tells more than what it sent.
+    """
 
     exit_code = 1
+    told: str | None = None
 
 
 class ConfigError(SecureFedPromptError):
@@ -223,7 +228,7 @@ class SumError(ProtocolError):
 
 
 class HomomorphicError(ProtocolError):
-    pass
+    told = ""  # what a sum opens to is not for the server, not even in an error
 
 
 class SecretKeyError(HomomorphicError):
@@ -247,7 +252,7 @@ class DecryptionError(HomomorphicError):
 
 
 class SelectionError(ProtocolError):
-    pass
+    told = ""  # nor what an outcome does
 
 
 class PointError(SelectionError):
@@ -275,7 +280,7 @@ class PolicyError(ProtocolError):
 
 
 class AcceptanceError(PolicyError):
-    pass
+    told = "its operator has to accept these terms first, as its own log says"
 
 
 class ReplayError(ProtocolError):
@@ -303,7 +308,10 @@ class SurvivorError(ProtocolError):
 
 
 class IsolationError(SurvivorError):
-    pass
+    told = (
+        "beside earlier sums of nearly the same prompt this one would single somebody out: begin "
+        "from another prompt (other words in init, or another seed), or with the same clients"
+    )
 
 
 class ThresholdError(SurvivorError):

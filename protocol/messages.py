@@ -94,7 +94,7 @@ from secure_fedprompt.protocol.codec import (
     UpTo,
     encode_fields,
 )
-from secure_fedprompt.protocol.errors import FieldError
+from secure_fedprompt.protocol.errors import FieldError, SecureFedPromptError
 from secure_fedprompt.protocol.expand import Purpose, digest
 from secure_fedprompt.protocol.keys import Identity
 from secure_fedprompt.protocol.layout import TensorSpec
@@ -691,6 +691,11 @@ def line(text: object) -> str:
     words = " ".join(str(text).split())
     printable = "".join(c if c.isprintable() else "?" for c in words)
     return printable.encode()[:512].decode(errors="ignore")
+
+
+def told(error: SecureFedPromptError) -> str:
+    """What a peer may read of an error, as a ``Line``."""
+    return line(error if error.told is None else error.told)
 
 
 def commitment(name: str, nonce: bytes) -> bytes:

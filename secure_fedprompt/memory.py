@@ -10,6 +10,8 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from secure_fedprompt.clients.party import Party, Replies
 from secure_fedprompt.clients.rounds.base import Awaiting, Opening, State
 from secure_fedprompt.clients.rounds.start import start
@@ -217,7 +219,10 @@ class RoundClient:
         if isinstance(message, m.RoundEnd):
             return []
         if isinstance(message, m.Plan):
-            self.state, replies = start(self.party, message.plan)
+            plan = message.plan  # there is no prompt here: what it is told apart by will do
+            prompt = np.frombuffer(plan.base_digest, np.uint8).astype(np.float32)
+            self.party.journal.note_base(plan, [prompt], 0.0, b"")
+            self.state, replies = start(self.party, plan)
         else:
             assert self.state is not None
             self.state, replies = self.state.on(message)

@@ -89,11 +89,13 @@ class Gathering(ABC):
         self.rejoin: dict[str, float] = {}
         self.asked = Counter[str]()  # for the starting prompt, and how often
         self.larger, self.declined = 0, ""  # a cohort that clients may accept, and why
+        self.decliners: set[str] = set()  # of the last one
         self.started_from = ""  # whose starting prompt it is
         self.short_since: float | None = None  # too few clients are there for a round
         self.restarts = 0  # of the nonces
         self.unopened = Counter[str]()  # who did not open a nonce, and how often
         self.run_keys: dict[bytes, str] = {}  # who announced each of them first
+        self.run_key_of: dict[str, bytes] = {}  # the last one: clients make one for each greeting
 
     @abstractmethod
     def gone(self, name: str, now: float) -> Outbox:
@@ -163,8 +165,11 @@ class Gathering(ABC):
         body = message.body(self.roster.digest)
         verify(identity, Purpose.RUN_KEY, body, message.signature, sender)
         lift(message.seal_key)  # refuses keys about which nothing could be proved
-        if self.run_keys.setdefault(message.seal_key, sender) != sender:
+        if self.run_keys.get(message.seal_key, sender) != sender:
             raise AdvertMismatchError(f"run key of {sender} is another client's")
+        if before := self.run_key_of.get(sender):
+            del self.run_keys[before]
+        self.run_keys[message.seal_key], self.run_key_of[sender] = sender, message.seal_key
         promised = m.Nonce(sender, client.commitment) in state.commitments
         if promised and m.commitment(sender, message.nonce) != client.commitment:
             self.unopened[sender] += 1

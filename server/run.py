@@ -193,6 +193,8 @@ class Run(Gathering):
         """A client is no longer there; its current round goes on without it."""
         left = self.clients.pop(name, None)
         self.helpers.pop(name, None)
+        if name in self.decliners:  # the others may do
+            self.larger, self.decliners = 0, set()
         if name == self.initial_from:
             self.initial_from = ""
         if not self.clients and not self.state.run:  # nobody is left who announced these
@@ -383,9 +385,10 @@ class Run(Gathering):
 
     def _note_declined(self, current: Round) -> None:
         """A round that clients' policies forbid is not planned again: more clients are needed."""
-        declined = sum(POLICY in fault for fault in current.faults.values())
+        declined = {name for name, fault in current.faults.items() if POLICY in fault}
+        self.decliners = declined & self.clients.keys()
         size = len(current.plan.cohort)
-        enough = size - declined >= current.plan.quorum
+        enough = size - len(declined) >= current.plan.quorum or not self.decliners
         if current.stage is Stage.DONE or enough or size >= self.expected:
             self.larger = 0
             return

@@ -15,6 +15,7 @@ from secure_fedprompt.clients.cohort_key import CohortKey
 from secure_fedprompt.clients.rounds.encrypted import KIND
 from secure_fedprompt.protocol import errors
 from secure_fedprompt.protocol import messages as m
+from secure_fedprompt.protocol.expand import Purpose, digest
 from secure_fedprompt.server.planning import elect
 from secure_fedprompt.server.rounds.base import Stage
 
@@ -200,3 +201,62 @@ def test_a_final_prompt_that_is_not_sealed_is_refused(tmp_path: Path) -> None:
         world.sessions["c003"].on(m.Finish(session.run, bytes(40), ""))
     assert kept.opening(session.run) is None
     assert world.sessions["c003"].over
+
+
+@pytest.mark.parametrize(("n", "killed"), [(3, ("c001",)), (4, ("c001", "c002"))])
+def test_before_anything_is_sealed_any_key_will_do(
+    n: int, killed: tuple[str, ...], tmp_path: Path
+) -> None:
+    """Killed in the first training: a maker that was started again makes another prompt key."""
+    world = world_of(tmp_path, n=n, rounds=3, max_attempts=0)
+    world.withdraws = True
+    world.pump(lambda w, message: isinstance(message, m.CipherUpload))
+    for name in killed:
+        world.forget(name)
+        world.lose(name)
+        world.join(name)
+    world.pump()
+    finished_alike(world, n)
+
+
+def test_a_grant_that_was_lost_with_its_connection_splits_nobody(tmp_path: Path) -> None:
+    world = world_of(tmp_path, n=3, rounds=3, max_attempts=0)
+    world.withdraws = True
+    world.pump(lambda w, message: isinstance(message, m.KeyGrant))
+    world.forget("c001")
+    world.lose("c001")
+    world.reconnect("c001")
+    world.pump()
+    finished_alike(world, 3)
+
+
+def test_as_many_as_may_pool_what_they_know_choose_no_prompt(tmp_path: Path) -> None:
+    """All but three of seven lose the key while a sum is opened, and these say what they like."""
+    world, forged = world_of(tmp_path, n=7, rounds=1, metrics="off", max_attempts=1), list[bytes]()
+    world.withdraws = True
+
+    def tap(sender: str, recipient: str, message: m.Message) -> m.Message:
+        if sender and isinstance(message, m.Opened):
+            key = world.sessions[sender].party.keyring.cohort
+            forged[:] = [key.seal_prompt(message.run, 2, bytes(40))]
+            return m.Opened(message.run, message.round, digest(Purpose.BASE, forged[0]))
+        if sender and isinstance(message, m.SealedPrompt):
+            return m.SealedPrompt(message.run, message.round, forged[0])
+        return message
+
+    world.tamper = tap
+    seen: list[str] = []
+
+    def three(w: World, message: m.Message) -> bool:
+        if isinstance(message, m.SumSigned):
+            seen.append("")
+        return len(seen) == 3
+
+    world.pump(three)
+    for name in names(7)[3:]:
+        world.lose(name)
+        world.join(name)
+    world.pump()
+    (row,) = world.store.summary()["rounds"]
+    assert row["outcome"] == "aborted"
+    assert "3 of 7 clients could open the sum, 4 must agree" in row["reason"]

@@ -17,9 +17,9 @@ from secure_fedprompt.protocol.averaging import prompt_bytes
 from secure_fedprompt.protocol.plan import NO_KEY
 
 
-def world_of(folder: Path, protection: str = "bfv", **changes: Any) -> World:
-    world = World(folder, protection=protection, alive_seconds=12.0, **changes)
-    for name in names(4):
+def world_of(folder: Path, protection: str = "bfv", n: int = 4, **changes: Any) -> World:
+    world = World(folder, n, protection=protection, alive_seconds=12.0, **changes)
+    for name in names(n):
         world.join(name)
     return world
 

@@ -307,3 +307,58 @@ def test_a_server_killed_at_the_very_end_gives_everybody_the_last_frame(tmp_path
     world.pump()
     assert world.run.error is None
     assert all(world.sessions[name].final is not None for name in names(4))
+
+
+@pytest.mark.parametrize("protection", ["masks", "bfv"])
+def test_who_declines_and_leaves_does_not_keep_the_others_from_a_round(
+    tmp_path: Path, protection: str
+) -> None:
+    """A quorum was too few for it; it is not there any more, and enough others are."""
+    world = World(
+        tmp_path, 4, protection=protection, alive_seconds=12.0, max_attempts=0, gather_seconds=20.0
+    )
+    world.withdraws = True
+    for name in names(3):
+        world.join(name)
+    world.pump(lambda w, message: isinstance(message, m.Plan) and message.plan.round == 1)
+    world.queue.clear()
+    world.send("c001", m.Withdraw(world.run.state.run, 1, "PolicyError", "too few"))
+    world.send("c001", m.Leave("Stopped", ""))
+    world.pump(lambda w, message: isinstance(message, m.Alive))
+    world.lost.add("c001")
+    for name in ("c002", "c003"):
+        world.reconnect(name)
+    world.join("c004")
+    world.pump()
+    assert world.run.error is None, world.run.error
+    assert world.store.summary()["rounds"][-1]["cohort"] == ["c002", "c003", "c004"]
+
+
+@pytest.mark.parametrize("protection", ["masks", "bfv"])
+def test_a_run_key_that_was_seen_is_of_no_use_after_a_restart(
+    tmp_path: Path, protection: str
+) -> None:
+    """c004 announces as its own what the maker announced before; the maker has made another."""
+    world = everybody(World(tmp_path, 4, protection=protection, alive_seconds=12.0, rounds=3))
+    boxes: list[m.KeyBox] = []
+
+    def tap(sender: str, recipient: str, message: m.Message) -> m.Message:
+        if isinstance(message, m.KeyBox):
+            boxes.append(message)
+        if boxes and sender == "c004" and isinstance(message, m.Ready):
+            copied = dataclasses.replace(message, seal_key=boxes[0].maker.seal_key)
+            return m.signed(copied, identity("c004"), Purpose.RUN_KEY, world.roster.digest)
+        return message
+
+    world.tamper = tap
+    world.pump(lambda w, message: isinstance(message, m.RoundEnd) and message.round == 1)
+    assert boxes[0].maker.name == "c001"
+    world.store.close()
+    world.queue.clear()
+    world.start_server()
+    for name in ("c004", "c001", "c002", "c003"):
+        world.reconnect(name)
+    world.pump()
+    assert world.run.error is None, world.run.error
+    assert set(world.errors) <= {"c004"}
+    assert world.sessions["c001"].final is not None

@@ -123,3 +123,44 @@ def test_nearness_is_judged_whatever_came_in_between() -> None:
     assert journal.note_base(one, [start], 0.0, b"c") == {b"b"}  # the wider tolerance stays
     journal._notes.clear()
     assert journal.near_lists(far) == [other.cohort[:3]]
+
+
+def test_a_server_does_not_learn_what_was_trained_elsewhere(tmp_path: Path) -> None:
+    """It shows a prompt of another run, or a guess of one, as the base of its own."""
+    first = World(tmp_path / "first", N, lr=0.002, **SETTINGS)
+    spread(first)
+    for name in names(N):
+        first.join(name)
+    plans: list[RoundPlan] = []
+
+    def tap(sender: str, recipient: str, message: m.Message) -> m.Message:
+        plans.extend([message.plan] if isinstance(message, m.Plan) else [])
+        return message
+
+    first.tamper = tap
+    first.pump()
+    elsewhere = first.journals["c001"].base(plans[-1])
+    assert elsewhere is not None
+    assert plans[-1].learning_round == 2
+    world = World(tmp_path / "second", N, lr=0.05, **SETTINGS)
+    world.journals, world.withdraws, world.clock = first.journals, True, 1000.0
+    start = np.random.default_rng(9).normal(0, 0.02, 10).astype(np.float32)
+    for toy in world.toys.values():
+        toy.initial = lambda: start
+    world.start_server()
+    for name in names(N):
+        world.join(name)
+    world.pump(lambda w, message: isinstance(message, m.Plan))
+    data = prompt_bytes(elsewhere)
+    inputs, terms = PlanInputs.of(world.run.current.plan), world.run.state.terms  # type: ignore[union-attr]
+    assert terms is not None
+    guess = terms.plan(dataclasses.replace(
+        inputs, round=2, attempt=1, learning_round=2, base_digest=digest(Purpose.BASE, data)
+    ))  # fmt: skip
+    greet_again(world, "c002")
+    session = world.sessions["c002"]
+    with pytest.raises(errors.AcceptanceError, match=r"lr = 0.002 \(now 0.05\)") as error:
+        session.on(m.Plan(guess, data))
+    (withdrawn,) = session.withdraw(error.value)
+    assert withdrawn == m.Withdraw(guess.run, 2, "AcceptanceError", errors.AcceptanceError.told)
+    assert session.leave(error.value).reason == errors.AcceptanceError.told

@@ -14,7 +14,6 @@ from rounds import (
 )
 from safetensors.numpy import load_file
 
-from secure_fedprompt.clients.joining import ASKS
 from secure_fedprompt.clients.journal import MemoryJournal
 from secure_fedprompt.protocol import errors
 from secure_fedprompt.protocol import messages as m
@@ -51,8 +50,9 @@ def test_a_second_run_must_not_leave_out_a_few(tmp_path: Path) -> None:
     world.pump()
     told = str(world.run.error)
     assert "c001, c002, c003, c004 would not take part (c001 withdrew: PolicyError: " in told
-    assert "would single out c005: at least 4 clients must change together; begin from " in told
-    assert "another prompt (other words in init, or another seed), or with the clients of" in told
+    assert "this one would single somebody out: begin from another prompt (other words in" in told
+    assert "c005" not in told  # who took part elsewhere is not for this server
+    assert "would single out c005: at least 4 clients must" in str(world.sessions["c001"].declined)
     assert all(r["outcome"] == "aborted" for r in world.store.summary()["rounds"])
     assert not trained  # it is said before anything is done
 
@@ -66,7 +66,7 @@ def test_other_bounds_for_the_same_start_need_the_operators_word(tmp_path: Path)
     (error,) = {str(e) for e in world.errors.values()}
     assert "from the same starting prompt with lr = 0.001 (now 0.5): if that is meant" in error
     leave = world.sessions["c001"].leave(world.errors["c001"])  # a run of another server, perhaps
-    assert leave == m.Leave("AcceptanceError", ASKS)
+    assert leave == m.Leave("AcceptanceError", errors.AcceptanceError.told)
     assert all(isinstance(e, errors.AcceptanceError) for e in world.errors.values())
     assert not world.store.summary()["rounds"]  # the terms were refused, not a plan
     word = error.split("--accept ")[1]

@@ -65,7 +65,8 @@ def _read(plan: RoundPlan, data: bytes, expected: bytes) -> CohortKey:
 
 
 def _keep(party: Party, plan: RoundPlan, key: CohortKey) -> None:
-    if (known := party.prompt_key(plan.run)) and known != key.prompt_key:
+    # A key under which nothing was sealed or opened yet may be one that others never heard of.
+    if (known := party.journal.kept_key(plan.run)) and known != key.prompt_key:
         raise KeyMismatchError(  # what the old one opens would be lost with it
             f"{plan.maker} grants a key under which the global prompt does not open"
         )

@@ -146,6 +146,11 @@ def write_durably(path: Path, data: bytes, mode: int = 0o644) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)  # or a power cut could bring the old one back
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def write_tensors(

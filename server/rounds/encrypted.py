@@ -113,8 +113,9 @@ class EncryptedRound(KeyedRound):
 
     @property
     def _few(self) -> int:
-        """How many must agree on what a sum opens to: one alone could say anything."""
-        return max(1, min(2, self.plan.quorum - 1))
+        """How many must agree on what a sum opens to: more than may pool what they know, or these
+        could say anything (docs/sum-tags.md)."""
+        return max(1, self.plan.quorum - 1)
 
     def _hope(self, now: float) -> Outbox:
         self._asked = set()  # a lost frame costs nothing to send again
