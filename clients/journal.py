@@ -71,13 +71,14 @@ class _Note:
 
     Attributes:
         starts: this client's own ones, in learning round 1, so that no nudge of theirs hides one
-            prompt from the other. bounds: of the run. wide: see ``note_base``.
+            prompt from the other. bounds: of the run. wide, accepted: see ``note_base``.
     """
 
     starts: tuple[Prompt, ...]
     tolerance: float
     bounds: bytes
     wide: bool
+    accepted: bool
 
 
 def _near(one: Prompt, other: NDArray[np.float32], tolerance: float) -> bool:
@@ -92,6 +93,7 @@ class MemoryJournal:
         self._bases: dict[str, _Base] = {}
         self._starts: dict[str, set[str]] = {}  # own starting prompt -> bounds of its runs
         self._notes: dict[tuple[str, str], _Note] = {}  # by run and base; not on the disk
+        self._counted: list[tuple[str, Names]] = []  # run, survivors
         self._blobs: dict[str, bytes] = {}
 
     # -- terms -----------------------------------------------------------------------------------
@@ -202,6 +204,7 @@ class MemoryJournal:
         bounds: bytes,
         *,
         wide: bool = False,
+        accepted: bool = False,
     ) -> set[bytes]:
         """Remember the prompt of a round, and how those that are near it are told: which are is
         found when a list is judged, since others may have been signed by then.
@@ -210,7 +213,9 @@ class MemoryJournal:
             prompts: flat float32; in learning round 1 also the client's own start.
             tolerance: largest difference between values of near prompts.
             bounds: of the run, see ``RunTerms.bounds``.
-            wide: every prompt of another run counts as near, if it is as long.
+            wide: every prompt of another run counts as near. One of another length always does,
+                since it may be the same one to another method, or a part of it.
+            accepted: neither, by the operator's word; nor what other runs counted.
 
         Returns:
             other bounds under which lists of a near prompt were signed.
@@ -221,9 +226,11 @@ class MemoryJournal:
             if self._get(f"{kind}-{name[:32]}") is None:
                 self._put(f"{kind}-{name[:32]}", prompt.tobytes())
         key = plan.run.hex(), name
-        before = self._notes.get(key, _Note((), 0.0, b"", False))
-        farthest = max(tolerance, before.tolerance)
-        self._notes[key] = _Note(tuple(mine[1:]), farthest, bounds, wide or before.wide)
+        before = self._notes.get(key, _Note((), 0.0, b"", False, True))
+        self._notes[key] = _Note(
+            tuple(mine[1:]), max(tolerance, before.tolerance), bounds, wide or before.wide,
+            accepted and before.accepted,
+        )  # fmt: skip
         used = set().union(*(self._bases[n].bounds for n in self._near_to(*key)))
         return used - {bounds}
 
@@ -239,7 +246,8 @@ class MemoryJournal:
             for kept in (self._get(f"base-{other[:32]}"), self._get(f"start-{other[:32]}")):
                 theirs = np.frombuffer(kept or b"", "<f4")
                 elsewhere = any(of != run for of, _, _ in self._bases[other].lists)
-                if note.wide and len(theirs) == len(mine[0]) and elsewhere:
+                unlike = kept is not None and len(theirs) != len(mine[0])
+                if elsewhere and not note.accepted and (note.wide or unlike):
                     near.add(other)
                 if kept is not None and any(_near(one, theirs, note.tolerance) for one in mine):
                     near.add(other)
@@ -257,7 +265,14 @@ class MemoryJournal:
                 opened = number in self._runs[run].opened.values()
                 if other and (opened or name != own):
                     found.append(survivors)
+        note = self._notes.get((plan.run.hex(), own))
+        if plan.counting and not (note and note.accepted):
+            found += self.counted_lists(plan.run)
         return found
+
+    def counted_lists(self, run: bytes) -> list[Names]:
+        """Survivor lists of other runs whose sums held what no prompt changes."""
+        return [names for of, names in self._counted if of != run.hex()]
 
     # -- an upload -------------------------------------------------------------------------------
 
@@ -294,6 +309,7 @@ class MemoryJournal:
             note = self._notes.get((plan.run.hex(), plan.base_digest.hex()))
             self._apply({"event": "list", "run": plan.run.hex(), "round": plan.round,
                          "base": plan.base_digest.hex(), "survivors": list(survivors),
+                         "counted": plan.counting,
                          "bounds": note.bounds.hex() if note else ""})  # fmt: skip
         self._put(f"opening-{plan.run.hex()}", opening)
 
@@ -416,6 +432,8 @@ class MemoryJournal:
                 made = self._bases.setdefault(str(record["base"]), _Base())
                 names = tuple(map(str, record["survivors"]))
                 made.lists.append((str(record["run"]), int(record["round"]), names))
+                if record.get("counted", True):  # earlier releases did not say
+                    self._counted.append((str(record["run"]), names))
                 made.bounds.add(bytes.fromhex(record["bounds"]))
             case "reveal":
                 run.opened[int(record["learning_round"])] = int(record["round"])

@@ -38,6 +38,7 @@ from secure_fedprompt.protocol.errors import (
     CodecError,
     FieldError,
     HomomorphicError,
+    IsolationError,
     MismatchError,
     PolicyError,
     ReplayError,
@@ -53,6 +54,7 @@ from secure_fedprompt.protocol.errors import (
 from secure_fedprompt.protocol.expand import Purpose, digest
 from secure_fedprompt.protocol.methods import method_facts
 from secure_fedprompt.protocol.plan import RoundPlan
+from secure_fedprompt.protocol.policy import check_isolation
 from secure_fedprompt.protocol.selection.shares import Keys
 from secure_fedprompt.protocol.terms import RunTerms
 
@@ -111,6 +113,7 @@ class Session(Joining[L_co]):
         self._opened: tuple[int, dict[str, float]] | None = None  # until the round is over
         self._made: tuple[int, bytes] | None = None  # the next prompt, as we computed it
         self._withdrawn = 0
+        self._refused = 0, 0  # learning round, and outcomes that were refused in it
         self.declined: PolicyError | None = None  # why the last plan was, and none followed
         self._helper = Helper(self.party)
         self.final: Prompt | None = None
@@ -252,6 +255,11 @@ class Session(Joining[L_co]):
             self.declined = error
             return [m.Withdraw(plan.run, plan.round, type(error).__name__, m.told(error))]
         self._withdrawn += 1
+        if plan is not None and isinstance(error, SelectionError):  # each tells the server a bit
+            number, before = self._refused
+            again = before if number == plan.learning_round else 0
+            self._refused = plan.learning_round, again + 1
+            self._withdrawn = max(self._withdrawn, again + 1)
         if not isinstance(error, ROUND_ERRORS) or plan is None or self._withdrawn >= MAX_WITHDRAWN:
             raise error
         return [m.Withdraw(plan.run, plan.round, type(error).__name__, m.told(error))]
@@ -304,6 +312,13 @@ class Session(Joining[L_co]):
             if not method_facts(plan.method).own_start:
                 self._ask(terms, "of other clients, whose sums beside this one's might single out")
             raise
+        if terms.counts:
+            c = plan.facts.tolerated(bool(plan.degree), plan.members, plan.quorum)
+            try:
+                check_isolation(plan.cohort, self.party.journal.counted_lists(plan.run), c)
+            except IsolationError:
+                what = "of other clients, whose counts of images beside this one's might single out"
+                self._ask(terms, f"{what} (metrics = 'off' and weights = 'uniform' count none)")
 
     @property
     def _away(self) -> bool:
@@ -363,7 +378,10 @@ class Session(Joining[L_co]):
             tolerance = max(tolerance, _NUDGE * terms.clip)
             first = plan.learning_round == 1 or not facts.chained
             wide = first and not self._accepted(terms)
-        if self.party.journal.note_base(plan, prompts, tolerance, terms.bounds, wide=wide):
+        accepted = self._accepted(terms)
+        if self.party.journal.note_base(
+            plan, prompts, tolerance, terms.bounds, wide=wide, accepted=accepted
+        ):
             self._ask(terms, f"from nearly the same prompt{self._changed(terms, None)}")
         return base
 
@@ -432,8 +450,7 @@ class Session(Joining[L_co]):
             return []
         self._conclude(done=not message.reason)
         if message.reason:
-            self.over = True
-            self.party.journal.forget(self.run)
+            self.over = True  # it may be started again: what was trained for it is kept
             raise RunFailedError(f"server ended the run: {message.reason}")
         size, data = sum(t.size for t in self.learner.tensors()), bytes(message.vector)
         agreed = self.party.journal.terms_of(self.run)

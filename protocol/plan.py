@@ -162,8 +162,13 @@ class RoundPlan:
     @property
     def telling(self) -> bool:
         """Whether its sum says anything about images: all but the zeros of some methods do."""
+        return self.counting or (self.training and method_facts(self.method).shares)
+
+    @property
+    def counting(self) -> bool:
+        """Whether it holds numbers of a client that no prompt changes: of its images."""
         counted = any(field.name in lay.METRICS for field in self.layout)
-        return counted or (self.training and method_facts(self.method).shares)
+        return counted or not self.uniform
 
     def check(self) -> None:
         """Refuse a plan that contradicts itself or whose sums could overflow.

@@ -41,7 +41,9 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         selections: whether others may choose what this client uploads: "secure" is server and
             helper, who must not collude, by the published rule; "secure-federation" is them over
             all clients' groups. Empty: this client chooses for itself.
-        helpers: who may be the helper; empty allows every client and helper on the roster.
+        helpers: who may be the helper; empty allows every member of role helper on the roster.
+        client_helpers: whether any client may be it as well. One that does not follow the protocol
+            reads the scores of all others, and can open slots that were closed.
         min_fillers: fewest clients whose groups may be summed in one slot of "secure-federation".
         min_noise: smallest noise multiplier of client-level differential privacy, for every sum;
             0 asks for none. Terms with metrics are refused then.
@@ -75,6 +77,7 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     key_makers: tuple[str, ...] = ()
     selections: tuple[str, ...] = ()
     helpers: tuple[str, ...] = ()
+    client_helpers: bool = False
     min_fillers: int = 3
     min_noise: NonNegative = 0.0
     noise_colluders: Annotated[int, Meta(ge=-1)] = -1

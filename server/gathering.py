@@ -138,6 +138,7 @@ class Gathering(ABC):
         )
         if before and again and not (self.current and self.current.involves(sender)):
             before.told, before.informed = False, 0
+            before.ready, before.accepted, before.contests = None, False, False
             return [(sender, self._welcome(sender))] if self.state.run else []
         out = self.gone(sender, now) if before else []
         if self.over:

@@ -75,7 +75,8 @@ class ServerSettings(MethodSettings, frozen=True, forbid_unknown_fields=True, kw
         selection_keep: groups that scope "federation" takes of each kind; 0 is slots x clients.
         selection_fillers: fewest clients that must fill a slot in scope "federation", or it keeps
             its value; below 3 one filler could subtract itself.
-        helper: name of the helper, a client or a process of role helper; empty elects a client.
+        helper: name of the helper, a client or a process of role helper; empty elects a client,
+            whom clients accept only if their policies say so.
         dp_noise: z of client-level differential privacy: the sum's noise has deviation z x dp_clip
             in each value. 0 is off. 'explain' prints epsilon.
         dp_clip: largest L2 norm of a client's whole update.

@@ -36,6 +36,7 @@ OPEN = Policy(
     protections=("masks", "bfv", "ckks", "none"),
     graphs=("complete", "regular"),
     selections=("secure", "secure-federation"),
+    client_helpers=True,
     min_fillers=1,
 )
 CTX = (TensorSpec("ctx", (3, 5)),)

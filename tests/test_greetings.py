@@ -197,3 +197,41 @@ def test_another_release_is_named_before_it_takes_part(tmp_path: Path) -> None:
     world.run.on("c002", m.Leave("Stopped", ""), 0.0)
     world.run.on("c002", frame.heard(), 0.0)
     assert len([text for _, text in world.events if "c002: Unknown" in text]) == 2
+
+
+def test_who_greets_twice_is_planned_for_with_its_new_run_key(tmp_path: Path) -> None:
+    """The maker's connection breaks as the last of the others accepts: its old key is no more."""
+    world = World(tmp_path, 4, gather_seconds=60.0)
+    world.withdraws = True
+    for name in names(4):
+        world.join(name)
+    accepted: list[m.Message] = []
+
+    def last(w: World, message: m.Message) -> bool:
+        if isinstance(message, m.Accept):
+            accepted.append(message)
+        return len(accepted) == 4
+
+    world.pump(last)
+    (name,) = [n for n, c in world.run.clients.items() if not c.accepted]
+    world.reconnect("c001")
+    world.send(name, accepted[-1])  # was lost as the pump stopped, and crosses the greeting
+    world.pump()
+    assert not world.errors
+    assert world.run.error is None
+    assert world.run.state.excluded == ()
+    assert all(not row["faults"] for row in world.store.summary()["rounds"])
+
+
+def test_a_run_that_ended_for_a_reason_may_go_on_with_what_was_trained(tmp_path: Path) -> None:
+    """Or each end of it would have everybody train again, and spend budget on it."""
+    world = World(tmp_path, 4)
+    for name in names(4):
+        world.join(name)
+    world.pump(lambda w, message: isinstance(message, m.SurvivorList))
+    plan, journal = world.run.current.plan, world.journals["c002"]  # type: ignore[union-attr]
+    kept = journal.vector(plan)
+    assert kept is not None
+    with pytest.raises(errors.RunFailedError, match="too few"):
+        world.sessions["c002"].on(m.Finish(plan.run, b"", "too few clients"))
+    assert journal.vector(plan) == kept

@@ -17,11 +17,19 @@ from secure_fedprompt.protocol import errors
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.averaging import prompt_bytes
 from secure_fedprompt.protocol.expand import Purpose, digest
+from secure_fedprompt.protocol.layout import METRICS
 from secure_fedprompt.protocol.plan import RoundPlan
 from secure_fedprompt.protocol.terms import PlanInputs
 
 SETTINGS = {"alive_seconds": 12.0, "metrics": "off", "weights": "uniform", "rounds": 2}
 N = 4
+
+
+def uncounted() -> RoundPlan:
+    """A plan whose sum holds nothing but the update."""
+    plan = make_plan(4, max_weight=1)
+    kept = tuple(field for field in plan.layout if field.name not in METRICS)
+    return dataclasses.replace(plan, layout=kept)
 
 
 def beside(tmp_path: Path) -> World:
@@ -111,7 +119,7 @@ def test_nearness_is_judged_whatever_came_in_between() -> None:
     """Lists that are signed after a prompt was seen count, prompts that are seen later change
     nothing, and as long as a prompt is not known every list may be of a near one."""
     journal, start = MemoryJournal(), np.linspace(-0.04, 0.04, 10).astype(np.float32)
-    one = make_plan(4)
+    one = uncounted()
     other = dataclasses.replace(one, run=b"o" * 16, base_digest=b"o" * 32)
     far = dataclasses.replace(one, run=b"f" * 16, base_digest=b"f" * 32)
     for plan, shift in ((one, 0.0), (other, 1e-8), (far, 1.0)):
@@ -123,6 +131,72 @@ def test_nearness_is_judged_whatever_came_in_between() -> None:
     assert journal.note_base(one, [start], 0.0, b"c") == {b"b"}  # the wider tolerance stays
     journal._notes.clear()
     assert journal.near_lists(far) == [other.cohort[:3]]
+
+
+def test_a_prompt_of_another_length_may_be_the_same_one() -> None:
+    """To another method, or a part of it: FedPer sends half of PromptFL's context. Its lists count
+    until the operator has given the word."""
+    journal, start = MemoryJournal(), np.linspace(-0.04, 0.04, 10).astype(np.float32)
+    one = uncounted()
+    other = dataclasses.replace(one, run=b"o" * 16, base_digest=b"o" * 32)
+    journal.begin_round(one)
+    journal.note_base(one, [start], 1e-6, b"b")
+    journal.record_survivors(one, one.cohort, b"")
+    journal.begin_round(other)
+    assert journal.note_base(other, [start[:5]], 1e-6, b"c") == {b"b"}
+    assert journal.near_lists(other) == [one.cohort]
+    longer = dataclasses.replace(one, round=2, learning_round=2, rounds=2, base_digest=b"l" * 32)
+    assert not journal.note_base(longer, [np.append(start, 9)], 1e-6, b"b")  # of this run
+    word = dataclasses.replace(other, run=b"w" * 16)
+    assert not journal.note_base(word, [start[:5]], 1e-6, b"c", accepted=True)
+    assert journal.near_lists(word) == []
+
+
+@pytest.mark.parametrize("accepted", [False, True])
+def test_what_no_prompt_changes_is_not_counted_over_other_clients(
+    tmp_path: Path, accepted: bool
+) -> None:
+    """A second run from any start, without c004: of two sums of counts the difference is its own."""
+    first = World(tmp_path / "first", N, **{**SETTINGS, "metrics": "final"})
+    spread(first)
+    for name in names(N):
+        first.join(name)
+    first.pump()
+    assert first.run.error is None
+    world = World(tmp_path / "second", N, **{**SETTINGS, "metrics": "final"}, max_attempts=2)
+    world.journals, world.withdraws, world.clock = first.journals, False, 1000.0
+    start = np.random.default_rng(9).normal(0, 0.02, 10).astype(np.float32)
+    for toy in world.toys.values():
+        toy.initial = lambda: start
+    world.start_server()
+    for name in names(3):
+        world.join(name)
+        if accepted:
+            world.sessions[name].exempt = True
+    world.pump()
+    rows = world.store.summary()["rounds"]
+    if accepted:
+        assert world.run.error is None
+        assert [row["outcome"] for row in rows] == ["done"] * 3
+    else:
+        assert {type(e) for e in world.errors.values()} == {errors.AcceptanceError}
+        assert "whose counts of images beside this one's might single out" in str(world.errors)
+
+
+def test_an_evaluation_alone_is_judged_by_other_runs_counts() -> None:
+    """All took part in training, and the server leaves one out where it is counted."""
+    journal = MemoryJournal()
+    one = make_plan(4, max_weight=1)
+    assert one.counting
+    other = dataclasses.replace(one, run=b"o" * 16, base_digest=b"o" * 32)
+    for plan, prompt in ((one, 0.0), (other, 1.0)):
+        journal.begin_round(plan)
+        journal.note_base(plan, [np.full(4, prompt, np.float32)], 1e-6, b"b")
+        journal.record_survivors(plan, plan.cohort, b"")
+    assert journal.near_lists(other) == [one.cohort]
+    journal._notes.clear()
+    journal.note_base(other, [np.ones(4, np.float32)], 1e-6, b"b", accepted=True)
+    assert journal.near_lists(other) == []
 
 
 def test_a_server_does_not_learn_what_was_trained_elsewhere(tmp_path: Path) -> None:

@@ -55,6 +55,10 @@ def test_settings_that_do_not_fit_are_refused() -> None:
         ({"selections": ()}, "the server wants 'secure', but policy.selections allows only none"),
         ({"selections": ("secure-federation",)}, "allows only secure-federation"),
         ({"helpers": ("c003",)}, "the server wants 'c001', but policy.helpers allows only c003"),
+        (
+            {"client_helpers": False},
+            "the server wants 'c001', a client, as helper: name it in policy",
+        ),
         ({"min_fillers": 4}, "the server plans 3 fillers, but policy.min_fillers is 4"),
     ],
 )
@@ -113,6 +117,7 @@ def test_plans_that_contradict_their_selection_are_refused() -> None:
         (m.HelperAnswer, lambda f: altered(f, answer=altered(f.answer, points=flipped(f.answer.points, 31)[:-32] + bytes(32))), "PointError"),
         (m.HelperChoices, lambda f: altered(f, choices=altered(f.choices, execution=1)), "TweakError"),
         (m.HelperChoices, lambda f: altered(f, choices=altered(f.choices, columns=b"")), "FieldError"),
+        (m.HelperChoices, lambda f: altered(f, refused=("c009",)), "sent it nothing"),
         (m.HelperTables, lambda f: altered(f, tables=altered(f.tables, seed=bytes(32))), "GarblingError"),
         (m.HelperTables, lambda f: altered(f, tables=altered(f.tables, tables=f.tables.tables[:-1])), "GarblingError"),
         (m.HelperInputs, lambda f: altered(f, boxes=f.boxes[48:96] + f.boxes[:48] + f.boxes[96:]), "AdvertMismatchError"),
@@ -232,6 +237,33 @@ def test_repeated_refusals_of_outcomes_end_the_client(tmp_path: Path) -> None:
     told = [text for _, text in world.events if isinstance(text, str) and "c003: withdrew" in text]
     assert told
     assert all("order" not in text for text in told)  # not what was wrong with it
+
+
+def test_refusals_in_one_learning_round_add_up(tmp_path: Path) -> None:
+    """The server has an upload in between, and gives that attempt up: keys stay the same in all."""
+    world, told = World(tmp_path, 5, **{**SECURE, "max_attempts": 0}), list[str]()
+
+    def flip(sender: str, recipient: str, message: m.Message) -> m.Message:
+        wrong = isinstance(message, m.Outcome) and recipient == "c003" and len(told) % 3 != 2
+        return altered(message, share=flipped(message.share)) if wrong else message
+
+    world.tamper, world.withdraws, original = flip, True, world.run.on
+
+    def on(sender: str, message: m.Message, now: float) -> Any:
+        current = world.run.current
+        answers = sender == "c003" and isinstance(message, m.Withdraw | m.MaskedUpload)
+        if answers and current and current.plan.selecting:
+            told.append(type(message).__name__)
+            return world.run._after(current._abort("once more"), now)
+        return original(sender, message, now)
+
+    world.run.on = on  # type: ignore[method-assign]
+    world.toys = {name: Grouped(i) for i, name in enumerate(names(5))}
+    for name in names(5):
+        world.join(name)
+    world.pump()
+    assert told == ["Withdraw", "Withdraw", "MaskedUpload"]
+    assert isinstance(world.errors["c003"], errors.GarblingError)
 
 
 def test_settings_that_cannot_work_are_refused_before_anything_is_trained(tmp_path: Path) -> None:

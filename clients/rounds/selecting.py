@@ -12,7 +12,7 @@ from secure_fedprompt.clients.party import Party
 from secure_fedprompt.clients.rounds.base import Awaiting, State, Step, Takes
 from secure_fedprompt.protocol import masking
 from secure_fedprompt.protocol import messages as m
-from secure_fedprompt.protocol.errors import UpdateError
+from secure_fedprompt.protocol.errors import PolicyError, UpdateError
 from secure_fedprompt.protocol.expand import Purpose, derive
 from secure_fedprompt.protocol.keys import agree, seal, unseal
 from secure_fedprompt.protocol.layout import Vector
@@ -22,12 +22,19 @@ from secure_fedprompt.protocol.selection.task import Choice
 
 
 def check_helper(party: Party, plan: RoundPlan) -> None:
-    """Refuse a helper that is not on the roster or did not sign its key for this run.
+    """Refuse a helper that is not on the roster, did not sign its key for this run, or is a client
+    whom the policy does not allow to be one.
 
     Raises:
-        RosterError, SignatureError
+        RosterError, SignatureError, PolicyError
     """
-    chosen = plan.selection
+    chosen, policy = plan.selection, party.policy
+    client = chosen.helper in party.roster.clients and chosen.helper != party.name
+    if client and not policy.helpers and not policy.client_helpers:
+        raise PolicyError(
+            f"the server wants {chosen.helper!r}, a client, as helper: name it in policy.helpers, "
+            "set policy.client_helpers = true, or let the server name a member of role helper"
+        )
     ready = m.Ready(
         plan.run, chosen.helper, chosen.helper_key, bytes(32), bytes(32), chosen.helper_signature
     )

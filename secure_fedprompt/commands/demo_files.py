@@ -112,6 +112,7 @@ def write_files(
         if server.get("selection") == "secure":
             federation = server["selection_scope"] == "federation"
             allowed["selections"] = ["secure-federation" if federation else "secure"]
+            allowed |= {"client_helpers": True} if helper != HELPER else {}
         write_toml(path, client, {k: v for k, v in (("policy", allowed), ("dp", dp)) if v})
         words = [python, "-m", "secure_fedprompt.client", "--config", str(path)]
         commands.append([*words, "--json", str(folder / name / "result.json")])

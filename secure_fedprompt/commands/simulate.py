@@ -66,6 +66,7 @@ _POLICY = Policy(
     min_weight=1,
     min_seen=1,
     selections=("secure", "secure-federation"),
+    client_helpers=True,
 )
 
 

@@ -244,12 +244,16 @@ class SimulatedJournal(PlayedJournal):
         bounds: bytes,
         *,
         wide: bool = False,
+        accepted: bool = False,
     ) -> set[bytes]:
         self._put("base-now", plan.base_digest + prompt_bytes(prompts[0]))
         return set()
 
     def _near_to(self, run: str, base: str) -> set[str]:
         return {base} & set(self._bases)
+
+    def counted_lists(self, run: bytes) -> list[tuple[str, ...]]:
+        return []
 
     def base(self, plan: RoundPlan) -> Prompt | None:
         data = self._get("base-now") or b""

@@ -85,6 +85,8 @@ class Selector:
                 self._answered = True
                 return [(self.helper, answer), *(self._inputs() if self._task else [])]
             case m.HelperChoices() if self._task is not None and self._ours is None:
+                if not set(message.refused) <= set(self._task.owners):
+                    raise FieldError("the helper refuses clients that sent it nothing")
                 left = tuple(n for n in self._task.owners if n not in message.refused)
                 if len(left) < plan.quorum:
                     raise FieldError(f"the helper leaves out {len(message.refused)} owners")
