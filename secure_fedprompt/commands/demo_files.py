@@ -107,7 +107,7 @@ def write_files(
         }  # fmt: skip
         client["private_record"] = i == 0 and client.get("audit") == "full"
         path = folder / name / "client.toml"
-        allowed = {"methods": [method]} if method not in METHODS else {}
+        allowed: dict[str, Any] = {"methods": [method]} if method not in METHODS else {}
         allowed |= {"protections": [protection]} if not facts_of(protection).default else {}
         if server.get("selection") == "secure":
             federation = server["selection_scope"] == "federation"
