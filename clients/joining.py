@@ -17,7 +17,7 @@ from secure_fedprompt.clients.work import (
     Workload,
 )
 from secure_fedprompt.protocol import messages as m
-from secure_fedprompt.protocol.averaging import Prompt, prompt_bytes
+from secure_fedprompt.protocol.averaging import SAME_START, Prompt, prompt_bytes
 from secure_fedprompt.protocol.codec import decode_fields, encode_fields
 from secure_fedprompt.protocol.errors import (
     AcceptanceError,
@@ -34,8 +34,6 @@ from secure_fedprompt.protocol.errors import (
 from secure_fedprompt.protocol.expand import Purpose, digest
 from secure_fedprompt.protocol.settings import MethodSettings
 from secure_fedprompt.protocol.terms import RunTerms
-
-_SAME_START = 1e-5  # initial prompts of two machines may differ by this much
 
 
 @dataclass(eq=False, repr=False)
@@ -152,7 +150,7 @@ class Joining(Generic[L_co]):
         start = self.learner.initial()
         try:
             given = self._floats(message.start)
-            same = np.allclose(given, start, rtol=0, atol=_SAME_START)
+            same = np.allclose(given, start, rtol=0, atol=SAME_START)
         except SecureFedPromptError:
             same = False
         if not same or terms.tensors != self.learner.tensors():

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from secure_fedprompt.protocol import layout as lay
 
 Prompt = NDArray[np.float32]
+SAME_START = 1e-5  # initial prompts of two machines may differ by this much
 
 
 def prompt_bytes(prompt: Prompt) -> bytes:

@@ -35,7 +35,7 @@ from secure_fedprompt.protocol.errors import (
     UnknownVersionError,
 )
 
-VERSION = 12
+VERSION = 13
 MAX_FRAME = 1 << 28
 T = TypeVar("T")
 

@@ -80,6 +80,7 @@ class Purpose(IntEnum):
     DRAWN_SHARE = 42
     NODE = 43
     FORM = 44
+    TRANSFER_CHECK = 45
 
 
 _TAGS = {purpose: TAG + purpose.name.lower().encode() + b"\0" for purpose in Purpose}

@@ -17,7 +17,7 @@ from secure_fedprompt.protocol.errors import BudgetError, IsolationError, Policy
 from secure_fedprompt.protocol.layout import METRICS
 from secure_fedprompt.protocol.plan import RoundPlan, noise_colluders
 from secure_fedprompt.protocol.protections import default_threshold, facts_of
-from secure_fedprompt.protocol.settings import MethodSettings, Metrics, NonNegative
+from secure_fedprompt.protocol.settings import MethodSettings, Metrics, NonNegative, Weights
 from secure_fedprompt.protocol.terms import RunTerms
 
 
@@ -35,7 +35,10 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         methods: allowed ones; empty allows every method.
         graphs: allowed graphs of masks.
         metrics: what may be counted of this client: "off", "final" or "rounds". Who is in a sum
-            learns what it counts. Empty allows all.
+            learns what it counts, and counts of each round tell of who is missed in one. Empty
+            allows all.
+        weights: how it may weigh: "uniform", "bucket" or "samples". The sum of weights tells of
+            image counts likewise. Empty allows all.
         key_makers: who may make the cohort key of bfv and ckks; empty allows every client. If none
             of them is left when a new key is needed, this client leaves the run.
         selections: whether others may choose what this client uploads: "secure" is server and
@@ -73,7 +76,8 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     protections: tuple[str, ...] = ("masks",)
     methods: tuple[str, ...] = ()
     graphs: tuple[str, ...] = ("complete",)
-    metrics: tuple[Metrics, ...] = ()
+    metrics: tuple[Metrics, ...] = ("off", "final")
+    weights: tuple[Weights, ...] = ("uniform",)
     key_makers: tuple[str, ...] = ()
     selections: tuple[str, ...] = ()
     helpers: tuple[str, ...] = ()
@@ -121,6 +125,8 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             )
         if self.metrics and terms.metrics not in self.metrics:
             raise PolicyError(_outside("metrics", self.metrics, terms.metrics))
+        if self.weights and terms.weights not in self.weights:
+            raise PolicyError(_outside("weights", self.weights, terms.weights))
         self._check_noise(terms.plan(terms.sample(1)))
         if not terms.facts.hides:
             return

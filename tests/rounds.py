@@ -36,6 +36,8 @@ OPEN = Policy(
     protections=("masks", "bfv", "ckks", "none"),
     graphs=("complete", "regular"),
     selections=("secure", "secure-federation"),
+    metrics=(),
+    weights=(),
     client_helpers=True,
     min_fillers=1,
 )

@@ -186,7 +186,7 @@ def forged(folder: Path, records: list[dict[str, Any]], mode: str = "full") -> L
     members = [
         {"name": x.name, "role": x.role, "identity": x.identity.hex()} for x in known.members
     ]
-    about = {"format": "secure-fedprompt/audit/2/12", "name": "server", "role": "server",
+    about = {"format": "secure-fedprompt/audit/2/13", "name": "server", "role": "server",
              "mode": mode, "roster": members}  # fmt: skip
     chain, lines = bytes(32), []
     for n, record in enumerate([{"kind": "open", "cut": 0, **about}, *records, {"kind": "close"}]):

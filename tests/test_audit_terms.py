@@ -101,6 +101,28 @@ def test_an_initial_prompt_in_the_middle_of_a_run_shows(tmp_path: Path) -> None:
     assert ("protection", text) in failures(result)
 
 
+@pytest.mark.parametrize("mode", ["full", "headers"])
+@pytest.mark.parametrize("shift", [0.0, 1e-6, 1e-3])
+def test_a_slow_client_with_the_same_start_is_no_leak(
+    tmp_path: Path, shift: float, mode: str
+) -> None:
+    """It was asked, and another one's start was taken; its own comes after the first plan."""
+    kept: list[m.Initial] = []
+
+    def late(message: Any) -> m.Message:
+        given = np.frombuffer(kept[0].vector, "<f4") + np.float32(shift)
+        return dataclasses.replace(kept[0], vector=given.astype("<f4").tobytes())
+
+    def tap(sender: str, recipient: str, message: m.Message) -> m.Message:
+        kept.extend([message] if isinstance(message, m.Initial) else [])
+        return in_round(2, m.Reveal, late)(sender, recipient, message)
+
+    _, folders = federate(tmp_path, tap, mode=mode, **QUIET)
+    (log,) = read(folders, "server")
+    found = [t for _, t in failures(summary.audit(log, [], "", None)) if "starting prompt" in t]
+    assert bool(found) is (shift > 1e-5 and mode == "full")
+
+
 def test_a_plain_upload_under_another_run_id_shows(tmp_path: Path) -> None:
     leak = in_round(2, m.Reveal, lambda x: m.PlainUpload(b"x" * 16, 2, UPDATE))
     assert not audited(tmp_path, leak, **QUIET).kept

@@ -23,6 +23,8 @@ from secure_fedprompt.protocol.terms import RunTerms
 from secure_fedprompt.server import run as server_run
 from secure_fedprompt.server.run import Run
 
+COUNTED = Policy(metrics=(), weights=())
+
 
 def frozen(monkeypatch: pytest.MonkeyPatch, bend: Callable[[Any, int], Any]) -> list[Any]:
     """A server that keeps the prompt, but for a nudge, and bends every plan. Returns its sums."""
@@ -115,7 +117,7 @@ def test_no_bound_varies_from_sum_to_sum(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, field: str, weights: str
 ) -> None:
     sums = frozen(monkeypatch, BENT[field])
-    world = everybody(federation(tmp_path, weights=weights, policy=Policy()))
+    world = everybody(federation(tmp_path, weights=weights, policy=COUNTED))
     assert not sums
     assert set(world.errors) == set(names(5))
     for error in world.errors.values():
@@ -129,7 +131,7 @@ def test_a_prompt_that_hardly_moves_gives_sums_over_the_same_clients_only(
     """A nudge of 5e-7 dodges the digest of the base. Lists may then not differ by a few."""
     believing(monkeypatch)
     sums = frozen(monkeypatch, lambda plan, number: plan)
-    world = federation(tmp_path, n=5, rounds=3, max_attempts=2, policy=Policy())
+    world = federation(tmp_path, n=5, rounds=3, max_attempts=2, policy=COUNTED)
     for toy in world.toys.values():  # a start that has a deviation, 0.02 as in the methods
         spread = np.random.default_rng(0).normal(0, 0.02, 10).astype(np.float32)
         toy.initial = lambda spread=spread: spread

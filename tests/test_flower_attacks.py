@@ -211,9 +211,18 @@ def test_the_word_is_asked_by_name_and_taken(sites, tmp_path):
 # -- failures and timing ---------------------------------------------------------------------------
 
 
+def weighing(tmp_path):
+    """Sites that let themselves be weighed."""
+    for path in tmp_path.glob("*.toml"):
+        if "state_dir" in path.read_text():
+            with path.open("a") as file:
+                file.write("[policy]\nweights = []\n")
+
+
 def test_a_failure_keeps_its_weight(sites, tmp_path):
     """With weights a sum that falls by one client's count would show who failed, and the count."""
     configs, keys = sites
+    weighing(tmp_path)
     calls = []
 
     def second_time(message, context):
@@ -241,6 +250,7 @@ def test_a_failure_keeps_its_weight(sites, tmp_path):
 @pytest.mark.parametrize("weight", [float("inf"), float("nan"), 0.0, -1.0, 1e12])
 def test_a_weight_that_is_none_is_a_failure_like_others(sites, tmp_path, weight):
     configs, keys = sites
+    weighing(tmp_path)
 
     def odd(message, context):
         reply = adding(2)(message, context)

@@ -115,7 +115,7 @@ HOSTILE = [
     b'{"kind":"plan","n":1,"at":0,"plan":"zz"}',
     b'{"kind":"plan","n":1,"at":0,"plan":"00ff"}',
     b'{"kind":"segment","n":1,"at":0,"previous":7}',
-    b'{"kind":"open","n":1,"at":0,"format":"secure-fedprompt/audit/2/12","name":"x"}',
+    b'{"kind":"open","n":1,"at":0,"format":"secure-fedprompt/audit/2/13","name":"x"}',
     b'{"kind":["frame"],"n":1}',
     b'{"n":true,"kind":"close"}',
     b'{"n":' + b"9" * 5000 + b',"kind":"close"}',

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
+from typing import Any
 
 import numpy as np
 import pytest
@@ -81,9 +82,9 @@ def test_extended_transfers_are_correlated_by_the_offset(count: int) -> None:
     rng = np.random.default_rng(count)
     offset = rng.random(KAPPA) < 0.5
     keys = [(os.urandom(32), os.urandom(32)) for _ in range(KAPPA)]
-    receiver = oblivious_transfer.CorrelatedReceiver(keys)
+    receiver = oblivious_transfer.CorrelatedReceiver(b"s" * 32, keys, os.urandom)
     sender = oblivious_transfer.CorrelatedSender(
-        offset, [k[int(c)] for k, c in zip(keys, offset, strict=True)]
+        b"s" * 32, offset, [k[int(c)] for k, c in zip(keys, offset, strict=True)]
     )
     delta = np.packbits(offset, bitorder="little").view("<u8")
     earlier: set[bytes] = set()
@@ -96,6 +97,94 @@ def test_extended_transfers_are_correlated_by_the_offset(count: int) -> None:
         assert len(new) == count
         assert not new & earlier
         earlier = new
+
+
+def extended(
+    cheat: Any, count: int = 100, seed: int = 0
+) -> tuple[np.ndarray[Any, np.dtype[np.bool_]], Exception | None]:
+    """An extension whose receiver alters its columns by ``cheat``; Delta and what the sender says."""
+    rng = np.random.default_rng(seed)
+    offset = rng.random(KAPPA) < 0.5
+    keys = [(os.urandom(32), os.urandom(32)) for _ in range(KAPPA)]
+    receiver = oblivious_transfer.CorrelatedReceiver(b"s" * 32, keys, os.urandom)
+    sender = oblivious_transfer.CorrelatedSender(
+        b"s" * 32, offset, [k[int(c)] for k, c in zip(keys, offset, strict=True)]
+    )
+    try:
+        sender.extend(cheat(receiver, rng.random(count) < 0.5), count)
+    except errors.ProtocolError as error:
+        return offset, error
+    return offset, None
+
+
+def flipping(column: int) -> Any:
+    """Another choice in one column, and everything else computed as a cheat would."""
+
+    def cheat(receiver: Any, choices: Any) -> bytes:
+        honest = oblivious_transfer._hashed
+
+        def hashed(session: bytes, sent: bytes, packed: Any) -> Any:
+            altered = np.frombuffer(sent, np.uint8).reshape(KAPPA, -1).copy()
+            altered[column, 0] ^= 1
+            columns.append(altered.tobytes())
+            return honest(session, columns[0], packed)
+
+        columns: list[bytes] = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(oblivious_transfer, "_hashed", hashed)
+            sent, _ = receiver.choose(choices)
+        return columns[0] + sent[len(columns[0]) :]
+
+    return cheat
+
+
+def test_a_column_of_other_choices_passes_only_where_the_offset_is_guessed() -> None:
+    """One of 128 columns: it passes if that bit of the offset is 0, and fails if it is 1."""
+    for column in range(24):
+        offset, error = extended(flipping(column), seed=column)
+        assert (error is not None) == offset[column]
+    assert isinstance(extended(lambda r, c: b"".join(r.choose(c)[:1])[:-1])[1], errors.FieldError)
+
+
+@pytest.mark.parametrize("at", [0, -1, -17, -(129 * 16)])
+def test_a_proof_of_other_hashes_is_refused(at: int) -> None:
+    def cheat(receiver: Any, choices: Any) -> bytes:
+        sent = bytearray(receiver.choose(choices)[0])
+        sent[at] ^= 1
+        return bytes(sent)
+
+    assert isinstance(extended(cheat)[1], errors.SelectionError)
+
+
+def test_the_check_is_a_linear_hash_of_all_bits() -> None:
+    """Over more than one block, against a sum by hand; two rows add up."""
+    rng = np.random.default_rng(0)
+    packed = rng.integers(0, 256, (3, 1500), dtype=np.uint8)
+    packed[2] = packed[0] ^ packed[1]
+    found = oblivious_transfer._hashed(b"s" * 32, b"sent", packed)
+    assert np.array_equal(found[2], found[0] ^ found[1])
+    one = np.zeros((1, 1500), np.uint8)
+    total = np.zeros(16, np.uint8)
+    for position in (0, 7, 8191, 8192, 11999):
+        one[:] = 0
+        one[0, position // 8] = 1 << position % 8
+        total ^= oblivious_transfer._hashed(b"s" * 32, b"sent", one)[0]
+    one[:] = 0
+    for position in (0, 7, 8191, 8192, 11999):
+        one[0, position // 8] |= 1 << position % 8
+    assert np.array_equal(oblivious_transfer._hashed(b"s" * 32, b"sent", one)[0], total)
+    assert not np.array_equal(oblivious_transfer._hashed(b"s" * 32, b"Sent", one)[0], total)
+
+
+def test_random_choices_beside_the_true_ones_hide_them_in_the_check() -> None:
+    """The same choices, keys and all else: what is sent of them differs."""
+    keys = [(bytes(32), bytes(31) + b"1")] * KAPPA
+    sent = [
+        oblivious_transfer.CorrelatedReceiver(b"s" * 32, keys, os.urandom).choose(np.zeros(9, bool))
+        for _ in range(2)
+    ]
+    assert sent[0][0][-16:] != sent[1][0][-16:]
+    assert np.array_equal(sent[0][1], sent[1][1])
 
 
 @few

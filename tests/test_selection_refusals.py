@@ -162,6 +162,23 @@ def test_a_client_whose_shares_do_not_open_is_left_out_and_named(
     assert all(world.toys[n].choices[-1] == expected[n] for n in names(4) if n != who)
 
 
+def test_a_helper_that_refuses_a_client_is_not_the_next_one(tmp_path: Path) -> None:
+    """It may be the client's fault, or its own, which nobody can tell."""
+    helpers: list[str] = []
+
+    def refuse(sender: str, recipient: str, message: m.Message) -> m.Message:
+        if isinstance(message, m.HelperPlan):
+            helpers.append(recipient)
+        if isinstance(message, m.HelperChoices) and sender == "c001":
+            return altered(message, refused=("c003",))
+        return message
+
+    world = tampered(tmp_path, refuse, rounds=4)
+    assert helpers[0] == "c001"
+    assert "c001" not in helpers[1:]
+    assert rounds(world)[-1]["dropped"] == {}
+
+
 def test_a_helper_that_makes_wrong_outcomes_is_replaced(tmp_path: Path) -> None:
     """Whoever opens such an outcome withdraws; the blame is the helper's."""
 

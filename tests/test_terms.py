@@ -112,11 +112,16 @@ def test_training_that_asks_whether_a_gradient_overflows_is_refused(
 
 def test_a_client_says_what_may_be_counted_of_it() -> None:
     """Who is in a sum learns what it counts, so clients choose too."""
-    policy = Policy(colluders=0, metrics=("off", "final"))
+    policy = Policy(colluders=0)
     for metrics in ("off", "final"):
         policy.check_terms(make_terms(metrics=metrics), 4)
     with pytest.raises(errors.PolicyError, match=r"policy\.metrics allows only off, final"):
         policy.check_terms(make_terms(metrics="rounds"), 4)
+    Policy(colluders=0, metrics=()).check_terms(make_terms(metrics="rounds"), 4)
+    for weights in ("samples", "bucket"):
+        with pytest.raises(errors.PolicyError, match=r"policy\.weights allows only uniform"):
+            policy.check_terms(make_terms(weights=weights), 4)
+        Policy(colluders=0, weights=()).check_terms(make_terms(weights=weights), 4)
 
 
 def test_noise_is_asked_of_every_sum() -> None:

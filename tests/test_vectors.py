@@ -39,6 +39,9 @@ def test_the_good_round_is_reproduced_byte_for_byte() -> None:
     assert total == vector["sum"]
 
 
+COUNTED = Policy(metrics=(), weights=())
+
+
 @pytest.mark.parametrize("name", sorted(p.stem for p in FOLDER.glob("client_*.json")))
 def test_client_refuses(name: str) -> None:
     vector = load(name)
@@ -69,7 +72,7 @@ def test_a_client_refuses_what_bends_the_terms(name: str) -> None:
     vector = load(name)
     own = vector["client"]
     party = Party(
-        own, identity(own), roster(4), Policy(), MemoryJournal(), entropy_from(f"{own} 0.0")
+        own, identity(own), roster(4), COUNTED, MemoryJournal(), entropy_from(f"{own} 0.0 1")
     )
     session = Session(party, Toy(0.1, 11.0))
     session.hello()
@@ -86,7 +89,7 @@ def test_without_bending_the_run_begins() -> None:
     """The vectors fail for what was bent, and for nothing else."""
     own = make_vectors.SESSION
     party = Party(
-        own, identity(own), roster(4), Policy(), MemoryJournal(), entropy_from(f"{own} 0.0")
+        own, identity(own), roster(4), COUNTED, MemoryJournal(), entropy_from(f"{own} 0.0 1")
     )
     session = Session(party, Toy(0.1, 11.0))
     session.hello()

@@ -63,7 +63,7 @@ class Answer(Printable):
 
 @dataclass(frozen=True, repr=False)
 class Choices(Printable):
-    """The columns of one execution."""
+    """The columns of one execution, with what they are checked by."""
 
     session: Digest
     execution: U32
@@ -133,7 +133,7 @@ class Garbler(_Party):
             raise SelectionError("a second offer in a session")
         choices = np.unpackbits(self._delta.view(np.uint8), bitorder="little").astype(bool)
         base = BaseReceiver(self.session, choices, offer.point, self._entropy)
-        self._transfers = CorrelatedSender(choices, base.keys)
+        self._transfers = CorrelatedSender(self.session, choices, base.keys)
         return Answer(self.session, base.answer)
 
     def garble(self, circuit: Circuit, inputs: Bits, choices: Choices) -> tuple[Garbled, Bits]:
@@ -188,7 +188,8 @@ class Evaluator(_Party):
         self._check(answer)
         if self._base is None:
             raise SelectionError("a second answer in a session")
-        self._transfers = CorrelatedReceiver(self._base.keys(bytes(answer.points)))
+        keys = self._base.keys(bytes(answer.points))
+        self._transfers = CorrelatedReceiver(self.session, keys, self._entropy)
         self._base = None
 
     def choose(self, circuit: Circuit, inputs: Bits) -> Choices:

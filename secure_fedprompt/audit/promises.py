@@ -6,6 +6,8 @@ import dataclasses
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
+import numpy as np
+
 from secure_fedprompt.audit import uniformity
 from secure_fedprompt.audit.fields import TYPES
 from secure_fedprompt.audit.findings import Finding, failed, noted, warned
@@ -15,6 +17,7 @@ from secure_fedprompt.audit.terms import check_terms
 from secure_fedprompt.host.recorder import MALFORMED
 from secure_fedprompt.protocol import homomorphic
 from secure_fedprompt.protocol import messages as m
+from secure_fedprompt.protocol.averaging import SAME_START
 from secure_fedprompt.protocol.errors import SecureFedPromptError
 from secure_fedprompt.protocol.expand import Purpose, digest
 from secure_fedprompt.protocol.plan import RoundPlan
@@ -73,8 +76,11 @@ def _labels(log: Log, entries: list[Entry]) -> Iterator[Finding]:
     for entry in entries:
         where = f"{log.name}: record {entry.n}"
         if entry.kind == MALFORMED:
-            text = f"{entry.size} bytes from {entry.peer} are no message of the catalogue"
-            yield failed("catalogue", where, text)
+            way = "from" if entry.way == "in" else "to"
+            text = f"{entry.size} bytes {way} {entry.peer} are no message of the catalogue"
+            # Anybody may send anything, or be of another release: it is refused, and no message.
+            yield (warned if entry.way == "in" else failed)("catalogue", where, text)
+            continue
         elif entry.kind not in TYPES:
             text = f"message type {entry.kind!r} is not in the catalogue"
             yield failed("catalogue", where, text)
@@ -131,19 +137,31 @@ def _initial(log: Log, run: str, entries: list[Entry], decoded: Decoded) -> Iter
     plans = [plan for (of, _), plan in sorted(log.plans.items()) if of == run]
     base = next((plan.base_digest for plan in plans if plan.learning_round == 1), None)
     part = {name for plan in plans for name in plan.cohort}
-    vectors = {e.n: x.vector for e, x in decoded if isinstance(x, m.Initial)}
+    vectors = {e.n: bytes(x.vector) for e, x in decoded if isinstance(x, m.Initial)}
+    asked = [e.n for e in entries if e.kind == "Initial" and (first is None or e.n < first)]
+    begun = next((v for v in vectors.values() if digest(Purpose.BASE, v) == base), None)
     for entry in entries:
         if entry.kind != "Initial":
             continue
         where = f"{log.name}: record {entry.n}"
         who = entry.peer if entry.way == "in" else log.name
+        vector = vectors.get(entry.n)
+        same = vector is not None and begun is not None and _near(vector, begun)
         if first is not None and entry.n > first:
             text = f"a starting prompt of {who} in the middle of the run: it could hold an update"
-            yield failed("protection", where, text)
-        vector = vectors.get(entry.n)
+            late = same or (vector is None and asked)  # it was slow, and another one's was taken
+            yield (warned if late else failed)("protection", where, text)
         if vector is not None and base is not None and digest(Purpose.BASE, vector) != base:
             text = f"the run does not begin from the starting prompt of {who}"
-            yield (failed if who in part else warned)("protection", where, text)
+            yield (failed if who in part and not same else warned)("protection", where, text)
+
+
+def _near(one: bytes, other: bytes) -> bool:
+    """Whether two starts differ by no more than those of two machines may."""
+    if len(one) != len(other) or len(one) % 4:
+        return False
+    a, b = (np.frombuffer(data, "<f4") for data in (one, other))
+    return bool(np.allclose(a, b, rtol=0, atol=SAME_START))
 
 
 def _protection(log: Log, run: str, entries: list[Entry]) -> Iterator[Finding]:

@@ -109,6 +109,9 @@ def write_files(
         path = folder / name / "client.toml"
         allowed: dict[str, Any] = {"methods": [method]} if method not in METHODS else {}
         allowed |= {"protections": [protection]} if not facts_of(protection).default else {}
+        allowed |= {"metrics": ["rounds"]} if server["metrics"] == "rounds" else {}
+        if (weights := server.get("weights", "uniform")) != "uniform":
+            allowed["weights"] = [weights]
         if server.get("selection") == "secure":
             federation = server["selection_scope"] == "federation"
             allowed["selections"] = ["secure-federation" if federation else "secure"]

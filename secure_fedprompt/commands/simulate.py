@@ -66,6 +66,8 @@ _POLICY = Policy(
     min_weight=1,
     min_seen=1,
     selections=("secure", "secure-federation"),
+    metrics=(),
+    weights=(),
     client_helpers=True,
 )
 

@@ -45,6 +45,8 @@ _POLICY = Policy(
     protections=("masks",),
     graphs=("complete", "regular"),
     colluders=0,
+    metrics=(),
+    weights=(),
     min_clip=0.0,
     min_weight=1,
 )

@@ -82,7 +82,8 @@ class Round(ABC):
         informed: clients that were sent the sum from which ``base`` follows, and need no copy.
         checked: who has said that a sum is right, by its learning round.
         entropy: source of random bytes.
-        helper_failed: whether the round aborted for want of its helper, or of right outcomes.
+        helper_failed: the round aborted for want of its helper, or of right outcomes; or the
+            helper refused a client.
         result: decoded sum by field, once done. ``integers`` is the same as ring integers.
         reason: why the round aborted, else empty.
         dropped: clients of the cohort whose update is not in the sum, with the stage they left in.
@@ -282,6 +283,7 @@ class Round(ABC):
         for name in self._selector.refused:
             if name not in self._gone:
                 self.faults[name] = "SealError: the helper could not open its shares"
+                self.helper_failed = True  # or says so: the next selection has another one
                 out += self.gone(name, now)
         if self._selector.outcomes is not None:
             self.waiting = set()
