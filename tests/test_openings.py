@@ -230,9 +230,13 @@ def test_a_client_that_has_lost_the_key_signs_the_sum_that_others_open(
     assert [s.verified for s in world.sessions.values()] == [True] * 3 + [False]
 
 
-def test_a_restarted_client_signs_no_sum_that_singles_somebody_out(tmp_path: Path) -> None:
-    """Of a prompt as near to this one another list has been signed before: it is known again."""
-    world = world_of(tmp_path, n=5, protection="bfv")
+@pytest.mark.parametrize("shift", [0.0, 1.0])
+def test_a_restarted_client_signs_no_sum_that_singles_somebody_out(
+    tmp_path: Path, shift: float
+) -> None:
+    """Of a prompt as near to this one another list has been signed before: it is known again, and
+    told from one of a far prompt."""
+    world = world_of(tmp_path, n=5, protection="bfv", metrics="off", weights="uniform")
     world.pump(nth(m.CipherSum, 1, 1))
     plan, journal = world.run.current.plan, world.journals["c002"]  # type: ignore[union-attr]
     near = dataclasses.replace(plan, run=b"r" * 16, base_digest=b"n" * 32)
@@ -240,19 +244,24 @@ def test_a_restarted_client_signs_no_sum_that_singles_somebody_out(tmp_path: Pat
     assert base is not None
     journal.begin_round(near)
     bounds = journal._notes[plan.run.hex(), plan.base_digest.hex()].bounds
-    journal.note_base(near, [base], 0.0, bounds)
+    journal.note_base(near, [base + np.float32(shift)], 0.0, bounds)
     journal.record_survivors(near, names(4), b"")
     journal._notes.clear()  # a new process
     world.join("c002")
-    left: list[m.Withdraw] = []
+    left: list[m.Message] = []
 
-    def until(w: World, message: m.Message) -> bool:
-        if isinstance(message, m.Withdraw):
+    def tap(sender: str, recipient: str, message: m.Message) -> m.Message:
+        if sender == "c002" and isinstance(message, m.Withdraw | m.Consistent):
             left.append(message)
-        return bool(left)
+        return message
 
-    world.pump(until)
+    world.tamper = tap
+    world.pump(lambda w, message: bool(left))
     (withdrawn,) = left
+    if shift:
+        assert isinstance(withdrawn, m.Consistent)
+        return
+    assert isinstance(withdrawn, m.Withdraw)
     assert withdrawn.error == "IsolationError"
     assert withdrawn.reason == errors.IsolationError.told
 
