@@ -262,7 +262,8 @@ class MemoryJournal:
         for name in sorted(self._near_to(plan.run.hex(), own)):
             for run, number, survivors in self._bases[name].lists:
                 other = (run, number) != (plan.run.hex(), plan.round)
-                opened = number in self._runs[run].opened.values()
+                # Within a run quorums meet; of another one others may have opened what we signed.
+                opened = run != plan.run.hex() or number in self._runs[run].opened.values()
                 if other and (opened or name != own):
                     found.append(survivors)
         note = self._notes.get((plan.run.hex(), own))

@@ -235,3 +235,25 @@ def test_a_run_that_ended_for_a_reason_may_go_on_with_what_was_trained(tmp_path:
     with pytest.raises(errors.RunFailedError, match="too few"):
         world.sessions["c002"].on(m.Finish(plan.run, b"", "too few clients"))
     assert journal.vector(plan) == kept
+
+
+def test_run_keys_of_earlier_greetings_are_forgotten(tmp_path: Path) -> None:
+    world = World(tmp_path, 4, rounds=2, alive_seconds=12.0)
+    world.withdraws = True
+    for name in names(4):
+        world.join(name)
+    seen: list[bool] = []
+
+    def announced(w: World, message: m.Message) -> bool:
+        """One message after c001's run key."""
+        after = bool(seen)
+        seen.extend([True] if isinstance(message, m.Ready) and message.name == "c001" else [])
+        return after
+
+    for _ in range(8):
+        seen.clear()
+        world.pump(announced)
+        world.reconnect("c001")
+    world.pump()
+    assert world.run.error is None
+    assert len(world.run.run_keys) == len(world.run.run_key_of) == 4

@@ -309,9 +309,10 @@ def test_a_server_killed_at_the_very_end_gives_everybody_the_last_frame(tmp_path
     assert all(world.sessions[name].final is not None for name in names(4))
 
 
+@pytest.mark.parametrize("later", [False, True])
 @pytest.mark.parametrize("protection", ["masks", "bfv"])
 def test_who_declines_and_leaves_does_not_keep_the_others_from_a_round(
-    tmp_path: Path, protection: str
+    tmp_path: Path, protection: str, later: bool
 ) -> None:
     """A quorum was too few for it; it is not there any more, and enough others are."""
     world = World(
@@ -323,8 +324,13 @@ def test_who_declines_and_leaves_does_not_keep_the_others_from_a_round(
     world.pump(lambda w, message: isinstance(message, m.Plan) and message.plan.round == 1)
     world.queue.clear()
     world.send("c001", m.Withdraw(world.run.state.run, 1, "PolicyError", "too few"))
-    world.send("c001", m.Leave("Stopped", ""))
-    world.pump(lambda w, message: isinstance(message, m.Alive))
+    if later:
+        world.pump(lambda w, message: w.run.larger > 0)
+        world.queue.clear()
+        world.lose("c001")
+    else:
+        world.send("c001", m.Leave("Stopped", ""))
+        world.pump(lambda w, message: isinstance(message, m.Alive))
     world.lost.add("c001")
     for name in ("c002", "c003"):
         world.reconnect(name)

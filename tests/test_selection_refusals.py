@@ -73,6 +73,7 @@ def test_policies_limit_selections_and_helpers(
     world.pump()
     assert says in str(world.errors["c002"])
     assert Policy().selections == ()
+    assert not Policy().client_helpers
 
 
 def selecting_plan(**changes: Any) -> Any:
@@ -169,8 +170,11 @@ def test_a_helper_that_refuses_a_client_is_not_the_next_one(tmp_path: Path) -> N
     def refuse(sender: str, recipient: str, message: m.Message) -> m.Message:
         if isinstance(message, m.HelperPlan):
             helpers.append(recipient)
-        if isinstance(message, m.HelperChoices) and sender == "c001":
-            return altered(message, refused=("c003",))
+        if isinstance(message, m.HelperInputs) and recipient == "c001":
+            size = len(message.boxes) // 4
+            return altered(
+                message, boxes=message.boxes[: -2 * size] + bytes(size) + message.boxes[-size:]
+            )
         return message
 
     world = tampered(tmp_path, refuse, rounds=4)
