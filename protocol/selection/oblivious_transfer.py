@@ -146,15 +146,19 @@ class CorrelatedSender:
 
 def _hashed(session: bytes, sent: bytes, packed: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Linear hashes of rows of packed bits, (rows, size) -> (rows, 16): each bit that is set adds
-    128 bits that are drawn from all that was sent."""
+    128 bits that are drawn from all that was sent. Eight bits at a time, from tables of all their
+    sums (the method of the four Russians)."""
     key = hashlib.blake2b(tag(Purpose.TRANSFER_CHECK) + session + sent, digest_size=32).digest()
-    drawn, total = Stream(key), np.zeros((len(packed), KAPPA), np.int64)
-    for start in range(0, packed.shape[1], _BLOCK):
-        bits = np.unpackbits(packed[:, start : start + _BLOCK], axis=1, bitorder="little")
-        chi = drawn.read(bits.shape[1] * _ROW).reshape(-1, _ROW)
-        chosen = np.unpackbits(chi, axis=1, bitorder="little")
-        total += (bits.astype(np.float32) @ chosen.astype(np.float32)).astype(np.int64)  # exact
-    return np.packbits((total & 1).astype(np.uint8), axis=1, bitorder="little")
+    drawn, total = Stream(key), np.zeros((len(packed), 2), np.uint64)
+    for start in range(0, packed.shape[1], _TABLES):
+        part = packed[:, start : start + _TABLES]
+        width = part.shape[1]
+        chi = drawn.read(8 * width * _ROW).view(np.uint64).reshape(width, 8, 1, 2)
+        sums = np.zeros((width, 256, 2), np.uint64)
+        for i in range(8):
+            np.bitwise_xor(sums[:, : 1 << i], chi[:, i], out=sums[:, 1 << i : 2 << i])
+        total ^= np.bitwise_xor.reduce(sums[np.arange(width), part], axis=1)
+    return total.view(np.uint8)
 
 
 def rows(columns: NDArray[np.uint8]) -> Labels:
@@ -186,6 +190,7 @@ def rows(columns: NDArray[np.uint8]) -> Labels:
 
 
 _BLOCK = 1024
+_TABLES = 64
 _SWAPS = tuple(
     (np.uint64(shift), np.uint64(mask))
     for shift, mask in (
