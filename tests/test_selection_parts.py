@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 import os
 from typing import Any
 
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nacl import bindings
@@ -16,6 +18,7 @@ from selecting import shared
 
 from secure_fedprompt.protocol import edwards, errors
 from secure_fedprompt.protocol.codec import MAX_FRAME
+from secure_fedprompt.protocol.expand import Purpose, tag
 from secure_fedprompt.protocol.selection import circuits, oblivious_transfer, shares, task
 from secure_fedprompt.protocol.selection.oblivious_transfer import KAPPA, BaseReceiver, BaseSender
 from secure_fedprompt.protocol.selection.parties import Evaluator, Garbler
@@ -156,24 +159,35 @@ def test_a_proof_of_other_hashes_is_refused(at: int) -> None:
     assert isinstance(extended(cheat)[1], errors.SelectionError)
 
 
-def test_the_check_is_a_linear_hash_of_all_bits() -> None:
-    """Over more than one block, against a sum by hand; two rows add up."""
-    rng = np.random.default_rng(0)
-    packed = rng.integers(0, 256, (3, 1500), dtype=np.uint8)
+def ghash(key: bytes, data: bytes) -> bytes:
+    """What of GHASH depends on the data, bit by bit (NIST SP 800-38D, 6.3 and 6.4)."""
+    encryptor = Cipher(algorithms.AES(key), modes.ECB()).encryptor()
+    h = int.from_bytes(encryptor.update(bytes(16)), "big")
+
+    def times(x: int) -> int:
+        z, v = 0, h
+        for i in range(127, -1, -1):
+            z ^= v if x >> i & 1 else 0
+            v = v >> 1 ^ (0xE1 << 120 if v & 1 else 0)
+        return z
+
+    y = 0
+    for at in range(0, len(data), 16):
+        y = times(y ^ int.from_bytes(data[at : at + 16].ljust(16, b"\0"), "big"))
+    return times(y).to_bytes(16, "big")  # the lengths' block
+
+
+@few
+@given(st.integers(1, 80), st.integers(0, 2**32))
+def test_the_check_hashes_every_bit_linearly(size: int, seed: int) -> None:
+    packed = np.random.default_rng(seed).integers(0, 256, (3, size), dtype=np.uint8)
     packed[2] = packed[0] ^ packed[1]
     found = oblivious_transfer._hashed(b"s" * 32, b"sent", packed)
     assert np.array_equal(found[2], found[0] ^ found[1])
-    one = np.zeros((1, 1500), np.uint8)
-    total = np.zeros(16, np.uint8)
-    for position in (0, 7, 8191, 8192, 11999):
-        one[:] = 0
-        one[0, position // 8] = 1 << position % 8
-        total ^= oblivious_transfer._hashed(b"s" * 32, b"sent", one)[0]
-    one[:] = 0
-    for position in (0, 7, 8191, 8192, 11999):
-        one[0, position // 8] |= 1 << position % 8
-    assert np.array_equal(oblivious_transfer._hashed(b"s" * 32, b"sent", one)[0], total)
-    assert not np.array_equal(oblivious_transfer._hashed(b"s" * 32, b"Sent", one)[0], total)
+    data = tag(Purpose.TRANSFER_CHECK) + b"s" * 32 + b"sent"
+    key = hashlib.blake2b(data, digest_size=32).digest()
+    assert found[0].tobytes() == ghash(key, packed[0].tobytes())
+    assert not np.array_equal(oblivious_transfer._hashed(b"s" * 32, b"Sent", packed), found)
 
 
 def test_random_choices_beside_the_true_ones_hide_them_in_the_check() -> None:

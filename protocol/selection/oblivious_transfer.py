@@ -8,10 +8,12 @@ labels: q_j is the label of 0, t_j the active one. Rows are not hashed here; who
 labels hashes them in every gate.
 
 A receiver whose columns are not all of the same choice bits would learn a bit of Delta with each.
-So it sends with them a random linear hash, over GF(2) and to 128 bits, of every column t^i and of
-r, and the sender holds hash(q^i) = hash(t^i) xor Delta_i hash(r) against them: the check of Keller,
-Orsini and Scholl (CRYPTO 2015), column by column. The hash is drawn from all that was sent, and 192
-transfers of random choices hide r in it. What is left to guess: c bits of Delta pass with 2^-c.
+So it sends with them a random linear hash to 128 bits of every column t^i and of r, and the sender
+holds hash(q^i) = hash(t^i) xor Delta_i hash(r) against them: the check of Keller, Orsini and Scholl
+(CRYPTO 2015), column by column. The hash is drawn from all that was sent: that of two columns which
+differ is the same with probability (n / 128 + 3) / 2^128 for n transfers. 256 transfers of random
+choices, one block of the hash and more, hide r in it. What is left is to guess: c bits of Delta
+pass with 2^-c.
 
 Security: base transfers against semi-honest parties, in the random oracle model; no claim of
 universal composability.
@@ -23,6 +25,7 @@ import hashlib
 import hmac
 
 import numpy as np
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from nacl import bindings
 from numpy.typing import NDArray
 
@@ -33,7 +36,7 @@ from secure_fedprompt.protocol.shamir import Entropy
 
 KAPPA = 128  # columns: the bits of a label
 _ROW = KAPPA // 8
-_HIDING = (KAPPA + 64) // 8  # bytes of random choices beside the true ones
+_HIDING = 2 * _ROW  # bytes of random choices beside the true ones: a whole block of the hash
 _PROOF = (KAPPA + 1) * _ROW  # hashes of all columns, and of the choices
 Labels = NDArray[np.uint64]  # (..., 2)
 Bits = NDArray[np.bool_]
@@ -145,20 +148,15 @@ class CorrelatedSender:
 
 
 def _hashed(session: bytes, sent: bytes, packed: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Linear hashes of rows of packed bits, (rows, size) -> (rows, 16): each bit that is set adds
-    128 bits that are drawn from all that was sent. Eight bits at a time, from tables of all their
-    sums (the method of the four Russians)."""
+    """Linear hashes of rows of packed bits, (rows, size) -> (rows, 16): GHASH, under a key that is
+    drawn from all that was sent. A tag of AES-GCM is that and two constants, which the tag of
+    zeros has as well; nothing is authenticated here, and the key is public."""
     key = hashlib.blake2b(tag(Purpose.TRANSFER_CHECK) + session + sent, digest_size=32).digest()
-    drawn, total = Stream(key), np.zeros((len(packed), 2), np.uint64)
-    for start in range(0, packed.shape[1], _TABLES):
-        part = packed[:, start : start + _TABLES]
-        width = part.shape[1]
-        chi = drawn.read(8 * width * _ROW).view(np.uint64).reshape(width, 8, 1, 2)
-        sums = np.zeros((width, 256, 2), np.uint64)
-        for i in range(8):
-            np.bitwise_xor(sums[:, : 1 << i], chi[:, i], out=sums[:, 1 << i : 2 << i])
-        total ^= np.bitwise_xor.reduce(sums[np.arange(width), part], axis=1)
-    return total.view(np.uint8)
+    cipher, nonce = AESGCM(key), bytes(12)
+    tags = [cipher.encrypt(nonce, b"", row.tobytes()) for row in packed]
+    found = np.frombuffer(b"".join(tags), np.uint8).reshape(-1, _ROW)
+    zero = cipher.encrypt(nonce, b"", bytes(packed.shape[1]))
+    return found ^ np.frombuffer(zero, np.uint8)
 
 
 def rows(columns: NDArray[np.uint8]) -> Labels:
@@ -190,7 +188,6 @@ def rows(columns: NDArray[np.uint8]) -> Labels:
 
 
 _BLOCK = 1024
-_TABLES = 64
 _SWAPS = tuple(
     (np.uint64(shift), np.uint64(mask))
     for shift, mask in (
