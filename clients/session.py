@@ -64,6 +64,7 @@ ROUND_ERRORS = (  # a peer's doing
 )  # fmt: skip
 SEAL_BYTES = 16  # that sealing a prompt adds
 _NUDGE = 1e-3  # where the server chooses prompts: of the largest change of a value in a round
+_SPREAD = 0.02  # deviation of an initial prompt, where it is all the same (FedMGP's slots)
 _NEAR = 1e-4  # prompts that differ by less, in initial standard deviations, count as one
 
 
@@ -372,7 +373,7 @@ class Session(Joining[L_co]):
         start, terms = self.learner.initial(), self.terms
         assert terms is not None
         prompts = [base, start] if plan.learning_round == 1 else [base]
-        tolerance, wide = _NEAR * float(start.std()), False
+        tolerance, wide = _NEAR * (float(start.std()) or _SPREAD), False
         facts = method_facts(plan.method)
         if not facts.own_start:  # the server's: a nudge of it may be any
             tolerance = max(tolerance, _NUDGE * terms.clip)

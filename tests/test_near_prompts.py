@@ -32,11 +32,18 @@ def uncounted() -> RoundPlan:
     return dataclasses.replace(plan, layout=kept)
 
 
-def beside(tmp_path: Path) -> World:
+def started(world: World, flat: bool) -> None:
+    spread(world)
+    if flat:
+        for toy in world.toys.values():
+            toy.initial = lambda: np.zeros(10, np.float32)
+
+
+def beside(tmp_path: Path, flat: bool) -> World:
     """A run that opened the sum of four clients, and a second one from nearly the same start, in
-    which all four have uploaded."""
+    which all four have uploaded; their own start may be the same everywhere."""
     first = World(tmp_path / "first", N, **SETTINGS)
-    spread(first)
+    started(first, flat)
     for name in names(N):
         first.join(name)
     first.pump()
@@ -44,7 +51,7 @@ def beside(tmp_path: Path) -> World:
     world = World(tmp_path / "second", N, max_attempts=1, **SETTINGS)
     world.journals, world.ledgers = copy.deepcopy(first.journals), copy.deepcopy(first.ledgers)
     world.withdraws, world.clock = True, 1000.0
-    spread(world)
+    started(world, flat)
     nudged = world.toys["c001"].initial() + np.float32(1e-7)
     for toy in world.toys.values():
         toy.initial = lambda: nudged
@@ -85,11 +92,13 @@ def greet_again(world: World, name: str) -> None:
     session.on(m.Terms(state.run, state.terms, start, state.nonces, signature))
 
 
-@pytest.mark.parametrize("trick", [False, True])
-def test_a_plan_that_is_declined_makes_no_prompt_forgotten(tmp_path: Path, trick: bool) -> None:
+@pytest.mark.parametrize(("trick", "flat"), [(False, False), (True, False), (False, True)])
+def test_a_plan_that_is_declined_makes_no_prompt_forgotten(
+    tmp_path: Path, trick: bool, flat: bool
+) -> None:
     """The server shows a far prompt in a plan that no policy allows, and then a list of the round
     before: with the sum of the first run it would single out c004."""
-    world = beside(tmp_path)
+    world = beside(tmp_path, flat)
     plan = world.run.current.plan  # type: ignore[union-attr]
     if trick:
         later, data = far_plan(world, plan, 5000)
