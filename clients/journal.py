@@ -243,9 +243,9 @@ class MemoryJournal:
         mine = [np.frombuffer(self._get(f"base-{base[:32]}") or b"", "<f4"), *note.starts]
         near = {base} & set(self._bases)
         for other in set(self._bases) - near:
+            elsewhere = any(of != run for of, _, _ in self._bases[other].lists)
             for kept in (self._get(f"base-{other[:32]}"), self._get(f"start-{other[:32]}")):
                 theirs = np.frombuffer(kept or b"", "<f4")
-                elsewhere = any(of != run for of, _, _ in self._bases[other].lists)
                 unlike = kept is not None and len(theirs) != len(mine[0])
                 if elsewhere and not note.accepted and (note.wide or unlike):
                     near.add(other)

@@ -18,7 +18,7 @@ from secure_fedprompt.clients.party import Replies, refusal
 from secure_fedprompt.clients.rounds.base import Awaiting, Opening, State
 from secure_fedprompt.clients.rounds.encrypted import Reported, Sent, restored
 from secure_fedprompt.clients.rounds.selecting import share_keys
-from secure_fedprompt.clients.rounds.start import check, start
+from secure_fedprompt.clients.rounds.start import begin, check
 from secure_fedprompt.clients.rounds.unmasking import Agreed, InSum
 from secure_fedprompt.clients.work import (
     L_co,
@@ -297,7 +297,7 @@ class Session(Joining[L_co]):
             self._prompt(plan, self._raw)  # refused before anything is done
         if plan.learning_round == 1:
             self._check_cohort(plan, terms)
-        self.round, replies = start(self.party, plan)
+        self.round, replies = begin(self.party, plan)
         if plan.learning_round > before:
             self._parked = self._kept = None
         self.declined = None

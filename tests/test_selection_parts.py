@@ -80,15 +80,19 @@ def test_scalars_are_never_zero() -> None:
         )
 
 
-@pytest.mark.parametrize("count", [1, 7, 8, 9, 1000])
-def test_extended_transfers_are_correlated_by_the_offset(count: int) -> None:
-    rng = np.random.default_rng(count)
+def two_ends(rng: np.random.Generator) -> tuple[Any, Any, Any]:
+    """An offset, and the receiver and sender of an extension, after their base transfers."""
     offset = rng.random(KAPPA) < 0.5
     keys = [(os.urandom(32), os.urandom(32)) for _ in range(KAPPA)]
     receiver = oblivious_transfer.CorrelatedReceiver(b"s" * 32, keys, os.urandom)
-    sender = oblivious_transfer.CorrelatedSender(
-        b"s" * 32, offset, [k[int(c)] for k, c in zip(keys, offset, strict=True)]
-    )
+    chosen = [k[int(c)] for k, c in zip(keys, offset, strict=True)]
+    return offset, receiver, oblivious_transfer.CorrelatedSender(b"s" * 32, offset, chosen)
+
+
+@pytest.mark.parametrize("count", [1, 7, 8, 9, 1000])
+def test_extended_transfers_are_correlated_by_the_offset(count: int) -> None:
+    rng = np.random.default_rng(count)
+    offset, receiver, sender = two_ends(rng)
     delta = np.packbits(offset, bitorder="little").view("<u8")
     earlier: set[bytes] = set()
     for _ in range(2):
@@ -107,12 +111,7 @@ def extended(
 ) -> tuple[np.ndarray[Any, np.dtype[np.bool_]], Exception | None]:
     """An extension whose receiver alters its columns by ``cheat``; Delta and what the sender says."""
     rng = np.random.default_rng(seed)
-    offset = rng.random(KAPPA) < 0.5
-    keys = [(os.urandom(32), os.urandom(32)) for _ in range(KAPPA)]
-    receiver = oblivious_transfer.CorrelatedReceiver(b"s" * 32, keys, os.urandom)
-    sender = oblivious_transfer.CorrelatedSender(
-        b"s" * 32, offset, [k[int(c)] for k, c in zip(keys, offset, strict=True)]
-    )
+    offset, receiver, sender = two_ends(rng)
     try:
         sender.extend(cheat(receiver, rng.random(count) < 0.5), count)
     except errors.ProtocolError as error:

@@ -50,5 +50,14 @@ def start(party: Party, plan: RoundPlan) -> Step:
         PlanError, PolicyError, RosterMismatchError, ReplayError: the plan is refused.
     """
     check(party, plan)
+    return begin(party, plan)
+
+
+def begin(party: Party, plan: RoundPlan) -> Step:
+    """Begin with a plan that was checked.
+
+    Raises:
+        ReplayError: the journal refuses it.
+    """
     party.journal.begin_round(plan)
     return BEGIN[plan.protection](party, plan)
