@@ -147,9 +147,8 @@ class Party:
 
     def check_cohort(self, plan: RoundPlan) -> None:
         """Decline, before anything is trained, a cohort whose sum no client would help to open."""
-        c = plan.facts.tolerated(bool(plan.degree), plan.members, plan.quorum)
         try:
-            check_isolation(plan.cohort, self.journal.near_lists(plan), c)
+            check_isolation(plan.cohort, self.journal.near_lists(plan), plan.colluders)
         except IsolationError as error:
             declined = PolicyError(
                 f"{error}; begin from another prompt (other words in init, or another seed), or "

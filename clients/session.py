@@ -314,9 +314,9 @@ class Session(Joining[L_co]):
                 self._ask(terms, "of other clients, whose sums beside this one's might single out")
             raise
         if terms.counts:
-            c = plan.facts.tolerated(bool(plan.degree), plan.members, plan.quorum)
             try:
-                check_isolation(plan.cohort, self.party.journal.counted_lists(plan.run), c)
+                counted = self.party.journal.counted_lists(plan.run)
+                check_isolation(plan.cohort, counted, plan.colluders)
             except IsolationError:
                 what = "of other clients, whose counts of images beside this one's might single out"
                 self._ask(terms, f"{what} (metrics = 'off' and weights = 'uniform' count none)")

@@ -151,6 +151,11 @@ class RoundPlan:
         return facts_of(self.protection)
 
     @property
+    def colluders(self) -> int:
+        """c: clients that may collude, see ``Protection.tolerated``."""
+        return self.facts.tolerated(bool(self.degree), self.members, self.quorum)
+
+    @property
     def selecting(self) -> bool:
         """Whether server and helper choose what is uploaded."""
         return self.selection.scope != 0

@@ -71,8 +71,7 @@ class State:
         if len(survivors) < plan.quorum:
             raise ThresholdError(f"{len(survivors)} survivors, quorum is {plan.quorum}")
         self.party.policy.check_survivors(survivors)
-        c = plan.facts.tolerated(bool(plan.degree), plan.members, plan.quorum)
-        check_isolation(survivors, self.party.journal.near_lists(plan), c)
+        check_isolation(survivors, self.party.journal.near_lists(plan), plan.colluders)
 
     def reveal(self, survivors: tuple[str, ...]) -> None:
         """Note, before it is done, that this sum is opened with our help. Since its list was signed

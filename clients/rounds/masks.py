@@ -180,7 +180,7 @@ class Advertised(State):
         plan = self.plan
         if not method_facts(plan.method).chained:
             return  # nobody can know it
-        needed = 1 + plan.facts.tolerated(bool(plan.degree), plan.members, plan.quorum)
+        needed = 1 + plan.colluders
         needed = plan.threshold if plan.degree else needed
         vouching = sum(advert.vouches == 1 for advert in adverts)
         if not self.advert.vouches and vouching < needed:
