@@ -15,7 +15,6 @@ from secure_fedprompt.clients.features import Features, predict
 from secure_fedprompt.clients.kept import Kept
 from secure_fedprompt.clients.ledger import Entry
 from secure_fedprompt.clients.methods.base import Arrays, Method, build
-from secure_fedprompt.clients.schedule import rate
 from secure_fedprompt.clients.steps import CompiledSteps, Steps
 from secure_fedprompt.clients.work import Update, Work
 from secure_fedprompt.protocol import layout as lay
@@ -23,6 +22,7 @@ from secure_fedprompt.protocol.averaging import Prompt
 from secure_fedprompt.protocol.errors import ConfigError, UpdateError
 from secure_fedprompt.protocol.fixedpoint import LOSS_CLIP
 from secure_fedprompt.protocol.layout import TensorSpec
+from secure_fedprompt.protocol.schedule import rate
 from secure_fedprompt.protocol.selection.shares import Keys
 from secure_fedprompt.protocol.settings import MethodSettings
 

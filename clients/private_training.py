@@ -11,9 +11,9 @@ from secure_fedprompt.clients.dp_sgd import Draws, PrivateTraining
 from secure_fedprompt.clients.features import Features
 from secure_fedprompt.clients.learning import LocalLearner, named_round
 from secure_fedprompt.clients.ledger import Entry
-from secure_fedprompt.clients.schedule import rate
 from secure_fedprompt.protocol.errors import UpdateError
 from secure_fedprompt.protocol.plan import RoundPlan
+from secure_fedprompt.protocol.schedule import rate
 
 
 def train_privately(learner: LocalLearner, images: Features, plan: RoundPlan) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from secure_fedprompt.clients.accounting import Steps, steps_of
+from secure_fedprompt.clients.accounting import Steps
 from secure_fedprompt.clients.backbone import Backbone
 from secure_fedprompt.clients.data.loading import classes_digest
 from secure_fedprompt.clients.data.sets import ImageSet
@@ -97,7 +97,7 @@ class LocalTrainer:
         """Build the method of a run, and encode the images for it.
 
         Raises:
-            ConfigError: it does not go with dp. BudgetError: nor with what is left of the budget.
+            ConfigError: it does not go with dp. BudgetError: nothing is left of the budget.
         """
         method = build(settings, self.backbone, self.class_names)
         if self.dp.kind == "sample":
@@ -105,8 +105,9 @@ class LocalTrainer:
                 raise ConfigError(f"dp.kind = 'sample': {settings.method} trains outside of rounds")
             method.private_parts()  # refused before anything is encoded
             if self.dp.noise_multiplier and not self.resuming:  # within a run nobody is told
-                rate, steps = steps_of(len(self._sets[0]), settings.batch_size, settings.epochs)
-                self.ledger.check_room(Steps(self.dp.noise_multiplier, rate, steps), self.dp)
+                # Of all that a server may ask for, the least: else it would ask how many images.
+                least = Steps(self.dp.noise_multiplier, 1 / len(self._sets[0]), 1)
+                self.ledger.check_room(least, self.dp)
         method.sit(*self.seat)
         if settings.start:
             places = [self.start_prompt, self.keep]

@@ -17,6 +17,7 @@ from secure_fedprompt.protocol.errors import BudgetError, IsolationError, Policy
 from secure_fedprompt.protocol.layout import METRICS
 from secure_fedprompt.protocol.plan import RoundPlan, noise_colluders
 from secure_fedprompt.protocol.protections import default_threshold, facts_of
+from secure_fedprompt.protocol.schedule import slowest
 from secure_fedprompt.protocol.settings import MethodSettings, Metrics, NonNegative, Weights
 from secure_fedprompt.protocol.terms import RunTerms
 
@@ -26,7 +27,8 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
     Attributes:
         min_cohort: smallest cohort to take part in; below 3 a peer's update is a subtraction away.
-        min_survivors: smallest number of updates in a sum that this client helps to open.
+        min_survivors: smallest number of updates in a sum that this client helps to open. The whole
+            roster, and no client can be told by its absence from one sum of two.
         min_threshold: smallest t.
         colluders: clients that may collude with the server (masks), or pool what they know under an
             honest one (bfv, ckks), and still learn nothing more. -1 asks for what a federation of
@@ -60,7 +62,9 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             is cut off tells on which side of the bound a private number lies.
         min_weight: the least room for n_k, where it weighs.
         min_seen: the least room for counted test images, where they are counted.
-        max_lr: largest learning rate of local training.
+        min_lr: smallest learning rate of local training, in every round; the less a prompt moves,
+            the better can sums of two rounds be subtracted.
+        max_lr: its largest.
         max_momentum: its largest momentum.
         max_weight_decay: its largest weight decay.
         max_epochs: its most epochs of a round.
@@ -90,6 +94,7 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     min_clip: float = 0.1
     min_weight: int = 256
     min_seen: int = 4096
+    min_lr: NonNegative = 0.0
     max_lr: float = 10.0
     max_momentum: float = 0.999
     max_weight_decay: float = 1.0
@@ -117,7 +122,7 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         for limit, least, found, used in rooms:
             if used and found < least:
                 raise PolicyError(_below(limit, least, f"room for {found:g}"))
-        self.check_training(method)
+        self.check_training(method, terms.rounds)
         if self.min_noise and terms.metrics != "off":
             raise PolicyError(
                 f"terms have metrics = {terms.metrics!r}, exact sums without noise, but "
@@ -142,8 +147,11 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         if self.key_makers and not set(self.key_makers) & set(makers):
             raise PolicyError(_outside("key_makers", self.key_makers, ", ".join(makers)))
 
-    def check_training(self, method: MethodSettings) -> None:
+    def check_training(self, method: MethodSettings, rounds: int) -> None:
         """Refuse training settings outside the limits.
+
+        Args:
+            rounds: learning rounds of the run; 1 if that is not known.
 
         Raises:
             PolicyError: naming the limit, its value and the setting's.
@@ -152,6 +160,9 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             most, found = getattr(self, f"max_{key}"), getattr(method, key)
             if found > most:
                 raise PolicyError(_above(f"max_{key}", most, f"{key} {found:g}"))
+        lowest, number = slowest(method, rounds)
+        if lowest < self.min_lr:
+            raise PolicyError(_below("min_lr", self.min_lr, f"lr {lowest:g} in round {number}"))
 
     def check_outline(self, method: str, protection: str, clients: int, quorum: int) -> None:
         """Refuse what is known of terms before a run: also for who only asks.

@@ -324,6 +324,7 @@ SCRIPTS = {
     "--epsilons 8",
     "images": "--runs 1 --images 1 --steps 20 --shown 1",
     "poisoned": "--runs 1 --clients 3 --rounds 1 --steps 2",
+    "subtraction": "--runs 1 --images 8 --clients 3",
     "reconstruction": "--runs 1 --epochs 1 --rounds 1",
 }
 

@@ -218,6 +218,26 @@ def test_a_plan_that_bends_the_terms_shows_at_every_client(
     assert any(check == "terms" and says in text for check, text in failures(alone))
 
 
+@pytest.mark.parametrize("protection", ["masks", "bfv"])
+@pytest.mark.parametrize("missing", [False, True])
+def test_who_missed_one_of_two_sums_is_named(
+    tmp_path: Path, protection: str, missing: bool
+) -> None:
+    def until(world: Any, message: m.Message) -> bool:
+        if missing and isinstance(message, m.RoundEnd) and "c004" not in world.lost:
+            world.lose("c004")
+            world.lost.add("c004")
+        return False
+
+    _, folders = federate(tmp_path, until=until, protection=protection, rounds=3, **QUIET)
+    (log,) = read(folders, "server")
+    result = summary.audit(log, [], "", None)
+    said = [f.text for f in result.findings if "one of two successive sums" in f.text]
+    assert len(said) == missing
+    assert all("not in the other: c004. The sums'" in text for text in said)
+    assert result.kept
+
+
 @pytest.mark.parametrize(
     ("regular", "allowed", "attempt", "bent"),
     [(0, 200, 11, False), (0, 200, 200, False), (0, 255, 201, True), (0, 7, 8, True),

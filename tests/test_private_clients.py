@@ -158,17 +158,25 @@ def test_delta_must_be_below_one_over_the_number_of_images(bundled: Backbone) ->
             LocalTrainer(bundled, images, test, dp=dp).prepare(settings_of("promptfl"))
 
 
-def test_noise_that_exceeds_the_budget_is_said_before_a_run_is_joined(
-    bundled: Backbone, tmp_path: Path
+@pytest.mark.parametrize("epochs", [1, 1000])
+def test_a_budget_that_is_gone_is_said_before_a_run_is_joined(
+    bundled: Backbone, epochs: int
 ) -> None:
-    with pytest.raises(BudgetError, match=r"target_epsilon = 2: .* this round would make it"):
-        private_client(bundled, tmp_path, "promptfl", noise_multiplier=0.5, target_epsilon=2.0)
-    private_client(bundled, tmp_path / "b", "promptfl", noise_multiplier=5.0, target_epsilon=9.0)
+    """And one that does not last for what the server asks is not: how many epochs a client leaves
+    for would tell how many images it has."""
     train, test = sets.generated_sets(4, ["sketch"], 4, 2, 0)
-    dp = PrivacySettings(kind="sample", noise_multiplier=0.5, target_epsilon=2.0)
-    again = LocalTrainer(bundled, train, test, 0, dp=dp)
-    again.resuming = True  # to leave now would tell the server what is spent
-    again.prepare(settings_of("promptfl", epochs=2))
+    settings = settings_of("promptfl", epochs=epochs, batch_size=2)
+    dp = PrivacySettings(kind="sample", noise_multiplier=1.0, target_epsilon=2.0, accountant="rdp")
+    client = LocalTrainer(bundled, train, test, 0, dp=dp)
+    learner = client.prepare(settings)
+    if epochs == 1000:
+        with pytest.raises(BudgetError, match="target_epsilon = 2"):  # which nobody else is told
+            learner.run(Work(make_plan(3, tensors=learner.tensors()), learner.initial()))
+    client.ledger.reserve(Entry("ab", 1, 1.0, 0.25, 4000), SAMPLE)
+    with pytest.raises(BudgetError, match=r"target_epsilon = 2: .* this round would make it"):
+        client.prepare(settings)
+    client.resuming = True  # to leave now would tell the server what is spent
+    client.prepare(settings)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,6 @@ from secure_fedprompt.clients.methods.fedper import FedPer
 from secure_fedprompt.clients.methods.fedpgp import FedPGP
 from secure_fedprompt.clients.methods.fedtpg import FedTPG
 from secure_fedprompt.clients.methods.promptfolio import PromptFolio
-from secure_fedprompt.clients.schedule import rate
 from secure_fedprompt.clients.settings import PrivacySettings
 from secure_fedprompt.clients.steps import Steps
 from secure_fedprompt.clients.training import LocalTrainer
@@ -32,6 +31,7 @@ from secure_fedprompt.clients.work import Work
 from secure_fedprompt.host import command
 from secure_fedprompt.protocol.errors import ModelError
 from secure_fedprompt.protocol.presets import published
+from secure_fedprompt.protocol.schedule import rate
 from secure_fedprompt.protocol.selection.shares import integer_keys, order
 from secure_fedprompt.protocol.settings import (
     ComparatorSettings,

@@ -11,13 +11,19 @@ from rounds import names
 from selecting import (
     SHAPES,
     SLOTS,
+    altered,
     expected_choices,
     federate,
+    flipped,
     rounds,
     slots_of,
 )  # fmt: skip
 
+from secure_fedprompt.audit.sums import _filled
+from secure_fedprompt.protocol import errors, fixedpoint
 from secure_fedprompt.protocol import messages as m
+from secure_fedprompt.protocol.layout import total_size, unflatten
+from secure_fedprompt.protocol.plan import RoundPlan
 
 
 @pytest.mark.parametrize("protection", ["masks", "bfv", "ckks", "none"])
@@ -74,6 +80,67 @@ def test_a_slot_of_too_few_fillers_is_closed_to_all(tmp_path: Path) -> None:
     mean = np.concatenate([np.mean(first[:4], 0).reshape(-1), np.mean(first[4:], 0).reshape(-1)])
     assert np.allclose(final, mean + 1e-3, atol=1e-5)
     assert shown[1]["outcome"] == "done"
+
+
+@pytest.mark.parametrize(
+    ("protection", "cheat"), [("masks", True), ("masks", False), ("bfv", True)]
+)
+def test_a_closed_slot_that_was_opened_ends_the_run(
+    tmp_path: Path, protection: str, cheat: bool
+) -> None:
+    """The server flips a bit of an outcome: its owner's group alone would be the mean of a slot."""
+    world = federate(
+        tmp_path, selection_scope="federation", selection_keep=4, protection=protection
+    )
+    for name, toy in world.toys.items():
+        toy.keys[:] = 2**31 + toy.keys // 2 if name in ("c001", "c003") else toy.keys // 2
+    said, left, plans = list[str](), dict[str, str](), dict[int, RoundPlan]()
+
+    def flip(sender: str, recipient: str, message: m.Message) -> m.Message:
+        if isinstance(message, m.Plan):
+            plans[message.plan.round] = message.plan
+        if isinstance(message, m.OpenedSum) and message.round == 2:
+            plan = plans[2]
+            words = np.zeros(total_size(plan.layout), np.uint32)
+            fixedpoint.add_wire(plan.layout, message.vector, words)
+            integers = fixedpoint.to_integers(plan.layout, words)
+            total = unflatten(plan.layout, fixedpoint.decode(plan.layout, integers))
+            said.extend(finding.text for finding in _filled("", plan, message, total))
+        if isinstance(message, m.Leave) and sender not in left:
+            left[sender] = message.reason
+        opens = cheat and isinstance(message, m.Outcome) and recipient == "c003"
+        return altered(message, share=flipped(message.share)) if opens else message
+
+    world.tamper = flip
+    world.pump()
+    assert set(world.errors) == (set(names(4)) if cheat else set())
+    for name, error in world.errors.items():
+        assert isinstance(error, errors.SumError)
+        assert "1 filled slot 0 of 'text', which opens for 3" in left[name]
+        with pytest.raises(errors.SumError):
+            world.journals[name].check_trust(world.run.state.run)
+    if protection == "masks":
+        assert bool(said) == cheat
+        assert all("a slot of 'text' is the mean of 1" in text for text in said)
+
+
+def test_who_is_lost_after_its_outcome_is_no_cheat(tmp_path: Path) -> None:
+    """Three would have filled the slots, which are the means of two then."""
+    world = federate(tmp_path, selection_scope="federation", selection_keep=6)
+    for name, toy in world.toys.items():
+        toy.keys[:] = toy.keys // 2 if name == "c004" else 2**31 + toy.keys // 2
+
+    def lose(sender: str, recipient: str, message: m.Message) -> m.Message:
+        if isinstance(message, m.Outcome) and recipient == "c003":
+            world.lost.add("c003")
+        return message
+
+    world.tamper = lose
+    world.pump()
+    assert world.run.error is None
+    assert not world.errors
+    assert rounds(world)[-1]["cohort"] == list(names(4))
+    assert list(rounds(world)[-1]["dropped"]) == ["c003"]
 
 
 # -- who is lost ---------------------------------------------------------------------------------

@@ -44,7 +44,11 @@ def strongest(rows: Rows, figure: str) -> dict[str, dict[str, Any]]:
 def shown(value: dict[str, float] | None) -> str:
     if value is None:
         return "not run"
-    return f"{value['value']:.2f} ({value['low']:.2f} to {value['high']:.2f})"
+    middle, low, high = (
+        f"{x:.3f}" if 0 < x < 0.01 else f"{x:.2f}"
+        for x in (value["value"], value["low"], value["high"])
+    )
+    return f"{middle} ({low} to {high})"
 
 
 def table(name: str, figures: dict[str, str], attacks: bool = True) -> str:
@@ -79,6 +83,9 @@ TABLES = {
     "labels": lambda: table("labels", {"auc": "AUC"}),
     "labels_methods": lambda: beside(
         {method: rows_of(name, "generated") for method, name in METHODS.items()}, {"auc": "AUC"}
+    ),
+    "subtraction": lambda: table(
+        "subtraction", {"error": "error", "mean_error": "of the mean"}, attacks=False
     ),
     "membership": lambda: table("membership", RATES),
     "membership_4_rounds": lambda: table("membership_4_rounds", RATES),

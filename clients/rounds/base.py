@@ -21,7 +21,14 @@ from secure_fedprompt.protocol.errors import (
     UnexpectedMessageError,
     UpdateError,
 )
-from secure_fedprompt.protocol.layout import CONTRIBUTORS, WEIGHT, Values, Vector, total_size
+from secure_fedprompt.protocol.layout import (
+    CONTRIBUTORS,
+    FILLED,
+    WEIGHT,
+    Values,
+    Vector,
+    total_size,
+)
 from secure_fedprompt.protocol.plan import RoundPlan
 from secure_fedprompt.protocol.policy import check_isolation
 from secure_fedprompt.protocol.ring import Integers, Words
@@ -100,6 +107,24 @@ class State:
             f"not the sum of what {len(members)} clients tagged: the server returned something "
             "else, or one of them sent something else"
         )
+
+    def check_fillers(self, members: Sequence[str], total: Mapping[str, Vector]) -> None:
+        """Leave the run if a slot that the selection kept closed was filled all the same: its mean
+        is of the few who did, hence server or helper had one open it. Who was lost may have filled
+        it too.
+
+        Raises:
+            SumError: naming the slot.
+        """
+        fewest = self.plan.selection.fillers - (len(self.plan.cohort) - len(members))
+        for name in (name for name in total if name.startswith(FILLED)):
+            for slot, count in enumerate(total[name]):
+                if 0 < round(count) < fewest:
+                    raise self.distrusted(
+                        f"a sum in which {count:.0f} filled slot {slot} of "
+                        f"{name.removeprefix(FILLED)!r}, which opens for "
+                        f"{self.plan.selection.fillers}: server, helper or a client cheated"
+                    )
 
     def __repr__(self) -> str:
         return f"round {self.plan.round} of run {self.plan.run.hex()[:8]}"

@@ -227,6 +227,7 @@ class Signing(Sent):
             raise self.not_the_sum(survivors)
         check_sum(plan, integers, len(survivors))
         total = layout.unflatten(plan.layout, fixedpoint.decode(plan.layout, integers))
+        self.check_fillers(survivors, total)
         return Decrypted(party, plan, integers, total, self.key), []
 
     def _lost(self) -> m.Withdraw:

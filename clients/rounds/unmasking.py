@@ -59,6 +59,7 @@ class InSum(State):
             raise self.not_the_sum(members)
         party.journal.record_reveal(plan)  # by us or by others: it is open
         total = layout.unflatten(plan.layout, fixedpoint.decode(plan.layout, integers))
+        self.check_fillers(members, total)
         return Checked(party, plan, integers, total, members), []
 
     takes: ClassVar[Takes] = {m.OpenedSum: _on_opened_sum}

@@ -98,6 +98,7 @@ def _prompts(log: Log, run: str, decoded: Decoded) -> Iterator[Finding]:
             continue
         integers = fixedpoint.to_integers(plan.layout, words)
         total = layout.unflatten(plan.layout, fixedpoint.decode(plan.layout, integers))
+        yield from _filled(f"{log.name}: round {plan.round}", plan, opened, total)
         base = np.frombuffer(bases[number], "<f4").astype(np.float32)
         following = prompt_bytes(averaged(base, plan.layout, total))
         bases.setdefault(number + 1, following)
@@ -106,3 +107,18 @@ def _prompts(log: Log, run: str, decoded: Decoded) -> Iterator[Finding]:
             if after.learning_round == number + 1 and after.base_digest != expected:
                 text = f"the global prompt is not what the sum of learning round {number} gives"
                 yield failed("protection", f"{log.name}: round {after.round}", text)
+
+
+def _filled(
+    where: str, plan: RoundPlan, opened: m.OpenedSum, total: dict[str, layout.Vector]
+) -> Iterator[Finding]:
+    """A slot is filled by as many as open it, less those that were lost since, or by nobody."""
+    lost = len(plan.cohort) - int.from_bytes(opened.members, "little").bit_count()
+    for name in (name for name in total if name.startswith(layout.FILLED)):
+        few = [int(n) for n in total[name] if 0 < n < plan.selection.fillers - lost]
+        if few:
+            text = (
+                f"a slot of {name.removeprefix(layout.FILLED)!r} is the mean of {min(few)}, it "
+                f"opens for {plan.selection.fillers}: server, helper or a client cheated"
+            )
+            yield failed("protection", where, text)

@@ -6,6 +6,7 @@ here. What a plan says is held against the terms field by field.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import math
@@ -15,7 +16,7 @@ from collections.abc import Iterator
 from secure_fedprompt.audit.findings import Finding, failed, noted, warned
 from secure_fedprompt.audit.log import Entry, Log
 from secure_fedprompt.protocol import messages as m
-from secure_fedprompt.protocol.errors import SignatureError
+from secure_fedprompt.protocol.errors import FieldError, SignatureError
 from secure_fedprompt.protocol.expand import Purpose, tag
 from secure_fedprompt.protocol.keys import verify
 from secure_fedprompt.protocol.plan import RoundPlan
@@ -50,6 +51,7 @@ def check_terms(log: Log, run: str, decoded: Decoded) -> Iterator[Finding]:
             yield failed("terms", where, f"the plan bends the terms: {what}")
     yield from _order(log, plans)
     yield from _openings(log, run, plans)
+    yield from _absences(log, dict(plans), decoded)
 
 
 def _signed(log: Log, run: str, decoded: Decoded) -> Iterator[Finding]:
@@ -240,6 +242,34 @@ def _openings(log: Log, run: str, plans: list[tuple[int, RoundPlan]]) -> Iterato
         if len({of[r].learning_round for r in rounds}) > 1:
             text = f"sums of rounds {_list(rounds)} were opened for one prompt"
             yield failed("terms", log.name, f"{text}: they can be subtracted")
+
+
+def _absences(log: Log, of: dict[int, RoundPlan], decoded: Decoded) -> Iterator[Finding]:
+    """Who is told by being in one of two successive sums only, among fewer than c + 2."""
+    lists = dict[int, set[str]]()
+    for _, message in decoded:
+        if not isinstance(message, m.OpenedSum | m.CipherSum) or message.round not in of:
+            continue
+        plan = of[message.round]
+        if plan.learning_round > plan.rounds:
+            continue
+        if isinstance(message, m.CipherSum):
+            lists[plan.learning_round] = set(message.survivors)
+            continue
+        with contextlib.suppress(FieldError):  # of whom it is not is said elsewhere
+            lists[plan.learning_round] = set(m.members_of(plan.cohort, message.members))
+    least = max((plan.colluders for plan in of.values()), default=0) + 2
+    told = set[str]()
+    for number in lists.keys() & {n - 1 for n in lists}:
+        now, then = lists[number], lists[number + 1]
+        told |= set().union(*(some for some in (now - then, then - now) if len(some) < least))
+    if told:
+        yield noted(
+            "terms", log.name, f"in one of two successive sums and not in the other: "
+            f"{', '.join(sorted(told))}. The sums' difference is that update, up to what the "
+            "others' changed by in between: little, if the learning rate is low (threshold = "
+            "clients asks for everybody in every sum)",
+        )  # fmt: skip
 
 
 def _list(rounds: set[int]) -> str:

@@ -24,3 +24,13 @@ def rate(settings: MethodSettings, learning_round: int, rounds: int, epoch: int)
     if learning_round == 1 and epoch == 0:
         return min(settings.lr, WARM_UP)
     return settings.lr * 0.5 * (1 + math.cos(math.pi * (learning_round - 1) / rounds))
+
+
+def slowest(settings: MethodSettings, rounds: int) -> tuple[float, int]:
+    """The learning round in which a prompt moves least: its largest rate, and its number.
+
+    Args:
+        rounds: learning rounds of the run; one that only evaluates has none.
+    """
+    last, rounds = settings.epochs - 1, max(1, rounds)
+    return min((rate(settings, number, rounds, last), number) for number in {1, rounds})

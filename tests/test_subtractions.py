@@ -1,0 +1,166 @@
+"""Sums of two rounds, one of them without a client: what is left of its update."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from federation import World
+from rounds import OPEN, names
+from test_terms import make_terms
+
+from secure_fedprompt.clients.backbone import Backbone
+from secure_fedprompt.clients.data import sets
+from secure_fedprompt.clients.learning import LocalLearner
+from secure_fedprompt.clients.training import LocalTrainer
+from secure_fedprompt.clients.work import Work
+from secure_fedprompt.protocol import errors, fixedpoint
+from secure_fedprompt.protocol import messages as m
+from secure_fedprompt.protocol.policy import Policy
+from secure_fedprompt.protocol.schedule import slowest
+from secure_fedprompt.protocol.settings import MethodSettings
+from secure_fedprompt.server.run import Run
+
+N, PER, WIDTH = 4, 8, 2 * 128
+TRAINING: dict[str, Any] = {
+    "init": "a photo", "n_ctx": 2, "batch_size": 1, "momentum": 0.0, "weight_decay": 0.0,
+    "metrics": "off", "weights": "uniform", "ring_bits": 32, "clip": 0.1, "patience": 5.0,
+    "alive_seconds": 12.0, "gather_seconds": 20.0,
+}  # fmt: skip
+
+
+class Real:
+    """A client's model and images as a workload of a world."""
+
+    resuming = False
+
+    def __init__(self, trainer: LocalTrainer) -> None:
+        self.trainer, self.updates = trainer, dict[int, np.ndarray]()
+        self.model_fingerprint = trainer.model_fingerprint
+        self.classes_digest, self.weight = trainer.classes_digest, trainer.weight
+
+    def prepare(self, settings: MethodSettings) -> LocalLearner:
+        self.learner = self.trainer.prepare(settings)
+        return self.learner
+
+    def run(self, work: Work) -> Any:
+        made = self.learner.run(work)
+        assert not isinstance(made, list)
+        self.updates[work.plan.learning_round] = np.ravel(made.values["ctx"])  # type: ignore[union-attr]
+        return made
+
+
+def without_the_last(
+    folder: Path, bundled: Backbone, monkeypatch: pytest.MonkeyPatch, policy: Policy, **changes: Any
+) -> tuple[World, list[np.ndarray]]:
+    """A run whose server has no ears for the last client after the first round, and its sums."""
+    sums: list[np.ndarray] = []
+    applied = Run._apply
+
+    def apply(self: Run, done: Any) -> None:
+        sums.append(fixedpoint.decode(done.plan.layout, done.integers)[:WIDTH])
+        applied(self, done)
+
+    monkeypatch.setattr(Run, "_apply", apply)
+    world = World(folder, N, policy, **TRAINING, **changes)
+    train, test = sets.generated_sets(PER, ["sketch"], 8, 1, 0)
+    shares = np.array_split(np.random.default_rng(0).permutation(len(train)), N)
+    world.toys = {
+        name: Real(LocalTrainer(bundled, train.subset(share[:PER]), test, int(share[0])))
+        for name, share in zip(names(N), shares, strict=True)
+    }
+    world.withdraws = True
+    last = names(N)[-1]
+
+    def tap(sender: str, recipient: str, message: m.Message) -> m.Message:
+        if isinstance(message, m.RoundEnd) and recipient == last and last not in world.lost:
+            world.lose(last)
+            world.lost.add(last)
+        return message
+
+    world.tamper = tap
+    for name in names(N):
+        world.join(name)
+    world.pump()
+    return world, sums
+
+
+def error_of(guess: np.ndarray, update: np.ndarray) -> float:
+    return float(np.linalg.norm(guess - update) / np.linalg.norm(update))
+
+
+def test_two_sums_of_a_low_rate_open_an_update_of_who_does_not_mind(
+    tmp_path: Path, bundled: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The attack, on clients that take any rate and any quorum."""
+    world, (first, second) = without_the_last(tmp_path, bundled, monkeypatch, OPEN, lr=1e-5)
+    assert world.run.error is None
+    update = world.toys[names(N)[-1]].updates[1]
+    assert error_of(first - second, update) < 0.05
+    assert error_of(first / N, update) > 0.3  # what the mean alone tells
+
+
+@pytest.mark.parametrize(
+    ("policy", "words"),
+    [({"min_lr": 1e-3}, "lr 1e-05 in round 1, but policy.min_lr is 0.001"),
+     ({"min_survivors": N}, "quorum 3, but policy.min_survivors is 4")],
+    ids=str,
+)  # fmt: skip
+def test_who_minds_trains_nothing(
+    tmp_path: Path,
+    bundled: Backbone,
+    monkeypatch: pytest.MonkeyPatch,
+    policy: dict[str, Any],
+    words: str,
+) -> None:
+    world, sums = without_the_last(tmp_path, bundled, monkeypatch, Policy(**policy), lr=1e-5)
+    assert not sums
+    assert not any(toy.updates for toy in world.toys.values())
+    assert set(world.errors) == set(names(N))
+    assert all(words in str(error) for error in world.errors.values())
+
+
+def test_the_rate_of_every_round_counts() -> None:
+    cosine = MethodSettings(lr=0.1, schedule="cosine", epochs=2)
+    rate, number = slowest(cosine, 10)
+    assert number == 10
+    assert rate == pytest.approx(0.1 * 0.5 * (1 + np.cos(0.9 * np.pi)))
+    assert slowest(MethodSettings(lr=0.1, schedule="cosine"), 10) == (1e-5, 1)  # one warm-up epoch
+    assert slowest(MethodSettings(lr=0.1), 10) == (0.1, 1)
+    for rounds in (0, 1):
+        assert slowest(cosine, rounds) == (0.1, 1)
+    terms = make_terms(lr=0.1, schedule="cosine", epochs=2)
+    with pytest.raises(errors.PolicyError, match=rf"lr \S+ in round {terms.rounds}, but policy"):
+        Policy(colluders=0, min_lr=0.09).check_terms(terms, 4)
+
+
+def test_who_asks_for_everybody_in_every_sum_is_never_subtracted(tmp_path: Path) -> None:
+    """A run with such clients waits for who is away."""
+    policy = Policy(colluders=0, min_survivors=N)
+    world = World(tmp_path, N, policy, threshold=N, rounds=3, max_attempts=0,
+                  patience=3600.0, alive_seconds=12.0, metrics="off", weights="uniform")  # fmt: skip
+    world.withdraws = True
+    cohorts, lists, last = dict[int, Any](), set[tuple[str, ...]](), names(N)[-1]
+
+    def tap(sender: str, recipient: str, message: m.Message) -> m.Message:
+        if isinstance(message, m.Plan):
+            cohorts[message.plan.round] = message.plan.cohort
+        if isinstance(message, m.SurvivorList):
+            lists.add(m.members_of(cohorts[message.round], message.survivors))
+        if isinstance(message, m.RoundEnd) and recipient == last and world.clock < 100:
+            world.lose(last)
+            world.lost.add(last)
+        if last in world.lost and world.clock > 100:
+            world.reconnect(last)
+        return message
+
+    world.tamper = tap
+    for name in names(N):
+        world.join(name)
+    world.pump()
+    assert world.run.error is None
+    assert world.clock > 100
+    assert world.run.state.learning_round == 4
+    assert lists == {names(N)}
