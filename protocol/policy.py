@@ -27,8 +27,8 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
     Attributes:
         min_cohort: smallest cohort to take part in; below 3 a peer's update is a subtraction away.
-        min_survivors: smallest number of updates in a sum that this client helps to open. The whole
-            roster, and no client can be told by its absence from one sum of two.
+        min_survivors: smallest number of updates in a sum that this client helps to open. -1 is
+            everybody on the roster: who is in one of two sums only can be told by their difference.
         min_threshold: smallest t.
         colluders: clients that may collude with the server (masks), or pool what they know under an
             honest one (bfv, ckks), and still learn nothing more. -1 asks for what a federation of
@@ -74,7 +74,7 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     """
 
     min_cohort: int = 3
-    min_survivors: int = 3
+    min_survivors: Annotated[int, Meta(ge=-1)] = 3
     min_threshold: int = 2
     colluders: int = -1
     protections: tuple[str, ...] = ("masks",)
@@ -112,7 +112,9 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             PolicyError: naming the limit, its value and the terms'.
         """
         method = terms.method
-        self.check_outline(method.method, terms.protection, terms.clients, terms.quorum)
+        self.check_outline(
+            method.method, terms.protection, terms.clients, terms.quorum, roster_clients
+        )
         if terms.rounds > self.max_rounds:
             raise PolicyError(_above("max_rounds", self.max_rounds, f"{terms.rounds} rounds"))
         rooms = [("min_clip", self.min_clip, terms.clip, True),
@@ -164,8 +166,13 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         if lowest < self.min_lr:
             raise PolicyError(_below("min_lr", self.min_lr, f"lr {lowest:g} in round {number}"))
 
-    def check_outline(self, method: str, protection: str, clients: int, quorum: int) -> None:
+    def check_outline(
+        self, method: str, protection: str, clients: int, quorum: int, roster_clients: int
+    ) -> None:
         """Refuse what is known of terms before a run: also for who only asks.
+
+        Args:
+            roster_clients: clients on this client's own roster.
 
         Raises:
             PolicyError: naming the limit, its value and the terms'.
@@ -178,8 +185,17 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             raise PolicyError(
                 _below("min_cohort", self.min_cohort, f"cohorts of {clients} at most")
             )
-        if facts_of(protection).hides and quorum < self.min_survivors:
-            raise PolicyError(_below("min_survivors", self.min_survivors, f"quorum {quorum}"))
+        if facts_of(protection).hides:
+            self._check_members(f"quorum {quorum}", quorum, roster_clients)
+
+    def _check_members(self, what: str, members: int, roster_clients: int) -> None:
+        if self.min_survivors < 0 and members < roster_clients:
+            raise PolicyError(
+                f"the server plans {what}, but policy.min_survivors is -1: everybody, which is "
+                f"{roster_clients} clients on our roster"
+            )
+        if members < self.min_survivors:
+            raise PolicyError(_below("min_survivors", self.min_survivors, what))
 
     def _check_colluders(
         self, protection: str, regular: bool, clients: int, quorum: int, found: int, roster: int
@@ -224,8 +240,7 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             raise PolicyError(_below("min_cohort", self.min_cohort, f"a cohort of {n}"))
         if not plan.facts.hides:
             return
-        if plan.quorum < self.min_survivors:
-            raise PolicyError(_below("min_survivors", self.min_survivors, f"quorum {plan.quorum}"))
+        self._check_members(f"quorum {plan.quorum}", plan.quorum, roster_clients)
         if not plan.degree:  # else the terms tell which corruption chose it
             found = plan.facts.tolerated(False, plan.members, plan.quorum)
             self._check_colluders(
@@ -291,15 +306,16 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
                 "operator for more dp_noise"
             )
 
-    def check_survivors(self, new: Sequence[str]) -> None:
+    def check_survivors(self, new: Sequence[str], roster_clients: int) -> None:
         """Refuse a survivor list that is too short.
+
+        Args:
+            roster_clients: clients on this client's own roster.
 
         Raises:
             PolicyError: naming the limit.
         """
-        if len(new) < self.min_survivors:
-            limit = self.min_survivors
-            raise PolicyError(_below("min_survivors", limit, f"{len(new)} survivors"))
+        self._check_members(f"{len(new)} survivors", len(new), roster_clients)
 
 
 def check_isolation(new: Sequence[str], earlier: Iterable[Sequence[str]], colluders: int) -> None:

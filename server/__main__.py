@@ -27,7 +27,7 @@ from secure_fedprompt.server.hub import CurveHub
 from secure_fedprompt.server.reload import Reload
 from secure_fedprompt.server.run import Run
 from secure_fedprompt.server.serve import CountedHub, hear, post
-from secure_fedprompt.server.settings import ServerSettings, check_settings, noise_of
+from secure_fedprompt.server.settings import ServerSettings, check_settings, noise_of, quorum_of
 from secure_fedprompt.server.store import BEST, TROUBLE, Store, started
 
 EXAMPLES = """\
@@ -206,7 +206,7 @@ def warn(log: Log, settings: ServerSettings, clients: int) -> None:
             "protection", f"client noise of {noise.multiplier:g} x dp_clip {noise.clip:g} in every "
             f"sum, if {noise.honest} clients add theirs; 'secure-fedprompt explain' prints epsilon",
         )  # fmt: skip
-    t = settings.threshold or settings.facts.least(clients)
+    t = quorum_of(settings, clients)
     text = settings.facts.standing(clients, t, settings.graph == "regular")
     log.info("protection", text)
 

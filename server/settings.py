@@ -83,7 +83,8 @@ class ServerSettings(MethodSettings, frozen=True, forbid_unknown_fields=True, kw
         dp_colluders: clients of a quorum whose noise does not count, since they can subtract it; -1
             is c = min(2t - n - 1, t - 2), and one at least.
         graph: "complete", or "regular" (k neighbours, honest-but-curious server) for large cohorts.
-        threshold: t, the quorum; 0 means floor(2n/3) + 1, and less is refused.
+        threshold: t, the quorum; 0 means floor(2n/3) + 1, and less is refused. -1 is everybody on
+            the roster: who is in one of two sums only can be told by their difference.
         max_dropout: share of clients that a regular graph tolerates as lost.
         max_corruption: share of clients that a regular graph tolerates as colluding.
         ring_bits: b, width of the update words on the wire, 8 to 32; 0 is the smallest with steps
@@ -141,7 +142,7 @@ class ServerSettings(MethodSettings, frozen=True, forbid_unknown_fields=True, kw
     dp_clip: Rate = 1.0
     dp_colluders: Annotated[int, Meta(ge=-1, le=65535)] = -1
     graph: Graph = "complete"
-    threshold: Count = 0
+    threshold: Annotated[int, Meta(ge=-1)] = 0
     max_dropout: NonNegative = 0.1
     max_corruption: NonNegative = 0.1
     ring_bits: Annotated[int, Meta(ge=0, le=32)] = 32
@@ -179,7 +180,8 @@ def quorum_of(settings: ServerSettings, clients: int) -> int:
     """Updates that a sum needs, of so many clients of the run."""
     if not settings.facts.hides:
         return settings.min_clients
-    return max(settings.threshold, settings.facts.least(clients))
+    wanted = clients if settings.threshold < 0 else settings.threshold
+    return max(wanted, settings.facts.least(clients))
 
 
 def fewest_of(settings: ServerSettings, clients: int) -> int:

@@ -283,7 +283,7 @@ def test_colluders_and_small_cohorts() -> None:
     with pytest.raises(errors.PolicyError, match="min_cohort"):
         Policy().check_plan(make_plan(2), 2)
     with pytest.raises(errors.PolicyError, match="min_survivors"):
-        Policy().check_survivors(("a", "b"))
+        Policy().check_survivors(("a", "b"), 4)
 
 
 def test_lists_of_one_prompt_must_not_isolate_a_few() -> None:

@@ -20,6 +20,7 @@ from secure_fedprompt.__main__ import COMMANDS, main
 from secure_fedprompt.clients.settings import ClientSettings, PrivacySettings
 from secure_fedprompt.host import command
 from secure_fedprompt.protocol import errors
+from secure_fedprompt.protocol.errors import PolicyError
 from secure_fedprompt.protocol.layout import TensorSpec
 from secure_fedprompt.protocol.settings import FedMGPSettings, MethodSettings
 from secure_fedprompt.server.__main__ import main as server_main
@@ -141,7 +142,7 @@ def test_paths_of_a_file_belong_to_its_folder(
     assert command.load(ServerSettings, flags(ServerSettings, [])).run_dir == "runs/{time}"
 
 
-def test_readmes_files_are_good_and_survive_one_loss() -> None:
+def test_readmes_files_are_good_and_ask_for_everybody() -> None:
     """Those of "On a LAN", read as the programs read them, with five clients on the roster."""
     text = (Path(__file__).parents[1] / "README.md").read_text().partition("## On a LAN")[2]
     blocks = [part.partition("```")[0] for part in text.split("```toml\n")[1:3]]
@@ -157,9 +158,14 @@ def test_readmes_files_are_good_and_survive_one_loss() -> None:
     terms = terms_of(server, roster(5), state)
     terms.check()
     client.policy.check_terms(terms, 5)
-    for cohort in (5, 4):
-        chosen = dataclasses.replace(terms.sample(1), cohort=terms.sample(1).cohort[:cohort])
-        client.policy.check_plan(terms.plan(chosen), 5)
+    assert (terms.quorum, terms.colluders) == (5, 3)
+    everybody = terms.sample(1)
+    client.policy.check_plan(terms.plan(everybody), 5)
+    few = terms.plan(dataclasses.replace(everybody, cohort=everybody.cohort[:4]))
+    with pytest.raises(PolicyError, match="a cohort of 4"):
+        client.policy.check_plan(few, 5)
+    with pytest.raises(PolicyError, match=r"4 survivors, but policy\.min_survivors is -1: every"):
+        client.policy.check_survivors(everybody.cohort[:4], 5)
 
 
 def test_every_flag_has_a_help_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

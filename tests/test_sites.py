@@ -75,14 +75,14 @@ def test_what_is_written_is_what_the_programs_read(
         assert f"{member.name:20} {spoken(member.identity)}" in said
     assert f"5 clients, {spoken(roster.digest)}" in said
     made = loaded(ServerSettings, server / "server.toml")
-    assert (made.method, made.rounds, made.clients) == ("fedmgp", 3, 5)
+    assert (made.method, made.rounds, made.clients, made.threshold) == ("fedmgp", 3, 5, -1)
     assert made.bind == "tcp://0.0.0.0:5571"
     check_roster(made, roster)
     client = loaded(ClientSettings, tmp_path / "alice" / "client.toml")
     assert client.server == ADDRESS
     assert (client.model, client.pretrained) == ("ViT-B-16", "openai")
     assert client.policy == Policy(
-        protections=("masks",), methods=("fedmgp",), min_cohort=4, min_survivors=4
+        protections=("masks",), methods=("fedmgp",), min_cohort=5, min_survivors=-1
     )
     identity, _, me, other = files.whoami(client.key, str(server / "roster.toml"), "client")
     assert me.identity == identity.public()
@@ -118,7 +118,7 @@ def test_every_key_of_the_policy_is_spelled_out_and_explained(tmp_path: Path) ->
         assert len(blocks) == 1, name
         assert blocks[0].startswith("# "), name
     assert "\n# colluders = -1\n" in text
-    assert "\nmin_cohort = 4\n" in text
+    assert "\nmin_cohort = 5\n" in text
     # Without the comment signs it says the same: defaults are what is commented out.
     lines = [line.removeprefix("# ") if " = " in line and line.startswith("# ") and
              line[2:].split(" = ")[0] in Policy.__struct_fields__ else line
@@ -126,6 +126,30 @@ def test_every_key_of_the_policy_is_spelled_out_and_explained(tmp_path: Path) ->
     (tmp_path / "a" / "all.toml").write_text("\n".join(lines))
     whole, short = (loaded(ClientSettings, tmp_path / "a" / f"{n}.toml") for n in ("all", "client"))
     assert whole.policy == short.policy
+
+
+@pytest.mark.parametrize(
+    ("words", "threshold", "quorum", "says"),
+    [("--clients 5", -1, 5, "5 of 5 sites: no site can be told"),
+     ("--clients 5 --missing 1", 0, 4, "4 of 5 sites: a round goes on without 1"),
+     ("--clients 10", -1, 10, "10 of 10 sites: no site"),
+     ("--clients 11", 0, 8, "8 of 11 sites: a round goes on without 3"),
+     ("--clients 11 --missing 2", 9, 9, "9 of 11 sites"),
+     ("--clients 5 --protection bfv", 0, 4, "4 of 5 sites")],
+)  # fmt: skip
+def test_few_sites_are_all_in_every_sum_unless_told_otherwise(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    words: str,
+    threshold: int,
+    quorum: int,
+    says: str,
+) -> None:
+    server = started(tmp_path, *words.split())
+    assert f"quorum        {says}" in capsys.readouterr().out
+    assert loaded(ServerSettings, server / "server.toml").threshold == threshold
+    invitation, _ = sites.read_invitation(server / "invitation.toml")
+    assert invitation.quorum == quorum
 
 
 def test_other_protections_are_a_sites_own_word(tmp_path: Path) -> None:
@@ -181,12 +205,15 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "address": (["init", "--address", "http://x", "--clients", "5"], "tcp://HOST:PORT"),
     "port": (["init", "--address", "tcp://x:99999", "--clients", "5"], "tcp://HOST:PORT"),
     "two": (["init", "--address", ADDRESS, "--clients", "2"], "at least 3"),
+    "missing": (["init", "--address", ADDRESS, "--clients", "5", "--missing", "2"], "0 to 1 of 5"),
+    "less": (["init", "--address", ADDRESS, "--clients", "5", "--missing", "-1"], "0 to 1 of 5"),
     "method": (["init", "--address", ADDRESS, "--clients", "5", "--method", "x"], "method = 'x'"),
     "no file": (["join", "nowhere.toml", "--name", "a", "--dataset", "x"], "cannot be read"),
     "no name": (["join", "server/invitation.toml", "--dataset", "x"], "--name: give it"),
     "bad name": (["join", "server/invitation.toml", "--name", "a b", "--dataset", "x"], "name 'a b'"),
     "no toml": (["join", "bad.toml", "--name", "a", "--dataset", "x"], "is no invitation"),
     "a roster": (["join", "server/roster.toml", "--name", "a", "--dataset", "x"], "is no invitation"),
+    "lone": (["join", "lone.toml", "--name", "a", "--dataset", "x"], "threshold = 3 of 5 clients"),
     "altered": (["join", "altered.toml", "--name", "a", "--dataset", "x"], "does not verify"),
     "a client": (["join", "of-client.toml", "--name", "a", "--dataset", "x"], "must name one member"),
     "no protection": (
@@ -209,6 +236,7 @@ def test_what_is_wrong_is_one_line(
     text = Path("server/invitation.toml").read_text()
     Path("bad.toml").write_text("a = [")
     Path("open.toml").write_text(text.replace('protection = "masks"', 'protection = "none"'))
+    Path("lone.toml").write_text(text.replace("threshold = -1", "threshold = 3"))
     Path("altered.toml").write_text(text.replace('name = "server"', 'name = "sorver"'))
     main(["keygen", "--name", "server", "--role", "server", "--out", "other"])
     main(["keygen", "--name", "alice"])

@@ -105,7 +105,8 @@ def test_two_sums_of_a_low_rate_open_an_update_of_who_does_not_mind(
 @pytest.mark.parametrize(
     ("policy", "words"),
     [({"min_lr": 1e-3}, "lr 1e-05 in round 1, but policy.min_lr is 0.001"),
-     ({"min_survivors": N}, "quorum 3, but policy.min_survivors is 4")],
+     ({"min_survivors": N}, "quorum 3, but policy.min_survivors is 4"),
+     ({"min_survivors": -1}, "quorum 3, but policy.min_survivors is -1: everybody, which is 4")],
     ids=str,
 )  # fmt: skip
 def test_who_minds_trains_nothing(
@@ -136,10 +137,13 @@ def test_the_rate_of_every_round_counts() -> None:
         Policy(colluders=0, min_lr=0.09).check_terms(terms, 4)
 
 
-def test_who_asks_for_everybody_in_every_sum_is_never_subtracted(tmp_path: Path) -> None:
+@pytest.mark.parametrize("everybody", [N, -1])
+def test_who_asks_for_everybody_in_every_sum_is_never_subtracted(
+    tmp_path: Path, everybody: int
+) -> None:
     """A run with such clients waits for who is away."""
-    policy = Policy(colluders=0, min_survivors=N)
-    world = World(tmp_path, N, policy, threshold=N, rounds=3, max_attempts=0,
+    policy = Policy(colluders=0, min_survivors=everybody)
+    world = World(tmp_path, N, policy, threshold=everybody, rounds=3, max_attempts=0,
                   patience=3600.0, alive_seconds=12.0, metrics="off", weights="uniform")  # fmt: skip
     world.withdraws = True
     cohorts, lists, last = dict[int, Any](), set[tuple[str, ...]](), names(N)[-1]

@@ -136,10 +136,10 @@ def grown(world: World, n: int) -> World:
     return world
 
 
-@pytest.mark.parametrize("heard", [True, False])
-def test_a_roster_that_grows_gets_another_key(tmp_path: Path, heard: bool) -> None:
+@pytest.mark.parametrize(("heard", "threshold"), [(True, 0), (False, 0), (True, -1)])
+def test_a_roster_that_grows_gets_another_key(tmp_path: Path, heard: bool, threshold: int) -> None:
     """Also if nobody heard the last sum: it is checked with the key of the roster that made it."""
-    world = world_of(tmp_path, 4, stop_after=1)
+    world = world_of(tmp_path, 4, stop_after=1, threshold=threshold)
     for name in names(4):
         world.join(name)
     world.pump(lambda w, x: not heard and isinstance(x, m.OpenedSum))
@@ -150,6 +150,8 @@ def test_a_roster_that_grows_gets_another_key(tmp_path: Path, heard: bool) -> No
     assert world.run.state.key not in (before, NO_KEY)
     assert [lr for _, lr in done(world)] == [1, 2, 3, 4]
     assert all(world.sessions[name].verified for name in names(5))
+    assert world.run.state.terms is not None
+    assert world.run.state.terms.quorum == (5 if threshold else 4)
 
 
 def test_a_roster_that_grows_too_fast_is_refused_with_the_reason(tmp_path: Path) -> None:

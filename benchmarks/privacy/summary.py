@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ SETS = {"generated": "generated", "caltech101": "Caltech101"}
 METHODS = {"PromptFL": "labels", "FedOTP": "labels_fedotp", "FedMGP": "labels_fedmgp"}
 SKIPPED = "discriminator, on shadows"  # not an attack: what it learned of the adversary's own
 Rows = list[dict[str, Any]]
+Shown = Callable[[dict[str, float] | None], str]
 
 
 def rows_of(name: str, data: str) -> Rows:
@@ -44,24 +46,34 @@ def strongest(rows: Rows, figure: str) -> dict[str, dict[str, Any]]:
 def shown(value: dict[str, float] | None) -> str:
     if value is None:
         return "not run"
+    return f"{value['value']:.2f} ({value['low']:.2f} to {value['high']:.2f})"
+
+
+def percents(value: dict[str, float] | None) -> str:
+    if value is None:
+        return "not run"
     middle, low, high = (
-        f"{x:.3f}" if 0 < x < 0.01 else f"{x:.2f}"
-        for x in (value["value"], value["low"], value["high"])
+        f"{100 * value[key]:.{'0f' if value[key] > 0.095 else '2g'}}"
+        for key in ("value", "low", "high")
     )
-    return f"{middle} ({low} to {high})"
+    return f"{middle}% ({low} to {high})"
 
 
-def table(name: str, figures: dict[str, str], attacks: bool = True) -> str:
+def table(name: str, figures: dict[str, str], attacks: bool = True, show: Shown = shown) -> str:
     """A row for each view, on both sets."""
-    return beside({words: rows_of(name, data) for data, words in SETS.items()}, figures, attacks)
+    sources = {words: rows_of(name, data) for data, words in SETS.items()}
+    return beside(sources, figures, attacks, show)
 
 
-def beside(sources: dict[str, Rows], figures: dict[str, str], attacks: bool = True) -> str:
+def beside(
+    sources: dict[str, Rows], figures: dict[str, str], attacks: bool = True, show: Shown = shown
+) -> str:
     """A row for each view, with the figures of its strongest attack, which is named if asked.
 
     Args:
         sources: heading -> rows; one without rows is left out.
         figures: key -> column; the first one says which attack is the strongest.
+        show: writes a figure with its interval.
     """
     first = next(iter(figures))
     found = {head: strongest(rows, first) for head, rows in sources.items() if rows}
@@ -71,7 +83,7 @@ def beside(sources: dict[str, Rows], figures: dict[str, str], attacks: bool = Tr
         cells = []
         for best in found.values():
             row = best.get(view, {})
-            cells += [shown(row.get(key)) for key in figures]
+            cells += [show(row.get(key)) for key in figures]
             if attacks and row:
                 cells[-len(figures)] += f", {row['attack']}"
         lines.append(f"| {view} | {' | '.join(cells)} |")
@@ -85,7 +97,7 @@ TABLES = {
         {method: rows_of(name, "generated") for method, name in METHODS.items()}, {"auc": "AUC"}
     ),
     "subtraction": lambda: table(
-        "subtraction", {"error": "error", "mean_error": "of the mean"}, attacks=False
+        "subtraction", {"error": "error", "mean_error": "of the mean"}, False, percents
     ),
     "membership": lambda: table("membership", RATES),
     "membership_4_rounds": lambda: table("membership_4_rounds", RATES),

@@ -77,7 +77,7 @@ class State:
             raise SurvivorError(f"survivor list leaves out {own!r}, who uploaded")
         if len(survivors) < plan.quorum:
             raise ThresholdError(f"{len(survivors)} survivors, quorum is {plan.quorum}")
-        self.party.policy.check_survivors(survivors)
+        self.party.policy.check_survivors(survivors, self.party.roster_clients)
         check_isolation(survivors, self.party.journal.near_lists(plan), plan.colluders)
 
     def reveal(self, survivors: tuple[str, ...]) -> None:

@@ -267,8 +267,8 @@ def _absences(log: Log, of: dict[int, RoundPlan], decoded: Decoded) -> Iterator[
         yield noted(
             "terms", log.name, f"in one of two successive sums and not in the other: "
             f"{', '.join(sorted(told))}. The sums' difference is that update, up to what the "
-            "others' changed by in between: little, if the learning rate is low (threshold = "
-            "clients asks for everybody in every sum)",
+            "others' changed by in between: little, if the learning rate is low (threshold = -1 "
+            "asks for everybody in every sum)",
         )  # fmt: skip
 
 

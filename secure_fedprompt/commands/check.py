@@ -81,7 +81,9 @@ def _ask(link: Link, settings: ClientSettings, trainer: LocalTrainer, roster_dig
     if found.error:
         raise MismatchError(f"the server would refuse us: {found.reason}")
     method = MethodSettings.from_bytes(found.settings)
-    settings.policy.check_outline(method.method, found.protection, found.clients, found.quorum)
+    settings.policy.check_outline(
+        method.method, found.protection, found.clients, found.quorum, found.clients
+    )
     settings.policy.check_training(method, 1)  # how many rounds is in the terms
     if settings.dp.kind == "sample" and settings.dp.noise_multiplier:
         rate, steps = steps_of(trainer.image_counts[0], method.batch_size, method.epochs)

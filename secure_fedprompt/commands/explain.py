@@ -16,7 +16,7 @@ from secure_fedprompt.protocol.errors import ConfigError, PlanError
 from secure_fedprompt.protocol.homomorphic import Parameters
 from secure_fedprompt.protocol.layout import Layout, TensorSpec, total_size
 from secure_fedprompt.protocol.packing import Packing
-from secure_fedprompt.protocol.protections import default_threshold, tolerated_colluders
+from secure_fedprompt.protocol.protections import tolerated_colluders
 from secure_fedprompt.protocol.selection.task import Task
 from secure_fedprompt.server.settings import (
     ServerSettings,
@@ -129,7 +129,7 @@ def describe(
         if facts.masked and settings.graph == "regular":
             _regular(rows, figures, settings, clients)
         elif facts.masked:
-            t = settings.threshold or default_threshold(clients)
+            t = quorum_of(settings, clients)
             rows["threshold"] = (
                 f"{clients} clients, t = {t}: safe against a dishonest server with "
                 f"c = {tolerated_colluders(clients, t)} colluding clients"

@@ -33,10 +33,11 @@ from secure_fedprompt.server.settings import ServerSettings, check_settings
 
 PORT = 5570
 INVITATION, ROSTER = "invitation.toml", "roster.toml"
-PROPOSED = ("method", "protection", "rounds", "clients")  # what an invitation says of the run
-_SERVER = ("key", "roster", "bind", "run_dir", "clients", "method", "protection", "rounds", "n_ctx",
-           "init", "lr", "epochs", "batch_size", "metrics", "weights", "gather_seconds",
-           "training_seconds")  # fmt: skip
+PROPOSED = ("method", "protection", "rounds", "clients", "threshold")  # what an invitation says
+FEW = 10  # sites that can be expected to be there all together
+_SERVER = ("key", "roster", "bind", "run_dir", "clients", "threshold", "method", "protection",
+           "rounds", "n_ctx", "init", "lr", "epochs", "batch_size", "metrics", "weights",
+           "gather_seconds", "training_seconds")  # fmt: skip
 _CLIENT = ("key", "roster", "server", "state_dir", "dataset", "class_list", "model", "pretrained",
            "device", "threads", "hold_seconds")  # fmt: skip
 _PHONE = "say the words to each other by phone, not in the mail that brought the file"
@@ -57,6 +58,14 @@ class Invitation(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     protection: str
     rounds: int
     clients: int
+    threshold: int = 0
+
+    @property
+    def quorum(self) -> int:
+        """Fewest clients of a sum."""
+        if self.threshold < 0:
+            return self.clients
+        return self.threshold or default_threshold(self.clients)
 
 
 def init(argv: list[str]) -> int:
@@ -73,6 +82,12 @@ def init(argv: list[str]) -> int:
     parser.add_argument("--method", default="promptfl", metavar="NAME", help="of prompt learning")
     parser.add_argument("--protection", choices=PROTECTIONS, default="masks", help="of updates")
     parser.add_argument("--rounds", type=int, default=10, metavar="N", help="learning rounds")
+    parser.add_argument(
+        "--missing", type=int, metavar="N",
+        help="sites that a round goes on without. A site that misses one sum of two can be told by "
+        f"their difference: with masks and up to {FEW} sites none by default, so that a round "
+        "waits; else as many as the protocol can do without",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("."), metavar="DIR", help="folder for all")
     args = parser.parse_args(argv)
     return command.guard(lambda: _init(args), args)
@@ -92,10 +107,19 @@ def _init(args: argparse.Namespace) -> int:
         )
     if clients < 3:
         raise ConfigError(f"--clients {clients}: at least 3, or an update is a subtraction away")
+    least = default_threshold(clients)
+    everybody = facts_of(args.protection).masked and clients <= FEW
+    missing = (0 if everybody else clients - least) if args.missing is None else args.missing
+    if not 0 <= missing <= clients - least:
+        raise ConfigError(
+            f"--missing {missing}: 0 to {clients - least} of {clients} sites, or two sums of one "
+            "prompt could be opened"
+        )
     values = {
         "key": "server.pem", "roster": ROSTER, "bind": f"tcp://0.0.0.0:{port}",
         "run_dir": "runs/{time}", "clients": clients, "method": args.method,
         "protection": args.protection, "rounds": args.rounds,
+        "threshold": (clients - missing if missing < clients - least else 0) if missing else -1,
     }  # fmt: skip
     settings = command.build(ServerSettings, dict(values), "init")
     check_settings(settings)
@@ -103,7 +127,9 @@ def _init(args: argparse.Namespace) -> int:
     _new(out, "server.toml", ROSTER, INVITATION)
     member = make_key("server", "server", out)
     write_roster(out / ROSTER, Roster.of((member,)))
-    (out / "server.toml").write_text(_commented(ServerSettings, _SERVER, settings, set(values)))
+    (out / "server.toml").write_text(
+        _commented(ServerSettings, _SERVER, settings, {k for k in values if values[k]})
+    )
     host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
     lines = ["# An invitation to a federation: secure-fedprompt join invitation.toml --name YOURS",
              "# It is public. What it proposes binds nobody: a client judges the signed terms.",
@@ -115,6 +141,12 @@ def _init(args: argparse.Namespace) -> int:
     print(f"roster        {out / ROSTER}  (the server; sites follow with 'admit')")
     print(f"invitation    {out / INVITATION}  (send it to the sites)")
     print(f"server's key  {spoken(member.identity)}  ({_PHONE})")
+    effect = (
+        f"a round goes on without {missing}, whose updates can be told by that"
+        if missing
+        else "no site can be told by its absence, and a round waits for who is missing"
+    )
+    print(f"quorum        {clients - missing} of {clients} sites: {effect} (--missing)")
     command.write_json(args.json, "init", {"members": rows_of((member,))})
     return 0
 
@@ -157,9 +189,9 @@ def _join(args: argparse.Namespace) -> int:
     values = {"key": f"{name}.pem", "roster": ROSTER, "server": found.server,
               "state_dir": "state", "dataset": dataset}  # fmt: skip
     values |= {k: getattr(args, k) for k in ("model", "pretrained") if getattr(args, k)}
-    quorum = default_threshold(found.clients)
-    policy = {"protections": [found.protection], "methods": [found.method], "min_cohort": quorum,
-              "min_survivors": quorum}  # fmt: skip
+    policy = {"protections": [found.protection], "methods": [found.method],
+              "min_cohort": found.quorum,
+              "min_survivors": -1 if found.quorum == found.clients else found.quorum}  # fmt: skip
     settings = command.build(ClientSettings, {**values, "policy": dict(policy)}, "join")
     out: Path = args.out
     _new(out, "client.toml")
@@ -177,7 +209,7 @@ def _join(args: argparse.Namespace) -> int:
     print(f"server's key  {spoken(server.identity)}  ({_PHONE})")
     print(
         f"proposed      {found.method} under {found.protection}, {found.rounds} rounds, "
-        f"{found.clients} sites"
+        f"{found.clients} sites, of which {found.quorum} are in every sum"
     )
     print(f"next          put the {ROSTER} that comes back beside client.toml, then run "
           f"'secure-fedprompt check --config {out / 'client.toml'}'")  # fmt: skip
@@ -205,6 +237,10 @@ def read_invitation(path: Path) -> tuple[Invitation, Member]:
     if found.clients < 3 or found.protection not in PROTECTIONS:
         raise ConfigError(
             f"{path} is no invitation: protection {found.protection!r}, {found.clients} clients"
+        )
+    if not default_threshold(found.clients) <= found.quorum <= found.clients:
+        raise ConfigError(
+            f"{path} is no invitation: threshold = {found.threshold} of {found.clients} clients"
         )
     return found, members[0]
 
