@@ -306,17 +306,6 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
                 "operator for more dp_noise"
             )
 
-    def check_survivors(self, new: Sequence[str], roster_clients: int) -> None:
-        """Refuse a survivor list that is too short.
-
-        Args:
-            roster_clients: clients on this client's own roster.
-
-        Raises:
-            PolicyError: naming the limit.
-        """
-        self._check_members(f"{len(new)} survivors", len(new), roster_clients)
-
 
 def check_isolation(new: Sequence[str], earlier: Iterable[Sequence[str]], colluders: int) -> None:
     """Refuse a survivor list that, with lists of nearly the same base, would isolate a few.

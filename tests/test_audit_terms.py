@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from rounds import identity
 
 from secure_fedprompt.audit import summary, uniformity
 from secure_fedprompt.audit.findings import Level
-from secure_fedprompt.audit.terms import _bent
+from secure_fedprompt.audit.terms import _absences, _bent
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.expand import Purpose
 from secure_fedprompt.protocol.plan import RoundPlan
@@ -219,12 +220,17 @@ def test_a_plan_that_bends_the_terms_shows_at_every_client(
 
 
 @pytest.mark.parametrize("protection", ["masks", "bfv"])
-@pytest.mark.parametrize("missing", [False, True])
-def test_who_missed_one_of_two_sums_is_named(
-    tmp_path: Path, protection: str, missing: bool
-) -> None:
+@pytest.mark.parametrize("missing", ["", "the first", "the others"])
+def test_who_missed_one_of_two_sums_is_named(tmp_path: Path, protection: str, missing: str) -> None:
+    lost: list[str] = []
+    leaves = m.RoundEnd if missing == "the others" else (m.MaskedUpload, m.CipherUpload)
+
     def until(world: Any, message: m.Message) -> bool:
-        if missing and isinstance(message, m.RoundEnd) and "c004" not in world.lost:
+        if missing == "the first" and len(lost) == 1 and isinstance(message, m.RoundEnd):
+            lost.append("back")
+            world.join("c004")
+        if missing and not lost and isinstance(message, leaves):
+            lost.append("c004")
             world.lose("c004")
             world.lost.add("c004")
         return False
@@ -233,9 +239,25 @@ def test_who_missed_one_of_two_sums_is_named(
     (log,) = read(folders, "server")
     result = summary.audit(log, [], "", None)
     said = [f.text for f in result.findings if "one of two successive sums" in f.text]
-    assert len(said) == missing
+    assert len(said) == bool(missing)
     assert all("not in the other: c004. The sums'" in text for text in said)
     assert result.kept
+
+
+@pytest.mark.parametrize(("left", "told"), [(4, True), (5, False)])
+def test_as_many_as_hide_each_other_are_not_named(left: int, told: bool) -> None:
+    """c + 2 of them, as on a regular graph that tolerates fewer."""
+    everybody = tuple(f"c{i}" for i in range(30))
+    plans: Any = {
+        number: SimpleNamespace(learning_round=number, rounds=2, cohort=everybody, colluders=3)
+        for number in (1, 2)
+    }
+    sums: Any = [
+        (None, m.CipherSum(b"r" * 16, number, names, (), bytes(16), ()))
+        for number, names in ((1, everybody), (2, everybody[left:]))
+    ]
+    log: Any = SimpleNamespace(name="server")
+    assert bool(list(_absences(log, plans, sums))) == told
 
 
 @pytest.mark.parametrize(

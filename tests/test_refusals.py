@@ -282,8 +282,6 @@ def test_colluders_and_small_cohorts() -> None:
         policy.check_plan(make_plan(6, round=3000), 6)
     with pytest.raises(errors.PolicyError, match="min_cohort"):
         Policy().check_plan(make_plan(2), 2)
-    with pytest.raises(errors.PolicyError, match="min_survivors"):
-        Policy().check_survivors(("a", "b"), 4)
 
 
 def test_lists_of_one_prompt_must_not_isolate_a_few() -> None:

@@ -164,8 +164,9 @@ def test_readmes_files_are_good_and_ask_for_everybody() -> None:
     few = terms.plan(dataclasses.replace(everybody, cohort=everybody.cohort[:4]))
     with pytest.raises(PolicyError, match="a cohort of 4"):
         client.policy.check_plan(few, 5)
-    with pytest.raises(PolicyError, match=r"4 survivors, but policy\.min_survivors is -1: every"):
-        client.policy.check_survivors(everybody.cohort[:4], 5)
+    less = dataclasses.replace(terms.plan(everybody), quorum=4)
+    with pytest.raises(PolicyError, match=r"quorum 4, but policy\.min_survivors is -1: everybody"):
+        client.policy.check_plan(less, 5)
 
 
 def test_every_flag_has_a_help_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,14 +70,13 @@ class State:
         lists whose sums may be open.
 
         Raises:
-            SurvivorError, ThresholdError, PolicyError; IsolationError: see ``check_isolation``.
+            SurvivorError, ThresholdError; IsolationError: see ``check_isolation``.
         """
         plan, own = self.plan, self.party.name
         if own not in survivors:
             raise SurvivorError(f"survivor list leaves out {own!r}, who uploaded")
         if len(survivors) < plan.quorum:
             raise ThresholdError(f"{len(survivors)} survivors, quorum is {plan.quorum}")
-        self.party.policy.check_survivors(survivors, self.party.roster_clients)
         check_isolation(survivors, self.party.journal.near_lists(plan), plan.colluders)
 
     def reveal(self, survivors: tuple[str, ...]) -> None:
