@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 from rich.console import Console
@@ -10,6 +11,7 @@ from rich.table import Table
 from secure_fedprompt.protocol.protections import facts_of
 
 Summary = dict[str, Any]
+FEW = 5  # names
 
 
 def size(count: float) -> str:
@@ -71,9 +73,20 @@ def _percent(value: float | None) -> str:
 
 def what_the_server_saw(summary: Summary) -> str:
     """One honest sentence."""
+    facts = facts_of(summary["protection"])
     rows = [r for r in summary["rounds"] if r["outcome"] == "done"]
     fewest = min((len(r["cohort"]) - len(r["dropped"]) for r in rows), default=0)
-    return facts_of(summary["protection"]).seen(len(rows), fewest)
+    trained = [r for r in rows if r["learning_round"] <= summary["learning_rounds"]]
+    lists = [set(r["cohort"]) - set(r["dropped"]) for r in trained]
+    told = set().union(*(now ^ then for now, then in itertools.pairwise(lists)))
+    absent = ""
+    if told and facts.masked:
+        who = ", ".join(sorted(told)) if len(told) <= FEW else f"{len(told)} clients"
+        absent = (
+            f"; but {who} {'was' if len(told) == 1 else 'were'} in one of two successive sums "
+            'only, whose difference tells of that update ("What remains" in docs/terms.md)'
+        )
+    return facts.seen(len(rows), fewest) + absent
 
 
 def show_run(console: Console, summary: Summary) -> None:

@@ -11,6 +11,7 @@ from rounds import make_plan
 
 from secure_fedprompt.protocol.errors import PlanError
 from secure_fedprompt.protocol.protections import PROTECTIONS, facts_of
+from secure_fedprompt.show import what_the_server_saw
 
 ROOT = Path(__file__).parent.parent
 #               hides  masked encrypted approximate default
@@ -67,6 +68,26 @@ def test_what_the_server_saw_is_what_the_readme_says() -> None:
     assert (
         PROTECTIONS["masks"].seen(3, 4).startswith("the server saw 3 sums over at least 4 clients")
     )
+
+
+@pytest.mark.parametrize(
+    ("protection", "dropped", "says"),
+    [("masks", [{}, {}], ""), ("masks", [{}, {"bob": "training"}], "but bob was in one of two"),
+     ("masks", [{"dave": "x", "bob": "x"}, {}], "but bob, dave were in one of two"),
+     ("masks", [{"bob": "x"}, {"bob": "x"}], ""), ("bfv", [{}, {"bob": "training"}], "")],
+)  # fmt: skip
+def test_who_missed_one_of_two_sums_is_said(
+    protection: str, dropped: list[dict[str, str]], says: str
+) -> None:
+    rows = [
+        {"learning_round": n + 1, "outcome": "done", "cohort": ["alice", "bob", "carol", "dave"],
+         "dropped": gone}
+        for n, gone in enumerate([*dropped, {}])
+    ]  # fmt: skip
+    summary = {"protection": protection, "learning_rounds": 2, "rounds": rows}
+    shown = what_the_server_saw(summary)
+    assert says in shown
+    assert ("successive sums" in shown) == bool(says)
 
 
 def test_a_made_up_name_promises_most_and_can_do_nothing() -> None:
