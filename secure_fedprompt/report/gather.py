@@ -83,7 +83,10 @@ def gather(
         raise ConfigError(f"{folder} holds no round yet: wait for the first one to end")
     settings = settings_of(folder)
     run = json.loads(state[0])["run"]
-    summed = {"rounds": rows, "protection": settings["protection"]}
+    summed = {
+        "rounds": rows, "protection": settings["protection"],
+        "learning_rounds": settings["rounds"],
+    }  # fmt: skip
     if client_json is not None:
         show.add_history(summed, _history(client_json))
     log = _audit_log(folder)
