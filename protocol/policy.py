@@ -192,7 +192,7 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         if self.min_survivors < 0 and members < roster_clients:
             raise PolicyError(
                 f"the server plans {what}, but policy.min_survivors is -1: everybody, which is "
-                f"{roster_clients} clients on our roster"
+                f"{roster_clients} clients on our roster; the server's file needs threshold = -1"
             )
         if members < self.min_survivors:
             raise PolicyError(_below("min_survivors", self.min_survivors, what))
