@@ -69,6 +69,7 @@ class LocalLearner:
     Attributes:
         figures: of the last round, for this client's own user.
         clipped: update values beyond the plan's clip in the last round.
+        diverged: whether its training overflowed, so that what came before was sent.
         norms: L2 norms of the updates so far.
         sigma: noise multiplier of the run. spent: epsilon so far, once somebody has asked for it.
         seconds: that the last round's work took, once somebody has counted them.
@@ -79,6 +80,7 @@ class LocalLearner:
         self.kept = Kept(client.keep)
         self.figures, self.clipped, self.norms = Figures(), 0, list[float]()
         self.sigma = self.spent = self.seconds = 0.0
+        self.diverged = False
         self._initial = self._flattened(method.state())
         self._before: tuple[tuple[bytes, int], Arrays] | None = None  # private part, round's start
         self._zero_shot_hits: int | None = None
@@ -182,7 +184,7 @@ class LocalLearner:
             delta = self._flattened(sent) - work.base
             self.kept.save(method, plan.run)
             self.clipped = int(np.count_nonzero(np.abs(delta) > plan.clip))
-            self.norms.append(float(np.linalg.norm(delta)))
+            self.norms.append(float(np.linalg.norm(delta.astype(np.float64))))
             for i, (spec, part) in enumerate(lay.slices(method.uploaded())):
                 values[spec.name] = delta[part].reshape(spec.shape)
                 if plan.selection.federation:
@@ -260,9 +262,11 @@ class LocalLearner:
                     if client.cancelled.is_set():
                         raise UpdateError("training was cancelled")
                     loss = taking.take(batch)
+                    taking.keep_finite()
                     done += 1
                     losses.append(loss.float() * len(batch.labels))
                     client.progress(what, done, steps)
+        self.diverged = taking.recover()
         each = steps // s.epochs
         first, last = (
             float(torch.stack(part).sum()) / len(images) for part in (losses[:each], losses[-each:])

@@ -28,6 +28,8 @@ class Steps:
         self.method, self.momentum, self.weight_decay = method, momentum, weight_decay
         self.parameters = method.parameters()
         self.moving = [torch.zeros_like(p) for p in self.parameters]
+        self._finite = [p.detach().clone() for p in self.parameters]
+        self._diverged = torch.zeros((), dtype=torch.bool, device=self.parameters[0].device)
         device = self.parameters[0].device
         self.rate = torch.tensor(lr, dtype=self.parameters[0].dtype, device=device)
 
@@ -35,6 +37,29 @@ class Steps:
         """Momentum zero again, in the same tensors."""
         for moving in self.moving:
             moving.zero_()
+        self._diverged.zero_()
+        self.keep_finite()
+
+    @torch.no_grad()
+    def keep_finite(self) -> None:
+        """Remember the parameters after a step unless it overflowed, without waiting for it."""
+        fine = torch.stack([p.isfinite().all() for p in self.parameters]).all()
+        for kept, p in zip(self._finite, self.parameters, strict=True):
+            kept.copy_(torch.where(fine, p, kept))
+        self._diverged.logical_or_(~fine)
+
+    @torch.no_grad()
+    def recover(self) -> bool:
+        """Be where the last finite step led to; whether there were others after it.
+
+        The server chose what is trained, and how many steps overflow depends on the images: a
+        failure would leave out of the sum whom the server likes.
+        """
+        diverged = bool(self._diverged)
+        if diverged:
+            for kept, p in zip(self._finite, self.parameters, strict=True):
+                p.copy_(kept)
+        return diverged
 
     def take(self, batch: Batch) -> Tensor:
         """One step; the loss before it."""

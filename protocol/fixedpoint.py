@@ -140,13 +140,16 @@ def size_layout(
 
 
 def weighted(layout: Layout, values: Values, *, weight: float, clip: float) -> Vector:
-    """Clip and weight a contribution: the float64 vector that ``encode`` rounds.
+    """Bound and weight a contribution: the float64 vector that ``encode`` rounds.
+
+    An update with values beyond the clip is scaled down as a whole. Values that were cut off one
+    by one would be known, and a sum in which all but one client's are is that client's.
 
     Args:
         layout: of the plan.
-        values: update tensors (unweighted) and counters, by field name. The number of clipped
-            values is filled in if the layout has a field for it; right answers of zero-shot are 0
-            unless they are given.
+        values: update tensors (unweighted) and counters, by field name. The number of values
+            beyond the clip is filled in if the layout has a field for it; right answers of
+            zero-shot are 0 unless they are given.
         weight: n_k, the multiplier of the update fields; at most the weight field's bound counts.
         clip: C.
 
@@ -162,12 +165,14 @@ def weighted(layout: Layout, values: Values, *, weight: float, clip: float) -> V
     if not np.isfinite(vector).all():
         at = int(np.flatnonzero(~np.isfinite(vector))[0])
         raise UpdateError(f"update value {at} is {vector[at]}: lower the learning rate")
-    clipped = 0
+    sizes = [np.abs(vector[place]) for field, place in lay.slices(layout) if field.update]
+    clipped = sum(int(np.count_nonzero(part > clip)) for part in sizes)
+    scale = min(1.0, clip / max([part.max(initial=0.0) for part in sizes] + [clip]))
     for field, place in lay.slices(layout):
         part = vector[place]
         if field.update:
-            clipped += int(np.count_nonzero(np.abs(part) > clip))
-            np.clip(part, -clip, clip, out=part)
+            part *= scale
+            np.clip(part, -clip, clip, out=part)  # by an error of rounding
             part *= weight
         elif field.name == lay.CLIPPED:
             part[:] = clipped

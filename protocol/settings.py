@@ -16,6 +16,7 @@ Count = Annotated[int, Meta(ge=0)]
 Rate = Annotated[float, Meta(gt=0)]
 NonNegative = Annotated[float, Meta(ge=0)]
 Seconds = Annotated[float, Meta(gt=0)]
+MOST_PULL = 0.5  # share that one step takes back by what pulls a prompt towards a point
 Strength = Annotated[float, Meta(ge=0, le=1e4)]  # of a term of the loss
 Digits = Annotated[str, Meta(pattern="^[0-9a-f]{0,64}$")]  # hexadecimal, the first of a digest
 Weights = Literal["uniform", "bucket", "samples"]
@@ -200,6 +201,15 @@ class MethodSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
         if self.start and len(self.start) != 64:
             raise ConfigError(
                 f"start = {self.start!r}: the whole digest, 64 hex digits (see --start-prompt)"
+            )
+        pull, names = self.weight_decay, "weight_decay"
+        if more := {"fedprox": "prox_mu", "fedamp": "amp_lambda"}.get(self.method):
+            pull, names = pull + getattr(self.compare, more), f"weight_decay + compare.{more}"
+        if self.lr * pull > MOST_PULL:
+            raise ConfigError(
+                f"lr = {self.lr:g} with {names} = {pull:g}: a step would take a prompt back by "
+                f"more than {MOST_PULL:.0%}, and past 200% it diverges, sooner where there are "
+                "more images: lower one of them"
             )
         if self.fedmgp.slots > self.fedmgp.groups:
             raise ConfigError(

@@ -53,8 +53,16 @@ def sent(log: Log, session: Session[LocalLearner], work: Work, weight: float) ->
         log.warning(
             "sent", f"our {weight:g} images count as the plan's max_weight {plan.max_weight}"
         )
+    if learner.diverged:
+        log.warning(
+            "sent", "training overflowed: the last prompt that had not is sent; ask the server's "
+            "operator for a lower lr",
+        )  # fmt: skip
     if learner.clipped:
-        log.warning("sent", f"{learner.clipped} values clipped to {plan.clip:g}")
+        log.warning(
+            "sent", f"{learner.clipped} values were beyond clip = {plan.clip:g}: the update was "
+            "scaled down",
+        )  # fmt: skip
     counts = "counts" if dp.kind == "none" else "zeros in the place of counts (dp)"
     what = f"update of norm {learner.norms[-1]:.2g}" if plan.training else counts
     weighs = "" if plan.uniform else f" for {weight:g} images"

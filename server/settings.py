@@ -89,7 +89,7 @@ class ServerSettings(MethodSettings, frozen=True, forbid_unknown_fields=True, kw
         max_corruption: share of clients that a regular graph tolerates as colluding.
         ring_bits: b, width of the update words on the wire, 8 to 32; 0 is the smallest with steps
             of clip / 131072 or finer, 22 for ten clients of weight 1.
-        clip: C, largest magnitude of an update value.
+        clip: C, largest magnitude of an update value; an update with larger ones is scaled down.
         weights: "uniform"; "bucket" (n_k rounded down to a power of two) or "samples" (n_k). Under
             the last two a dropout between two rounds can reveal a client's bucket, or its n_k.
         max_weight: W_max, largest weight; more images count as so many.

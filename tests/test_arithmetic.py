@@ -232,7 +232,9 @@ def test_rounding_is_unbiased() -> None:
     assert abs(integers.mean() - 0.3) < 6 * np.sqrt(0.21 / 100_000)
 
 
-def test_clipping_is_counted_and_weighted() -> None:
+def test_an_update_beyond_the_clip_is_scaled_down_and_counted() -> None:
+    """As a whole: of values that are cut off one by one everybody would know what they are, and a
+    sum in which all but one client's are is that client's."""
     plan = make_plan(3, max_weight=5)
     values, _ = make_updates(plan)["c001"]
     values["ctx"] = np.full((3, 5), 0.5)
@@ -242,7 +244,24 @@ def test_clipping_is_counted_and_weighted() -> None:
         plan.layout, fixedpoint.weighted(plan.layout, full, weight=5, clip=1.0)
     )
     assert fields["clipped"] == 2
-    assert fields["ctx"][0].tolist() == [5.0, -5.0, 2.5, 2.5, 2.5]
+    assert np.allclose(fields["ctx"], 5 * values["ctx"] / 9.0, rtol=1e-12)
+    assert fields["ctx"][0, 1] == -5.0
+
+
+@given(
+    arrays(np.float64, (3, 5), elements=st.floats(-1e30, 1e30)),
+    st.floats(1e-3, 1e3),
+)
+def test_scaling_keeps_directions_and_bounds(ctx: np.ndarray, clip: float) -> None:
+    plan = make_plan(3, max_weight=5)
+    values, _ = make_updates(plan)["c001"]
+    full = {**values, "ctx": ctx, "weight": np.float64(1), "contributors": np.float64(1)}
+    fitting = tuple(dataclasses.replace(f, bound=5 * clip) if f.update else f for f in plan.layout)
+    found = layout.unflatten(fitting, fixedpoint.weighted(fitting, full, weight=1, clip=clip))
+    largest = np.abs(ctx).max()
+    expected = ctx if largest <= clip else ctx * (clip / largest)
+    assert np.allclose(found["ctx"], expected, rtol=1e-12, atol=0)
+    assert np.abs(found["ctx"]).max() <= clip
 
 
 @pytest.mark.parametrize(

@@ -278,7 +278,7 @@ def test_a_clients_own_figures_stay_with_it(
     assert "clipped" not in told.getvalue()
     learner.clipped = 3
     narration.sent(log, session_of(learner), Work(plan, learner.initial()), 1.0)
-    assert f"warning 3 values clipped to {plan.clip:g}" in told.getvalue()
+    assert f"warning 3 values were beyond clip = {plan.clip:g}: the update was" in told.getvalue()
 
 
 def session_of(learner: LocalLearner) -> Session[LocalLearner]:

@@ -204,7 +204,7 @@ def _train(
         kept.weight = weight
         if cut := int(np.count_nonzero(np.abs(delta) > work.plan.clip)):
             LOG.warning(
-                "secure-fedprompt: %d of %d values of the update were clipped to %g",
+                "secure-fedprompt: %d of %d values were beyond clip = %g: the update was scaled",
                 cut, len(delta), work.plan.clip,
             )  # fmt: skip
         frames = player.trained(delta, 1.0 if work.plan.uniform else weight)
