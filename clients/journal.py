@@ -271,6 +271,11 @@ class MemoryJournal:
             found += self.counted_lists(plan.run)
         return found
 
+    def signed_lists(self, run: bytes | None) -> list[Names]:
+        """Survivor lists of a run whose sums tell of updates; of all runs if it is None."""
+        every = [entry for made in self._bases.values() for entry in made.lists]
+        return [names for of, _, names in every if run is None or of == run.hex()]
+
     def counted_lists(self, run: bytes) -> list[Names]:
         """Survivor lists of other runs whose sums held what no prompt changes."""
         return [names for of, names in self._counted if of != run.hex()]

@@ -293,6 +293,7 @@ class Session(Joining[L_co]):
         self._conclude(done=plan.learning_round > before)  # if its end was lost
         self._raw = raw
         check(self.party, plan)
+        self._check_everybody(plan, terms)
         if not (plan.encrypted and plan.learning_round > 1):
             self._prompt(plan, self._raw)  # refused before anything is done
         if plan.learning_round == 1:
@@ -303,6 +304,15 @@ class Session(Joining[L_co]):
         self.declined = None
         self._greetings, self._planned, self._resumed = 0, True, False
         return self._ready(replies)
+
+    def _check_everybody(self, plan: RoundPlan, terms: RunTerms) -> None:
+        """Who asks for everybody in every sum asks its operator before others are everybody: from
+        one round to the next, or where a prompt was given, which sums of another run may have made.
+        """
+        if self.party.policy.min_survivors < 0 and plan.telling and self.settings is not None:
+            signed = self.party.journal.signed_lists(None if self.settings.start else plan.run)
+            if any(set(names) != set(plan.cohort) for names in signed):
+                self._ask(terms, "of other clients, whose sums beside this one's single out")
 
     def _check_cohort(self, plan: RoundPlan, terms: RunTerms) -> None:
         """Decline a cohort whose sum would single somebody out; where the server chose the start,

@@ -49,7 +49,8 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         helpers: who may be the helper; empty allows every member of role helper on the roster.
         client_helpers: whether any client may be it as well. One that does not follow the protocol
             reads the scores of all others, and can open slots that were closed.
-        min_fillers: fewest clients whose groups may be summed in one slot of "secure-federation".
+        min_fillers: fewest clients whose groups may be summed in one slot of "secure-federation";
+            two more than ``colluders`` in any case.
         min_noise: smallest noise multiplier of client-level differential privacy, for every sum;
             0 asks for none. Terms with metrics are refused then.
         noise_colluders: clients of a quorum whose noise is not counted on; -1 is the c of terms on
@@ -200,13 +201,29 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     def _check_colluders(
         self, protection: str, regular: bool, clients: int, quorum: int, found: int, roster: int
     ) -> None:
-        wanted = self.colluders
-        if wanted < 0:
-            wanted = facts_of(protection).tolerated(regular, roster, default_threshold(roster))
+        wanted = self._wanted(protection, regular, roster)
         if found < wanted:
             raise PolicyError(
                 f"a quorum of {quorum} of {clients} clients tolerates {found} colluders, but "
                 f"policy.colluders asks for {wanted} ({roster} clients are on our roster)"
+            )
+
+    def _wanted(self, protection: str, regular: bool, roster: int) -> int:
+        """Colluders that this client wants to be safe from."""
+        if self.colluders >= 0:
+            return self.colluders
+        return facts_of(protection).tolerated(regular, roster, default_threshold(roster))
+
+    def _check_fillers(self, plan: RoundPlan, roster: int) -> None:
+        """A slot's mean tells those who fill it of the others."""
+        found, limit = plan.selection.fillers, self.min_fillers
+        if found < limit:
+            raise PolicyError(_below("min_fillers", limit, f"{found} fillers"))
+        c = self._wanted(plan.protection, plan.degree > 0, roster) if plan.facts.hides else 0
+        if c and found < c + 2:
+            raise PolicyError(
+                f"the server plans {found} fillers of a slot, of whom {c} could collude "
+                f"(policy.colluders): at least {c + 2}, selection_fillers in the server's file"
             )
 
     def check_plan(self, plan: RoundPlan, roster_clients: int) -> None:
@@ -233,9 +250,8 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             raise PolicyError(_outside("selections", self.selections, plan.selection.kind))
         if plan.selecting and self.helpers and plan.selection.helper not in self.helpers:
             raise PolicyError(_outside("helpers", self.helpers, plan.selection.helper))
-        if plan.selection.federation and plan.selection.fillers < self.min_fillers:
-            fillers = f"{plan.selection.fillers} fillers"
-            raise PolicyError(_below("min_fillers", self.min_fillers, fillers))
+        if plan.selection.federation:
+            self._check_fillers(plan, roster_clients)
         if n < self.min_cohort:
             raise PolicyError(_below("min_cohort", self.min_cohort, f"a cohort of {n}"))
         if not plan.facts.hides:

@@ -22,7 +22,14 @@ from secure_fedprompt.protocol.plan import (
 from secure_fedprompt.protocol.roster import Roster
 from secure_fedprompt.protocol.selection.task import SCOPES
 from secure_fedprompt.protocol.terms import RunTerms, nonces_digest
-from secure_fedprompt.server.settings import ServerSettings, bits_of, noise_of, quorum_of, weight_of
+from secure_fedprompt.server.settings import (
+    ServerSettings,
+    bits_of,
+    fillers_of,
+    noise_of,
+    quorum_of,
+    weight_of,
+)
 
 TENSOR_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.]{0,47}")
 
@@ -218,7 +225,7 @@ def terms_of(settings: ServerSettings, roster: Roster, state: RunState) -> RunTe
         helpers=((settings.helper,) if settings.helper else tuple(names)) if secure else (),
         selection=1 + SCOPES.index(settings.selection_scope) if secure else 0,
         keep=settings.selection_keep if federation else 0,
-        fillers=settings.selection_fillers if federation else 0,
+        fillers=fillers_of(settings, n) if federation else 0,
         noise=noise_of(settings, n),
         stage_seconds=settings.stage_seconds,
         training_seconds=settings.training_seconds,

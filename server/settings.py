@@ -74,7 +74,8 @@ class ServerSettings(MethodSettings, frozen=True, forbid_unknown_fields=True, kw
             largest keys of all clients' groups, whoever owns them: each fills as many slots.
         selection_keep: groups that scope "federation" takes of each kind; 0 is slots x clients.
         selection_fillers: fewest clients that must fill a slot in scope "federation", or it keeps
-            its value; below 3 one filler could subtract itself.
+            its value; 0 is c + 2, with the c that the smallest quorum tolerates: colluders can
+            subtract what they fill.
         helper: name of the helper, a client or a process of role helper; empty elects a client,
             whom clients accept only if their policies say so.
         dp_noise: z of client-level differential privacy: the sum's noise has deviation z x dp_clip
@@ -136,7 +137,7 @@ class ServerSettings(MethodSettings, frozen=True, forbid_unknown_fields=True, kw
     selection: SelectionMode = "client"
     selection_scope: SelectionScope = "client"
     selection_keep: Count = 0
-    selection_fillers: Positive = 3
+    selection_fillers: Count = 0
     helper: str = ""
     dp_noise: NonNegative = 0.0
     dp_clip: Rate = 1.0
@@ -206,6 +207,13 @@ def fewest_of(settings: ServerSettings, clients: int) -> int:
         f"no k-regular graph of {clients} clients or fewer tolerates {settings.max_dropout:.0%} "
         f'dropout and {settings.max_corruption:.0%} collusion: use graph = "complete"'
     )
+
+
+def fillers_of(settings: ServerSettings, clients: int) -> int:
+    """Fewest clients of a slot, of so many on the roster."""
+    regular, least = settings.graph == "regular", settings.facts.least(clients)
+    colluders = settings.facts.tolerated(regular, clients, least) if settings.facts.hides else 1
+    return settings.selection_fillers or max(3, colluders + 2)
 
 
 def noise_of(settings: ServerSettings, clients: int) -> Noise:
@@ -282,7 +290,7 @@ def selection_of(settings: ServerSettings, clients: int, helper: str) -> Selecti
         groups=o.groups,
         slots=o.slots,
         keep=keep if federation else 0,
-        fillers=settings.selection_fillers if federation else 0,
+        fillers=fillers_of(settings, clients) if federation else 0,
         helper=helper,
         helper_key=bytes(32),
         helper_signature=bytes(64),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from federation import World
@@ -24,6 +26,8 @@ from secure_fedprompt.protocol import errors, fixedpoint
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.layout import total_size, unflatten
 from secure_fedprompt.protocol.plan import RoundPlan
+from secure_fedprompt.protocol.policy import Policy
+from secure_fedprompt.server.settings import ServerSettings, fillers_of
 
 
 @pytest.mark.parametrize("protection", ["masks", "bfv", "ckks", "none"])
@@ -222,3 +226,28 @@ def test_a_helper_lost_in_every_attempt_ends_the_run_with_a_reason(tmp_path: Pat
 
     world.pump(until=lose)
     assert "aborted 2 times: helper notary failed" in str(world.run.error)
+
+
+def test_fillers_that_pool_theirs_have_two_others_beside_them(tmp_path: Path) -> None:
+    """Who claims the largest keys chooses who else fills a slot."""
+    for n, c in ((4, 1), (10, 3)):
+        settings = ServerSettings(selection="secure", selection_scope="federation")
+        assert fillers_of(settings, n) == c + 2
+        assert fillers_of(msgspec.structs.replace(settings, selection_fillers=7), n) == 7
+    world = federate(tmp_path, 10, selection_scope="federation", selection_keep=3)
+    plans: list[RoundPlan] = []
+
+    def tap(sender: str, recipient: str, message: m.Message) -> m.Message:
+        plans.extend([message.plan] if isinstance(message, m.Plan) else [])
+        return message
+
+    world.tamper = tap
+    world.pump()
+    plan = plans[-1]
+    assert plan.selection.fillers == 5
+    policy = Policy(selections=("secure-federation",))
+    policy.check_plan(plan, 10)
+    less = dataclasses.replace(plan, selection=dataclasses.replace(plan.selection, fillers=4))
+    with pytest.raises(errors.PolicyError, match="4 fillers of a slot, of whom 3 could collude"):
+        policy.check_plan(less, 10)
+    msgspec.structs.replace(policy, colluders=2).check_plan(less, 10)

@@ -150,6 +150,11 @@ def test_few_sites_are_all_in_every_sum_unless_told_otherwise(
     assert loaded(ServerSettings, server / "server.toml").threshold == threshold
     invitation, _ = sites.read_invitation(server / "invitation.toml")
     assert invitation.quorum == quorum
+    join = ["join", str(server / "invitation.toml"), "--name", "a", "--dataset", "x"]
+    told = [*words.split()[2:], *(["--missing", "9"] if "11" in words else [])]
+    assert main([*join, *told, "--out", str(tmp_path / "a")]) == 0
+    policy = loaded(ClientSettings, tmp_path / "a" / "client.toml").policy
+    assert policy.min_survivors == (-1 if threshold == -1 else quorum)
 
 
 def test_other_protections_are_a_sites_own_word(tmp_path: Path) -> None:
@@ -213,6 +218,9 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "bad name": (["join", "server/invitation.toml", "--name", "a b", "--dataset", "x"], "name 'a b'"),
     "no toml": (["join", "bad.toml", "--name", "a", "--dataset", "x"], "is no invitation"),
     "a roster": (["join", "server/roster.toml", "--name", "a", "--dataset", "x"], "is no invitation"),
+    "fewer": (
+        ["join", "fewer.toml", "--name", "a", "--dataset", "x"],
+        "lets sums do without 1 of 5 sites, whose updates can be told by that; this site agrees to 0"),
     "lone": (["join", "lone.toml", "--name", "a", "--dataset", "x"], "threshold = 3 of 5 clients"),
     "altered": (["join", "altered.toml", "--name", "a", "--dataset", "x"], "does not verify"),
     "a client": (["join", "of-client.toml", "--name", "a", "--dataset", "x"], "must name one member"),
@@ -236,6 +244,7 @@ def test_what_is_wrong_is_one_line(
     text = Path("server/invitation.toml").read_text()
     Path("bad.toml").write_text("a = [")
     Path("open.toml").write_text(text.replace('protection = "masks"', 'protection = "none"'))
+    Path("fewer.toml").write_text(text.replace("threshold = -1\n", ""))
     Path("lone.toml").write_text(text.replace("threshold = -1", "threshold = 3"))
     Path("altered.toml").write_text(text.replace('name = "server"', 'name = "sorver"'))
     main(["keygen", "--name", "server", "--role", "server", "--out", "other"])

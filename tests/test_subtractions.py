@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from federation import World
 from rounds import OPEN, names
+from test_sum_keys import grown
 from test_terms import make_terms
 
 from secure_fedprompt.clients.backbone import Backbone
@@ -168,3 +170,47 @@ def test_who_asks_for_everybody_in_every_sum_is_never_subtracted(
     assert world.clock > 100
     assert world.run.state.learning_round == 4
     assert lists == {names(N)}
+
+
+def declined(world: World) -> set[str]:
+    """Who asked its operator for the word, and told nobody why."""
+    told = [str(text) for kind, text in world.events if kind == "fault"]
+    assert all(errors.AcceptanceError.told in text for text in told)
+    return {text.split(": ")[1] for text in told}
+
+
+def test_others_are_not_everybody_without_their_operators_word(tmp_path: Path) -> None:
+    """A site that joins is in the second sum and not in the first."""
+    changes: dict[str, Any] = {"metrics": "off", "weights": "uniform", "threshold": -1}
+    for policy, asks in ((Policy(colluders=0, min_survivors=-1), True), (OPEN, False)):
+        world = World(tmp_path / str(asks), 4, policy, stop_after=1, **changes)
+        for name in names(4):
+            world.join(name)
+        world.pump()
+        world.withdraws = True
+        with contextlib.suppress(AssertionError):  # nothing moves any more, if clients have left
+            grown(world, 5)
+        assert declined(world) == (set(names(4)) if asks else set())
+        assert (world.run.state.learning_round == 3) != asks
+
+
+@pytest.mark.parametrize(("given", "asks"), [("", False), ("ab" * 32, True)])
+def test_a_given_prompt_may_be_of_sums_over_others(tmp_path: Path, given: str, asks: bool) -> None:
+    changes: dict[str, Any] = {"metrics": "off", "weights": "uniform", "threshold": -1}
+    policy = Policy(colluders=0, min_survivors=-1)
+    first = World(tmp_path / "first", 4, policy, **changes)
+    for name in names(4):
+        first.join(name)
+    first.pump()
+    assert first.run.error is None
+    world = World(tmp_path / "second", 5, policy, start=given, max_attempts=1, **changes)
+    world.journals |= first.journals
+    world.withdraws, world.clock = True, 1000.0
+    for toy in world.toys.values():
+        toy.initial = lambda: np.full(10, 9.0, np.float32)  # elsewhere
+    world.start_server()
+    for name in names(5):
+        world.join(name)
+    with contextlib.suppress(AssertionError):
+        world.pump()
+    assert declined(world) == (set(names(4)) if asks else set())

@@ -108,8 +108,7 @@ def _init(args: argparse.Namespace) -> int:
     if clients < 3:
         raise ConfigError(f"--clients {clients}: at least 3, or an update is a subtraction away")
     least = default_threshold(clients)
-    everybody = facts_of(args.protection).masked and clients <= FEW
-    missing = (0 if everybody else clients - least) if args.missing is None else args.missing
+    missing = _missing(args.protection, clients) if args.missing is None else args.missing
     if not 0 <= missing <= clients - least:
         raise ConfigError(
             f"--missing {missing}: 0 to {clients - least} of {clients} sites, or two sums of one "
@@ -169,6 +168,11 @@ def join(argv: list[str]) -> int:
     parser.add_argument("--pretrained", metavar="TAG", help="of the model")
     parser.add_argument("--protection", choices=PROTECTIONS, default="masks",
                         help="that this site agrees to (default: masks)")  # fmt: skip
+    parser.add_argument(
+        "--missing", type=int, metavar="N",
+        help="sites that this one lets a sum do without, as in 'init'; by default none, with masks "
+        f"and up to {FEW} sites",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("."), metavar="DIR", help="folder for all")
     args = parser.parse_args(argv)
     return command.guard(lambda: _join(args), args)
@@ -182,6 +186,16 @@ def _join(args: argparse.Namespace) -> int:
             f"this site agrees to {args.protection!r}: give --protection {found.protection} if you "
             "agree to that"
         )
+    missing = found.clients - found.quorum
+    allowed = args.missing
+    if allowed is None:
+        allowed = _missing(found.protection, found.clients)
+    if missing > allowed:  # likewise: the invitation is not signed
+        raise ConfigError(
+            f"the invitation lets sums do without {missing} of {found.clients} sites, whose "
+            f"updates can be told by that; this site agrees to {allowed}: give --missing {missing} "
+            "if you agree to more"
+        )
     name = args.name or _asked("name", "name of this site")
     dataset = args.dataset or _asked("dataset", "folder or zip file of images")
     if Path(dataset).exists():
@@ -191,7 +205,7 @@ def _join(args: argparse.Namespace) -> int:
     values |= {k: getattr(args, k) for k in ("model", "pretrained") if getattr(args, k)}
     policy = {"protections": [found.protection], "methods": [found.method],
               "min_cohort": found.quorum,
-              "min_survivors": -1 if found.quorum == found.clients else found.quorum}  # fmt: skip
+              "min_survivors": found.quorum if missing else -1}  # fmt: skip
     settings = command.build(ClientSettings, {**values, "policy": dict(policy)}, "join")
     out: Path = args.out
     _new(out, "client.toml")
@@ -285,6 +299,12 @@ def _admit(args: argparse.Namespace) -> int:
         args.json, "roster", {"roster_digest": digest, "members": rows_of(after.members)}
     )
     return 0
+
+
+def _missing(protection: str, clients: int) -> int:
+    """Sites that a sum does without, unless somebody says otherwise."""
+    few = facts_of(protection).masked and clients <= FEW
+    return 0 if few else clients - default_threshold(clients)
 
 
 def _asked(flag: str, what: str) -> str:
