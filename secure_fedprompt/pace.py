@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import secrets
+from collections import deque
+
 from secure_fedprompt.protocol import messages as m
 from secure_fedprompt.protocol.plan import RoundPlan
 
@@ -9,9 +12,10 @@ UPLOADS = (m.MaskedUpload, m.CipherUpload, m.PlainUpload, m.KeyShares)
 
 
 class Pace:
-    """Holds uploads back: for ``upload_after``, and for a failure as long as training ever took.
+    """Holds uploads back: for ``upload_after``, and a failure for as long as some training took.
 
-    How long training takes shows how many images there are, and a failure would show by its haste.
+    How long training takes shows how many images there are, and a failure would show by its haste,
+    or by always the same time: one of those that training took before is drawn.
     Time counts from the first plan of a learning round: no later attempt at it shortens a hold, and
     neither does a deadline. A failure before anything was trained is held by ``upload_after``.
     """
@@ -20,7 +24,8 @@ class Pace:
         """``at_least``: seconds that this client holds uploads back, whatever the terms say."""
         self._at_least, self._after = at_least, 0.0
         self._here: tuple[bytes, int] = (b"", 0)
-        self._began, self._longest, self._failed = 0.0, 0.0, False
+        self._began, self._drawn, self._failed = 0.0, 0.0, False
+        self._took = deque[float](maxlen=100)
         self._held: list[m.Message] = []
 
     def begin(self, plan: RoundPlan, upload_after: float, now: float) -> None:
@@ -28,6 +33,7 @@ class Pace:
         here = plan.run, plan.learning_round
         if here != self._here:
             self._here, self._began, self._failed = here, now, False
+            self._drawn = secrets.choice(self._took) if self._took else 0.0
         self._after = max(self._at_least, upload_after)
         self._held = []  # what an aborted attempt was about to send
 
@@ -37,12 +43,12 @@ class Pace:
             return
         self._failed = self._failed or failed
         if not failed:
-            self._longest = max(self._longest, now - self._began)
+            self._took.append(now - self._began)
 
     def due(self, replies: list[m.Message], now: float) -> list[m.Message]:
         """What may leave now, of these replies and of those that were held."""
         self._held += [reply for reply in replies if isinstance(reply, UPLOADS)]
-        wait = max(self._after, self._longest if self._failed else 0.0)
+        wait = max(self._after, self._drawn if self._failed else 0.0)
         free = [reply for reply in replies if not isinstance(reply, UPLOADS)]
         if now - self._began >= wait:
             free, self._held = free + self._held, []

@@ -22,7 +22,7 @@ from secure_fedprompt.clients.settings import ClientSettings
 from secure_fedprompt.commands import keys as cli
 from secure_fedprompt.host import command, files
 from secure_fedprompt.protocol import errors
-from secure_fedprompt.protocol.keys import Identity, Member, agree, seal, unseal
+from secure_fedprompt.protocol.keys import Identity, Member, agree, seal, spoken, unseal
 from secure_fedprompt.protocol.roster import Roster, member_to_toml
 from secure_fedprompt.protocol.settings import MethodSettings
 from secure_fedprompt.server.settings import ServerSettings
@@ -83,6 +83,9 @@ def test_roster_add_list_check(tmp_path: Path, capsys: pytest.CaptureFixture[str
     ]
     before = Path("roster.toml").read_text()
     capsys.readouterr()
+    assert main(["roster", "list"]) == 0
+    words = spoken(files.read_roster("roster.toml").digest)
+    assert f"(3 members, signatures good)  {words}" in capsys.readouterr().out
     assert main(["roster", "add", "bob.entry.toml"]) == 0
     assert "bob is on roster.toml already, with this very key" in capsys.readouterr().out
     assert Path("roster.toml").read_text() == before

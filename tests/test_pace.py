@@ -50,7 +50,22 @@ def test_all_hold_to_the_longer_of_terms_and_settings(
     assert leaves(pace, plan, 7.0, failed) == 60.0
 
 
-def test_a_failure_takes_as_long_as_training_ever_took() -> None:
+def test_a_failure_takes_as_long_as_training_did_now_and_then() -> None:
+    """Always as long as the longest would be as plain as haste."""
+    pace, plan = begun()
+    for number, took in enumerate((40.0, 50.0, 60.0), 2):
+        assert leaves(pace, plan, 100.0 * (number - 2) + took) == 100.0 * (number - 2) + took
+        plan = dataclasses.replace(plan, round=number, learning_round=number)
+        pace.begin(plan, 0.0, 100.0 * (number - 1))
+    waits = set()
+    for number in range(5, 105):
+        plan = dataclasses.replace(plan, round=number, learning_round=number)
+        pace.begin(plan, 0.0, 100.0)
+        waits.add(leaves(pace, plan, 101.0, failed=True) - 100.0)
+    assert waits == {40.0, 50.0, 60.0}
+
+
+def test_a_failure_takes_as_long_as_training_took() -> None:
     pace, plan = begun()
     assert leaves(pace, plan, 40.0) == 40.0
     second = dataclasses.replace(plan, round=2, learning_round=2)

@@ -18,7 +18,7 @@ from secure_fedprompt.protocol.errors import (
     SecureFedPromptError,
     UnreachableError,
 )
-from secure_fedprompt.protocol.keys import Identity
+from secure_fedprompt.protocol.keys import Identity, spoken
 from secure_fedprompt.protocol.settings import MethodSettings
 from secure_fedprompt.protocol.transport import Frame, Link
 
@@ -128,7 +128,11 @@ def _check(settings: ClientSettings, json_path: str | None, log: Log) -> int:
     trainer = _own(settings, log, results)
     try:
         identity, known, me, server = whoami(settings.key, settings.roster, "client")
-        results.ok("keys", f"{me.name}, roster digest {known.digest.hex()[:16]}")
+        results.ok(
+            "keys",
+            f"{me.name}; {len(known.clients)} clients on the roster {spoken(known.digest)}: the "
+            "other sites must see the same words",
+        )
     except SecureFedPromptError as error:
         results.failed("keys", error)
         return results.end()
