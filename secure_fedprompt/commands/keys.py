@@ -96,8 +96,8 @@ def _roster(args: argparse.Namespace) -> int:
             f"{fingerprint(member.curve)}  {spoken(member.identity)}"
         )
     digest = current.digest.hex()
-    count = f"{len(current.members)} members, signatures good"
-    print(f"roster digest {digest[:16]}  ({count})  {spoken(current.digest)}")
+    found = f"{len(current.members)} members, signatures good"
+    print(f"roster digest {digest[:16]}  ({found})  {spoken(current.digest)}")
     command.write_json(
         args.json, "roster", {"roster_digest": digest, "members": rows_of(current.members)}
     )
