@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from secure_fedprompt.clients.drift import Drift, decay_of
 from secure_fedprompt.clients.features import Features, predict
 from secure_fedprompt.clients.kept import Kept
 from secure_fedprompt.clients.ledger import Entry
@@ -199,13 +200,13 @@ class LocalLearner:
         self.method.tuned()
         self.kept.save(self.method, run)
 
-    def _taking(self) -> Steps:
+    def _taking(self, steps: int) -> Steps:
         """Steps from rest. They are kept: a compiled graph belongs to their tensors."""
         s, trained = self.settings, self.method.parameters()
         if self._steps is None or list(map(id, self._steps.parameters)) != list(map(id, trained)):
             kind = CompiledSteps if self.client.compile else Steps
             self._steps = kind(
-                self.method, lr=s.lr, momentum=s.momentum, weight_decay=s.weight_decay
+                self.method, lr=s.lr, momentum=s.momentum, weight_decay=decay_of(s, steps)
             )
         self._steps.restart()
         return self._steps
@@ -244,10 +245,13 @@ class LocalLearner:
             return
         self.check_kind(run)
         rng = client.draws(number)
-        taking = self._taking()
         # A batch of everything would make training a function of the prompt alone.
         size = min(s.batch_size, max(1, len(images) // 4))
-        steps = s.epochs * -(-len(images) // size)
+        each = -(-len(images) // size)
+        steps = s.epochs * each
+        taking = self._taking(steps)
+        paces = [pace(epoch) for epoch in range(s.epochs)]
+        drift = Drift(s, method.parameters(), paces, [done // each for done in range(steps)])
         entry = Entry(run.hex(), number, 0.0, size / len(images), steps)
         client.ledger.reserve(entry, client.dp)
         if client.compile:
@@ -256,7 +260,7 @@ class LocalLearner:
         with torch.random.fork_rng(devices=[]):  # torchvision draws from torch's generator
             torch.manual_seed(int(rng.integers(2**62)))
             for epoch in range(s.epochs):
-                taking.rate.fill_(pace(epoch))
+                taking.rate.fill_(paces[epoch])
                 order = rng.permutation(len(images))
                 for batch in client.batches(images, order, size):
                     if client.cancelled.is_set():
@@ -267,7 +271,8 @@ class LocalLearner:
                     losses.append(loss.float() * len(batch.labels))
                     client.progress(what, done, steps)
         self.diverged = taking.recover()
-        each = steps // s.epochs
+        if not self.diverged:
+            drift.even_out()
         first, last = (
             float(torch.stack(part).sum()) / len(images) for part in (losses[:each], losses[-each:])
         )

@@ -8,6 +8,7 @@ import torch
 
 from secure_fedprompt.clients.accounting import noise_for, steps_of
 from secure_fedprompt.clients.dp_sgd import Draws, PrivateTraining
+from secure_fedprompt.clients.drift import Drift, decay_of
 from secure_fedprompt.clients.features import Features
 from secure_fedprompt.clients.learning import LocalLearner, named_round
 from secure_fedprompt.clients.ledger import Entry
@@ -36,8 +37,11 @@ def train_privately(learner: LocalLearner, images: Features, plan: RoundPlan) ->
     entry = Entry(run, plan.round, learner.sigma, share, steps, dp.delta, dp.accountant)
     ledger.reserve(entry, dp)
     optimiser = torch.optim.SGD(
-        method.parameters(), lr=s.lr, momentum=s.momentum, weight_decay=s.weight_decay
+        method.parameters(), lr=s.lr, momentum=s.momentum, weight_decay=decay_of(s, steps)
     )
+    paces = [rate(s, plan.learning_round, plan.rounds, epoch) for epoch in range(s.epochs)]
+    epochs = [done * s.epochs // steps for done in range(steps)]
+    drift = Drift(s, method.parameters(), paces, epochs)
     draws = Draws(os.urandom)
     training = PrivateTraining(
         method, optimiser, draws, sigma=learner.sigma, clip=dp.max_grad_norm,
@@ -47,10 +51,10 @@ def train_privately(learner: LocalLearner, images: Features, plan: RoundPlan) ->
         for done in range(steps):
             if client.cancelled.is_set():
                 raise UpdateError("training was cancelled")
-            epoch = done * s.epochs // steps
-            optimiser.param_groups[0]["lr"] = rate(s, plan.learning_round, plan.rounds, epoch)
+            optimiser.param_groups[0]["lr"] = paces[epochs[done]]
             taken = draws.poisson(len(images), share)
             training.step(client.batch(images, taken))
             client.progress(named_round(plan.learning_round, plan.rounds), done + 1, steps)
+        drift.even_out()
     finally:
         training.close()

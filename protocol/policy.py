@@ -68,6 +68,7 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         max_lr: its largest.
         max_momentum: its largest momentum.
         max_weight_decay: its largest weight decay.
+        max_batch_size: its most images in a step: where memory ends, a site with more images fails.
         max_epochs: its most epochs of a round.
         max_rounds: most learning rounds of one run, and half the attempts at them.
         allow_late_join: take part in a run that began without this client's nonce, and come back to
@@ -96,9 +97,10 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     min_weight: int = 256
     min_seen: int = 4096
     min_lr: NonNegative = 0.0
-    max_lr: float = 10.0
-    max_momentum: float = 0.999
-    max_weight_decay: float = 1.0
+    max_lr: float = 1.0
+    max_momentum: float = 0.95
+    max_weight_decay: float = 0.1
+    max_batch_size: int = 1024
     max_epochs: int = 1000
     max_rounds: int = 1000
     allow_late_join: bool = True
@@ -159,7 +161,7 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         Raises:
             PolicyError: naming the limit, its value and the setting's.
         """
-        for key in ("lr", "momentum", "weight_decay", "epochs"):
+        for key in ("lr", "momentum", "weight_decay", "batch_size", "epochs"):
             most, found = getattr(self, f"max_{key}"), getattr(method, key)
             if found > most:
                 raise PolicyError(_above(f"max_{key}", most, f"{key} {found:g}"))

@@ -16,8 +16,8 @@ Count = Annotated[int, Meta(ge=0)]
 Rate = Annotated[float, Meta(gt=0)]
 NonNegative = Annotated[float, Meta(ge=0)]
 Seconds = Annotated[float, Meta(gt=0)]
-MOST_PULL = 0.5  # share that one step takes back by what pulls a prompt towards a point
-Strength = Annotated[float, Meta(ge=0, le=1e4)]  # of a term of the loss
+MOST_PULL = 1.0  # share that one step takes back by what pulls a prompt towards a point
+Strength = Annotated[float, Meta(ge=0, le=10)]  # of a term beside the images' loss
 Digits = Annotated[str, Meta(pattern="^[0-9a-f]{0,64}$")]  # hexadecimal, the first of a digest
 Weights = Literal["uniform", "bucket", "samples"]
 Metrics = Literal["off", "final", "rounds"]
@@ -85,7 +85,7 @@ class FedOTPSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
 
     transport: Literal["unbalanced", "classical", "average"] = "unbalanced"
     eps: Annotated[float, Meta(ge=1e-3, le=10)] = 0.1
-    gamma: Annotated[float, Meta(gt=0, le=1)] = 0.8
+    gamma: Annotated[float, Meta(ge=0.01, le=1)] = 0.8
     iterations: Annotated[int, Meta(ge=1, le=10000)] = 100
 
 
@@ -140,10 +140,10 @@ class ComparatorSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True
     """
 
     prox_mu: Strength = 0.5
-    theta: Annotated[float, Meta(ge=0, le=1)] = 0.4
+    theta: Annotated[float, Meta(ge=0, le=0.95)] = 0.4
     rank: Annotated[int, Meta(ge=1, le=512)] = 4
     contrast: Strength = 1.0
-    cache_weight: Strength = 1.0
+    cache_weight: Annotated[float, Meta(ge=0, le=1e4)] = 1.0
     cache_sharpness: Annotated[float, Meta(gt=0, le=1e4)] = 5.5
     queries: Annotated[int, Meta(ge=1, le=64)] = 4
     amp_alpha: Annotated[float, Meta(ge=0, le=1)] = 0.5

@@ -40,6 +40,10 @@ OPEN = Policy(
     weights=(),
     client_helpers=True,
     min_fillers=1,
+    max_lr=10.0,
+    max_momentum=0.999,
+    max_weight_decay=1.0,
+    max_batch_size=1 << 16,
 )
 CTX = (TensorSpec("ctx", (3, 5)),)
 SUMS = SumKey(b"k" * 32)  # what parties of masked plans hold; a run has them make one

@@ -69,6 +69,10 @@ _POLICY = Policy(
     metrics=(),
     weights=(),
     client_helpers=True,
+    max_lr=10.0,
+    max_momentum=0.999,
+    max_weight_decay=1.0,
+    max_batch_size=1 << 16,
 )
 
 
