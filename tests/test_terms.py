@@ -98,7 +98,8 @@ def test_terms_that_promise_less_are_refused(tmp_path: Path, case: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "limit"),
     [({"lr": 1e38, "weight_decay": 0.0}, "max_lr"), ({"momentum": 1.5}, "max_momentum"),
-     ({"weight_decay": 1e9, "lr": 1e-10}, "max_weight_decay"), ({"epochs": 1000}, "max_epochs")],
+     ({"weight_decay": 1e9, "lr": 1e-10}, "max_weight_decay"), ({"epochs": 1000}, "max_epochs"),
+     ({"batch_size": 1025}, "max_batch_size")],
 )  # fmt: skip
 def test_training_that_asks_whether_a_gradient_overflows_is_refused(
     tmp_path: Path, changes: dict[str, Any], limit: str
