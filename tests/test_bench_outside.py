@@ -83,6 +83,7 @@ def test_a_script_is_run_once_for_the_same_code(
     assert said[0].startswith("good: about 60 min")
 
 
+@pytest.mark.slow
 def test_a_peer_is_run_as_its_script_wants(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "benchmarks" / "peers"
     folder.mkdir(parents=True)

@@ -43,6 +43,7 @@ def test_the_curve_gives_the_epsilon_of_the_accountant(
         assert upper - 0.03 < Claim(sigma, rate, steps).epsilon(delta) <= upper
 
 
+@pytest.mark.slow
 def test_copies_of_an_image_are_less_protected() -> None:
     """The figures of docs/differential-privacy.md: 400 images, batches of 32, 4 epochs, 10
     rounds, epsilon 8 at delta 1e-4."""
