@@ -164,7 +164,8 @@ class MethodSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
         schedule: of it: "constant", or "cosine" over the learning rounds with one epoch of warming
             up (PromptFL's).
         momentum: of local SGD; it begins anew in each round.
-        weight_decay: of local SGD.
+        weight_decay: of local SGD. In a round it takes back a tenth at most, and as much as one
+            step for each epoch would, whoever has how many images.
         batch_size: images of a step; at most a quarter of a client's.
         epochs: passes over a client's images in one round.
         seed: of the random initial context.
